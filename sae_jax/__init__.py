@@ -1,0 +1,5 @@
+"""Measure, predict, reproduce and cure feature death in sparse autoencoders."""
+
+from sae_jax.running import train
+
+__all__ = ["train"]

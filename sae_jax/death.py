@@ -1,0 +1,55 @@
+"""Dead features: which firing counts, by which pathway a feature died, and how long ago it last fired.
+
+    dead-by-ReLU   z_pre ≤ 0 on every token seen
+    dead-by-TopK   positive on some token, yet never among the k kept with a value > 0
+    dead in total  never fired: the two together
+
+Definitions: Simon, Adams and Zou, arXiv:2605.31518 (their `dead_pct_init_topk` is the total).
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from sae_jax import sae as sae_lib
+from sae_jax.sae import SAE, Codes
+
+MAX_TOKENS = 2**31 - 1  # the counters saturate here instead of wrapping round
+
+
+class Sightings(struct.PyTreeNode):
+    """What has been seen of every feature over the tokens so far; n flags, whatever the number of tokens."""
+
+    positive: Any  # (n,) bool: z_pre > 0 on some token
+    fired: Any  # (n,) bool: kept with a value > 0 on some token
+
+    def __or__(self, other: "Sightings") -> "Sightings":
+        return Sightings(positive=self.positive | other.positive, fired=self.fired | other.fired)
+
+
+def sight(sae: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> tuple[Sightings, Codes]:
+    """Sightings on one batch (rows that are not `valid` are padding), and its codes."""
+    z_pre = jnp.where(valid[:, None], sae_lib.preactivations(sae, x), -1.0)
+    codes = Codes(*sae_lib.topk.top_k(z_pre, sae.k))
+    return Sightings(z_pre.max(axis=0) > 0, sae_lib.fired(codes, z_pre.shape[1]) > 0), codes
+
+
+def pathways(seen: Sightings) -> dict[str, float]:
+    """Fractions of the n features that are dead: `dead_by_relu`, `dead_by_topk`, `dead_total`."""
+    positive, fired = np.asarray(seen.positive), np.asarray(seen.fired)
+    return {
+        "dead_by_relu": float(np.mean(~positive)),
+        "dead_by_topk": float(np.mean(positive & ~fired)),
+        "dead_total": float(np.mean(~fired)),
+    }
+
+
+def count_tokens(
+    tokens_since_fired: Int[Array, "n"], fired: Bool[Array, "n"], n_tokens: int
+) -> Int[Array, "n"]:
+    """Tokens since each feature last fired, after a batch of n_tokens tokens."""
+    longer = jnp.minimum(tokens_since_fired, MAX_TOKENS - n_tokens) + n_tokens
+    return jnp.where(fired, 0, longer)

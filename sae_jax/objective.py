@@ -1,0 +1,125 @@
+"""The loss: reconstruction plus AuxK, which lets dead features reconstruct what the live ones leave over.
+
+With e = x − x̂, sg = stop-gradient, a = the k_aux largest codes among the dead features, and sums over the whole
+batch of B tokens (all devices together), the presets are those of four libraries, as they stand in their code:
+
+    openai               mean e²  + w · Σ(W_decᵀa − sg e)² / Σ(e − ē)²            k_aux = 256,  w = 1/32
+    dictionary_learning  Σe² / B  + w · Σ(W_decᵀa − sg e)² / Σ(e − ē)²            k_aux = d/2,  w = 1/32
+    saelens              Σe² / B  + w · min(n_dead/(d/2), 1) · Σ(W_decᵀa − sg e)² / B           w = 1
+    sparsify             Σe² / V  + w · min(n_dead/(d/2), 1) · Σ(W_decᵀa − sg e)² / V,  V = Σ(x − x̄)²,  w = 1/32
+
+a comes from ReLU(z_pre), except for saelens (z_pre itself, negative values too). sparsify ships with w = 0; 1/32 is
+what its documentation suggests. b_dec is never added to the auxiliary reconstruction: openai's form does, on both
+sides, which trains the bias a second time and confounds its convergence (its value is the same without).
+openai's factor 1 / mean (x − x̄)² on the first term is 1 here, because the data is scaled to unit variance.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sae_jax import sae as sae_lib
+from sae_jax import topk
+from sae_jax.sae import SAE, Codes
+
+AllSum = Callable[[Any], Any]
+
+
+class Preset(NamedTuple):
+    """One library's AuxK. `k_aux` = 0 means d/2; `gradual` scales by min(n_dead / (d/2), 1)."""
+
+    weight: float
+    k_aux: int = 0
+    rectified: bool = True
+    gradual: bool = False
+
+
+PRESETS = {
+    "none": Preset(weight=0.0),
+    "openai": Preset(weight=1 / 32, k_aux=256),
+    "dictionary_learning": Preset(weight=1 / 32),
+    "saelens": Preset(weight=1.0, rectified=False, gradual=True),
+    "sparsify": Preset(weight=1 / 32, gradual=True),
+}
+
+
+class Batch(NamedTuple):
+    """What one batch tells, beyond its loss. Sums run over all devices."""
+
+    codes: Codes
+    fve: jax.Array  # fraction of the variance about the batch mean that is explained
+    l0: jax.Array  # features fired per token
+
+
+def loss(
+    sae: SAE,
+    x: Float[Array, "B d"],
+    dead: Bool[Array, "n"],
+    auxk_weight: Float[Array, ""],
+    *,
+    preset: str,
+    allsum: AllSum = lambda tree: tree,
+    anywhere: AllSum = lambda flag: flag,
+) -> tuple[Float[Array, ""], Batch]:
+    """This device's share of the loss (the shares add up to the loss of the whole batch), and what the batch tells.
+
+    Args:
+      sae: parameters.
+      x: tokens, scaled to ‖sigma‖ = √d.
+      dead: features that AuxK may use.
+      auxk_weight: weight w of the auxiliary term.
+      preset: a name in `PRESETS`.
+      allsum: adds a pytree up over the devices that share the batch.
+      anywhere: makes a flag true for all members of an ensemble if it is true for one, so that a branch stays a branch.
+    """
+    d = x.shape[1]
+    z_pre = sae_lib.preactivations(sae, x)
+    codes = Codes(*topk.top_k(z_pre, sae.k))
+    e = x - sae_lib.decode(sae, codes)
+    fixed_e = jax.lax.stop_gradient(e)
+
+    n_tokens = allsum(jnp.asarray(x.shape[0], x.dtype))
+    x_sum, e_sum = allsum((x.sum(0), fixed_e.sum(0)))
+    variance, e_variance, e_square, n_fired = allsum((
+        _square(x - x_sum / n_tokens),
+        _square(fixed_e - e_sum / n_tokens),
+        _square(fixed_e),
+        (codes.values > 0).sum(dtype=x.dtype),
+    ))
+
+    divisors = {"openai": n_tokens * d, "sparsify": variance}
+    total = _square(e) / divisors.get(preset, n_tokens)
+    if preset != "none":
+        active = (auxk_weight > 0) & dead.any()
+        aux = jax.lax.cond(
+            anywhere(active),
+            lambda: _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset]),
+            lambda: jnp.zeros((), x.dtype),
+        )
+        aux_divisors = {"saelens": n_tokens, "sparsify": variance}
+        aux_divisor = aux_divisors.get(preset, e_variance)
+        scale = jnp.minimum(dead.sum() / (d / 2), 1.0) if PRESETS[preset].gradual else 1.0
+        share = jnp.where(aux_divisor > 0, scale * aux / jnp.where(aux_divisor > 0, aux_divisor, 1.0), 0.0)
+        total = total + jnp.where(active, auxk_weight * share, 0.0)
+    return total, Batch(codes, fve=1 - e_square / variance, l0=n_fired / n_tokens)
+
+
+def _auxiliary_square(
+    sae: SAE, x: Float[Array, "B d"], e: Float[Array, "B d"], dead: Bool[Array, "n"], preset: Preset
+) -> Float[Array, ""]:
+    """Σ(W_decᵀa − e)² over this device's tokens. Its own encode: the branch runs only when something is dead."""
+    z_pre = sae_lib.preactivations(sae, x)
+    k_aux = min(preset.k_aux or x.shape[1] // 2, sae.W_enc.shape[0])
+    if preset.rectified:
+        values, indices = topk.top_k(jnp.where(dead, z_pre, 0.0), k_aux)
+    else:
+        values, indices = jax.lax.top_k(jnp.where(dead, z_pre, -jnp.inf), k_aux)
+        values = jnp.where(jnp.isfinite(values), values, 0.0)  # fewer than k_aux are dead
+    return _square(topk.decode(values, indices, sae.W_dec) - e)
+
+
+def _square(a: Float[Array, "..."]) -> Float[Array, ""]:
+    return jnp.sum(a * a)

@@ -1,0 +1,70 @@
+"""The only file that knows about devices: one program for one device (jit) or several (pmap, batch split over them)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.errors import Refused
+from sae_jax.objective import AllSum
+
+DATA = "data"  # name of the axis over which batches are split
+
+
+class Devices:
+    """The local devices of this run and how a batch is laid over them.
+
+    Args:
+      count: local devices to use; 0 is all of them.
+    """
+
+    def __init__(self, count: int = 0):
+        available = jax.local_devices()
+        if count > len(available):
+            raise Refused("train.devices", count, f"0 (all) to {len(available)}, the local devices of this process")
+        self.local = available[: count or len(available)]
+        self.count = len(self.local) * jax.process_count()
+        self.pmapped = self.count > 1
+
+    def check_batch(self, field: str, batch_size: int) -> None:
+        """Refuses a batch that the devices cannot share equally."""
+        if batch_size % self.count:
+            raise Refused(field, batch_size, f"a multiple of the {self.count} devices")
+
+    def compile(
+        self, fn: Callable[..., Any], *, split: tuple[int | None, ...], donate: tuple[int, ...] = ()
+    ) -> Callable[..., Any]:
+        """Compiles fn(allsum, device, *args), which must return the same values on every device.
+
+        Args:
+          fn: `allsum` adds pytrees up over the devices, `device` is the number of this one.
+          split: for every argument the axis along which it is shared out, or None where all devices get the whole.
+          donate: arguments whose buffers are given up.
+        """
+        if not self.pmapped:
+            return jax.jit(
+                lambda *args: fn(lambda tree: tree, jnp.zeros((), jnp.int32), *args), donate_argnums=donate
+            )
+        mapped = jax.pmap(
+            lambda *args: fn(_psum, jax.lax.axis_index(DATA), *args),
+            axis_name=DATA,
+            in_axes=split,
+            out_axes=None,
+            donate_argnums=donate,
+            devices=self.local if jax.process_count() == 1 else None,
+        )
+
+        def call(*args: Any) -> Any:
+            return mapped(*(a if axis is None else self._fold(a, axis) for a, axis in zip(args, split, strict=True)))
+
+        return call
+
+    def _fold(self, array: np.ndarray, axis: int) -> np.ndarray:
+        """(…, B, …) → (…, devices, B / devices, …)."""
+        n = len(self.local)
+        return array.reshape(*array.shape[:axis], n, array.shape[axis] // n, *array.shape[axis + 1 :])
+
+
+_psum: AllSum = lambda tree: jax.lax.psum(tree, DATA)  # noqa: E731

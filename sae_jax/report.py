@@ -1,0 +1,89 @@
+"""What a run leaves for people and programs: report.json, TensorBoard events, a table, a progress bar."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+from typing import Any
+
+import jax
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from sae_jax.checkpoint import write_text
+
+COLUMNS = {
+    "dead_by_relu": "dead by ReLU", "dead_by_topk": "dead by TopK", "dead_total": "dead in total",
+    "fve": "FVE", "l0": "L0", "bias_projection": "b·mu/‖mu‖²", "mmcs": "MMCS",
+}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    packages = ("sae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "ml_collections")
+    found = {name: importlib.metadata.version(name) for name in packages if _installed(name)}
+    return {"python": platform.python_version(), "backend": jax.default_backend(), **found}
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def write_json(workdir: str, report: dict[str, Any]) -> None:
+    """report.json; numbers that are not finite become null."""
+    write_text(epath.Path(workdir) / "report.json", json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a short table: two lines a member, before training and after."""
+    shown = [key for key in COLUMNS if any(key in member["init"] for member in report["members"])]
+    lines = [["member", "step", *(COLUMNS[key] for key in shown)]]
+    for member in report["members"]:
+        for when, step in (("init", 0), ("final", report["step"])):
+            lines.append([member["name"], str(step), *(_cell(key, member[when][key]) for key in shown)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    body = ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in
+                      enumerate(zip(line, widths, strict=True))) for line in lines]  # fmt: skip
+    gammas = ", ".join(f"{key} {report[key]:.2f}" for key in ("gamma", "gamma_raw", "gamma_direction"))
+    head = f"n = {report['n_features']}, k = {report['k']}, {report['n_eval_tokens']} held-out tokens; {gammas}"
+    return "\n".join([head, *body])
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if key.startswith("dead") else f"{value:.3f}" if key != "l0" else f"{value:.1f}"
+
+
+class Board:
+    """TensorBoard scalars under WORKDIR/tensorboard, `member/metric`; a resumed run writes a second events file."""
+
+    def __init__(self, workdir: str):
+        self._writer = SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+
+    def scalars(self, step: int, member: str, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(f"{member}/{key}", float(value), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def progress(total: int, initial: int) -> "tqdm[Any]":
+    """A bar on stderr; silent where stderr is not a terminal."""
+    return tqdm(total=total, initial=initial, unit=" steps", desc="training", disable=not sys.stderr.isatty())

@@ -1,0 +1,301 @@
+"""`train`: from a configuration to a workdir with checkpoints, figures and report.json. Resumes where it was."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+
+from sae_jax import checkpoint, evaluation, figures, outliers, parallel, report, training, truth
+from sae_jax import config as config_lib
+from sae_jax.errors import Preempted, RunFailed
+from sae_jax.objective import AllSum
+from sae_jax.sources import Source, open_source
+
+BOARD_POINTS = 1000  # TensorBoard gets about this many points over a run
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains the members that the configuration describes, or goes on with a run that was stopped.
+
+    Returns:
+      The report, as written to report.json.
+
+    Raises:
+      Refused: something in the configuration, the data or the workdir is wrong; nothing was written.
+      RunFailed: activations or the loss are not finite; the last good checkpoint is kept.
+      Preempted: SIGTERM came; the state was saved.
+    """
+    config_lib.check(config)
+    devices = parallel.Devices(config.train.devices)
+    devices.check_batch("train.batch_size", config.train.batch_size)
+    devices.check_batch("eval.batch_size", config.eval.batch_size)
+    checkpoint.check_workdir(workdir, config_lib.identity(config))
+    source = open_source(config)
+    if jax.process_index() == 0:
+        checkpoint.claim_workdir(workdir, config_lib.identity(config))
+    return Run(config, workdir, devices, source).to_the_end()
+
+
+class Run:
+    """One run: its groups of members, its compiled programs, and the loop."""
+
+    def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices, source: Source):
+        self.config, self.workdir, self.source, self.devices = config, workdir, source, devices
+        self.members = config_lib.members(config)
+        self.groups = training.group_members(self.members)
+        self.checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+        self.history: list[dict[str, Any]] = []
+        self.statistics = self._statistics()
+        self.states = self.initial_states()
+        self.step, self.data = 0, source.train(0)
+        if self.checkpoints.latest is not None:
+            self.states, self.history, position = self.checkpoints.restore(self.states)
+            self.step = self.checkpoints.latest
+            self.data.set_state(position)
+        self._advance = devices.compile(
+            self._steps, split=(None, None if source.split_axis is None else 1 + source.split_axis, None), donate=(0,)
+        )
+        self._evaluate = devices.compile(self._evaluate_batch, split=(None, source.split_axis, 0))
+
+    # -- what the run starts from --------------------------------------------------------------------------------
+
+    def _statistics(self) -> dict[str, np.ndarray]:
+        """mu, the median where a member needs it, the scale that makes ‖sigma‖ = √d, and the three gammas."""
+        d = self.source.d_model
+        like = {"mu": np.zeros(d), "geometric_median": np.zeros(d), "scale": np.zeros(()), "gammas": np.zeros(3)}
+        if self.checkpoints.latest is not None:
+            return self.checkpoints.statistics(like)
+
+        def batches() -> Iterator[np.ndarray]:
+            for number, x in enumerate(self.source.statistics()):
+                if not np.isfinite(x).all():
+                    raise RunFailed(f"step 0, statistics batch {number}: {_culprit(x)}")
+                yield x
+
+        severity = outliers.severity(batches())
+        spread = float(np.linalg.norm(severity.raw.sigma))
+        if not spread > 0:
+            raise RunFailed("step 0: the activations do not vary at all")
+        median = np.full(d, np.nan)
+        if any(member.sae.center == "geometric_median" for member in self.members.values()):
+            median = outliers.geometric_median(batches, severity.raw.mean)
+        return {
+            "mu": severity.raw.mean,
+            "geometric_median": median,
+            "scale": np.asarray(np.sqrt(d) / spread),
+            "gammas": np.asarray(list(severity.gammas().values())),
+        }
+
+    def initial_states(self) -> tuple[training.TrainState, ...]:
+        """The untrained members, group by group; a pure function of the configuration and the statistics."""
+        scale, d = self.statistics["scale"], self.source.d_model
+        centers = {
+            "none": np.zeros(d),
+            "mean": self.statistics["mu"] * scale,
+            "geometric_median": self.statistics["geometric_median"] * scale,
+        }
+        states = []
+        for names in self.groups.values():
+            configs = [self.members[name] for name in names]
+            states.append(
+                training.init_group(configs, jnp.asarray(np.stack([centers[c.sae.center] for c in configs]), float))
+            )
+        return tuple(states)
+
+    # -- what is compiled ----------------------------------------------------------------------------------------
+
+    def _tokens(self, split: str, given: Array, device: Int[Array, ""], share: int) -> Array:
+        """This device's `share` of the rows of a batch, scaled."""
+        rows = device * share + jnp.arange(share)
+        return self.source.tokens(split, given, rows) * float(self.statistics["scale"])
+
+    def _steps(
+        self, allsum: AllSum, device: Int[Array, ""], states: Any, inputs: Any, count: Int[Array, ""]
+    ) -> tuple[Any, Any]:
+        """`count` training steps of all groups on the first `count` of the given inputs; metrics of each step."""
+
+        def step(states: Any, given: Array) -> tuple[Any, Any]:
+            x = self._tokens("train", given, device, self.config.train.batch_size // self.devices.count)
+            done = [
+                training.group_step(state, x, static=static, allsum=allsum)
+                for static, state in zip(self.groups, states, strict=True)
+            ]
+            return tuple(state for state, _ in done), tuple(metrics for _, metrics in done)
+
+        def body(t: Array, carry: Any) -> Any:
+            states, metrics = carry
+            states, new = step(states, inputs[t])
+            return states, jax.tree.map(lambda all_steps, one: all_steps.at[t].set(one), metrics, new)
+
+        shapes = jax.eval_shape(step, states, inputs[0])[1]
+        metrics = jax.tree.map(lambda s: jnp.zeros((inputs.shape[0], *s.shape), s.dtype), shapes)
+        # The number of steps is an argument, so one program serves full dispatches and the rest before a checkpoint.
+        return jax.lax.fori_loop(0, count, body, (states, metrics))
+
+    def _evaluate_batch(
+        self, allsum: AllSum, device: Int[Array, ""], groups: Any, given: Any, valid: Any
+    ) -> Any:
+        x = self._tokens("eval", given, device, self.config.eval.batch_size // self.devices.count)
+        shift = jnp.asarray(self.statistics["mu"] * self.statistics["scale"], x.dtype)
+        return evaluation.evaluate_batch(groups, x, valid, shift, allsum)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def to_the_end(self) -> dict[str, Any]:
+        """Evaluate and save, then advance, until the last step; then the report and the figures."""
+        total, every = self.config.train.steps, config_lib.checkpoint_every(self.config)
+        pending: tuple[int, int, Any] | None = None
+        board = report.Board(self.workdir) if jax.process_index() == 0 else None
+        try:
+            with report.progress(total, self.step) as bar, _StopRequest() as stop:
+                while True:
+                    due = self.step % every == 0 or self.step == total
+                    if due or stop.requested:
+                        self._settle(pending, board)
+                        pending = None
+                        self._record_and_save(evaluate=due, board=board)
+                    if self.step == total:
+                        break
+                    if stop.requested:
+                        raise Preempted(f"stopped on request at step {self.step} of {total}; run again to go on")
+                    count = min(self.config.train.steps_per_dispatch, every - self.step % every, total - self.step)
+                    self.states, metrics = self._advance(self.states, self._next_inputs(count), np.int32(count))
+                    self._settle(pending, board)  # metrics of the dispatch before: the device never waits for us
+                    pending = (self.step, count, metrics)
+                    self.step += count
+                    bar.update(count)
+        finally:
+            self.data.close()
+            self.checkpoints.close()
+            if board:
+                board.close()
+        return self._finish()
+
+    def _next_inputs(self, count: int) -> np.ndarray:
+        inputs = [next(self.data) for _ in range(count)]
+        inputs += inputs[-1:] * (self.config.train.steps_per_dispatch - count)  # never looked at
+        return np.stack(inputs)
+
+    def _settle(self, pending: tuple[int, int, Any] | None, board: report.Board | None) -> None:
+        """Fetches the metrics of a dispatch, stops at a loss that is not finite, writes the rest to TensorBoard."""
+        if pending is None:
+            return
+        first, count, metrics = pending
+        metrics = jax.device_get(metrics)
+        bad = [np.flatnonzero(~np.isfinite(group["loss"][:count]).all(axis=1)) for group in metrics]
+        if any(len(steps) for steps in bad):
+            raise self._failure(first + min(int(steps[0]) for steps in bad if len(steps)))
+        spacing = max(1, self.config.train.steps // BOARD_POINTS)
+        for t in range(count):
+            if board and (first + t) % spacing == 0:
+                for names, group in zip(self.groups.values(), metrics, strict=True):
+                    for i, name in enumerate(names):
+                        board.scalars(first + t + 1, name, {key: float(v[t, i]) for key, v in group.items()})
+
+    def _failure(self, step: int) -> RunFailed:
+        kept = self.checkpoints.latest
+        where, rest = f"step {step}, batch {step}: ", f"; the last good checkpoint is that of step {kept}"
+        if self.source.split_axis is not None:
+            data = self.source.train(step)
+            x = next(data)
+            data.close()
+            if not np.isfinite(x).all():
+                return RunFailed(where + _culprit(x) + rest)
+        return RunFailed(f"{where}the loss is not finite: a lower train.learning_rate may help{rest}")
+
+    def _record_and_save(self, evaluate: bool, board: report.Board | None) -> None:
+        if evaluate and (not self.history or self.history[-1]["step"] < self.step):
+            self.history.append(self._record())
+            for name, values in self.history[-1]["members"].items():
+                if board:
+                    board.scalars(self.step, f"{name}/held_out", values)
+        if self.checkpoints.latest != self.step:
+            self.checkpoints.save(self.step, self.states, self.statistics, self.history, self.data.get_state())
+
+    def _record(self) -> dict[str, Any]:
+        """Held-out metrics and the bias of every member at this step."""
+        shift = self.statistics["mu"] * self.statistics["scale"]
+        groups = tuple(state.sae for state in self.states)
+        try:
+            results = evaluation.evaluate(
+                self._evaluate, groups, self.source.held_out(), self.source.n_eval_tokens, shift
+            )
+        except RunFailed as error:
+            raise RunFailed(f"step {self.step}, {error}") from None
+        found: dict[str, Any] = {}
+        for names, sae, values in zip(self.groups.values(), groups, results, strict=True):
+            biases = jax.device_get(sae.b_dec)
+            for i, name in enumerate(names):
+                found[name] = {**values[i], **evaluation.bias_state(biases[i], shift)}
+                if self.source.truth is not None:
+                    found[name]["mmcs"] = float(truth.mmcs(self.source.truth, sae.W_dec[i]))
+        return {"step": self.step, "members": {name: found[name] for name in self.members}}
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> dict[str, Any]:
+        first, last = self.history[0]["members"], self.history[-1]["members"]
+        gammas = dict(zip(("gamma", "gamma_raw", "gamma_direction"), self.statistics["gammas"].tolist(), strict=True))
+        result: dict[str, Any] = {
+            "step": self.step,
+            **gammas,
+            "n_features": self.config.sae.n_features,
+            "k": self.config.sae.k,
+            "d_model": self.source.d_model,
+            "n_eval_tokens": self.source.n_eval_tokens,
+            "scale": float(self.statistics["scale"]),
+            "seed": self.config.seed,
+            "devices": self.devices.count,
+            "members": [{"name": name, "init": first[name], "final": last[name]} for name in self.members],
+            "data": self.source.identity,
+            "config": config_lib.identity(self.config),
+            "versions": report.versions(),
+        }
+        if jax.process_index() == 0:
+            self._draw()
+            report.write_json(self.workdir, result)
+        return result
+
+    def _draw(self) -> None:
+        folder = epath.Path(self.workdir)
+        figures.save(figures.deaths(self.history), folder / "deaths.png")
+        figures.save(figures.bias_convergence(checkpoint.history(self.workdir)), folder / "bias.png")
+        tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), self.config.eval.batch_size))
+        shifts: dict[str, list[tuple[str, evaluation.Shift]]] = {name: [] for name in self.members}
+        for when, states in (("at init", self.initial_states()), (f"step {self.step}", self.states)):
+            for names, state in zip(self.groups.values(), states, strict=True):
+                found = evaluation.shifts(state.sae, tokens, self.source.held_out())
+                for name, shift in zip(names, found, strict=True):
+                    shifts[name].append((when, shift))
+        figures.save(figures.shifts(shifts), folder / "shifts.png")
+
+
+def _culprit(x: np.ndarray) -> str:
+    row, dimension = np.argwhere(~np.isfinite(x))[0]
+    return f"activations that are not finite (row {row}, dimension {dimension} is {x[row, dimension]})"
+
+
+class _StopRequest:
+    """Notes SIGTERM instead of dying of it, while the loop runs in the main thread."""
+
+    requested = False
+
+    def __enter__(self) -> "_StopRequest":
+        self._before: Callable[..., Any] | int | None = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_: object) -> None:
+        self.requested = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)

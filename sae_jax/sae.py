@@ -1,0 +1,63 @@
+"""The sparse autoencoder as a pytree of four arrays. Knows no device, no loss, no data.
+
+    z_pre = W_enc (x − b_dec) + b_enc ;  z = TopK(ReLU(z_pre)) ;  x̂ = W_decᵀ z + b_dec
+
+Written for one SAE and a batch of tokens; several SAEs are the same pytree with a leading axis, under `jax.vmap`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sae_jax import topk
+
+
+class SAE(struct.PyTreeNode):
+    """A TopK sparse autoencoder; rows are features, in the encoder as in the decoder."""
+
+    W_enc: jax.Array  # (n, d)
+    b_enc: jax.Array  # (n,)
+    W_dec: jax.Array  # (n, d), unit rows
+    b_dec: jax.Array  # (d,)
+    k: int = struct.field(pytree_node=False)
+
+
+class Codes(NamedTuple):
+    """The kept entries of a batch: k values ≥ 0 a token, and the features they belong to."""
+
+    values: jax.Array  # (B, k)
+    indices: jax.Array  # (B, k)
+
+
+def init(key: PRNGKeyArray, n_features: int, k: int, center: Float[Array, "d"]) -> SAE:
+    """Random unit decoder rows, encoder tied to them, b_enc = 0, b_dec = center (zeros: the uncentred start)."""
+    rows = unit_rows(jax.random.normal(key, (n_features, center.shape[0]), center.dtype))
+    return SAE(W_enc=rows, b_enc=jnp.zeros(n_features, center.dtype), W_dec=rows, b_dec=center, k=k)
+
+
+def unit_rows(rows: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Each row divided by its Euclidean norm."""
+    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def preactivations(sae: SAE, x: Float[Array, "B d"]) -> Float[Array, "B n"]:
+    """z_pre before ReLU and top-k."""
+    return topk.preactivations(x, sae.W_enc, sae.b_enc, sae.b_dec)
+
+
+def encode(sae: SAE, x: Float[Array, "B d"]) -> Codes:
+    """The k kept features of every token."""
+    return Codes(*topk.top_k(preactivations(sae, x), sae.k))
+
+
+def decode(sae: SAE, codes: Codes) -> Float[Array, "B d"]:
+    """x̂ from the kept features."""
+    return topk.decode(codes.values, codes.indices, sae.W_dec) + sae.b_dec
+
+
+def fired(codes: Codes, n_features: int) -> Int[Array, "n"]:
+    """How often each feature fired in the batch: kept **and** > 0. An index kept with value 0 has not fired."""
+    return jnp.zeros(n_features, jnp.int32).at[codes.indices.ravel()].add((codes.values > 0).ravel().astype(jnp.int32))

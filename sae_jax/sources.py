@@ -1,0 +1,142 @@
+"""Where batches come from: made on the device, or read from stored activations. Both answer the same questions."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from sae_jax import synthetic
+from sae_jax.activations import pipeline
+from sae_jax.errors import Refused
+
+
+class Source(Protocol):
+    """A stream of training tokens, a held-out set and a sample for statistics, all of width d_model."""
+
+    d_model: int
+    n_eval_tokens: int
+    truth: Float[Array, "m d"] | None  # true features, where they are known
+    identity: dict[str, Any]  # what data this is, for reports
+    split_axis: int | None  # axis of a batch's input to share out over devices; None: all devices get it whole
+
+    def train(self, start: int) -> Any:
+        """Iterator over the inputs of training batches from number `start`; has `get_state` and `close`."""
+
+    def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """Inputs of the held-out batches, each with its valid-row mask (eval batch,)."""
+
+    def statistics(self) -> Iterator[np.ndarray]:
+        """Training tokens to take moments of, (rows, d_model) at a time; a fresh iterator each call."""
+
+    def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
+        """What an input stands for, inside the compiled program; `rows` are this device's rows of the batch."""
+
+
+def open_source(config: ConfigDict) -> Source:
+    """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first."""
+    if config.data.path:
+        return StoredSource(config, pipeline.open_chunks(config.data.path))
+    if config.data.model.id:
+        from sae_jax.activations import models, store
+
+        return StoredSource(config, store.StoredChunks(models.extracted(config.data.model)))
+    return SyntheticSource(config)
+
+
+class SyntheticSource:
+    """Batches made on the device; an input is just the number of the batch."""
+
+    split_axis: int | None = None
+
+    def __init__(self, config: ConfigDict):
+        self._spec = synthetic.build(config.data, config.seed)
+        self._sample = jax.jit(synthetic.sample)
+        self._eval_batch = config.eval.batch_size
+        self._n_statistics = config.data.statistics_tokens
+        self.d_model = config.data.d_model
+        self.n_eval_tokens = config.eval.n_tokens
+        self.truth = self._spec.rows if self._spec.signal == "sparse" else None
+        self.identity = {"signal": self._spec.signal, "gamma": config.data.gamma, "seed": config.seed}
+
+    def train(self, start: int) -> "Counter":
+        return Counter(start)
+
+    def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
+        for number, done in enumerate(range(0, self.n_eval_tokens, self._eval_batch)):
+            yield np.int32(number), np.arange(self._eval_batch) < self.n_eval_tokens - done
+
+    def statistics(self) -> Iterator[np.ndarray]:
+        size = 2000
+        for number, done in enumerate(range(0, self._n_statistics, size)):
+            rows = jnp.arange(min(size, self._n_statistics - done))
+            yield np.asarray(self._sample(self._spec, synthetic.SPLITS["statistics"], number, rows))
+
+    def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
+        return synthetic.sample(self._spec, synthetic.SPLITS[split], given, rows)
+
+
+class Counter:
+    """An iterator over the numbers of batches with the interface of a grain iterator."""
+
+    def __init__(self, start: int):
+        self._next = start
+
+    def __next__(self) -> np.int32:
+        self._next += 1
+        return np.int32(self._next - 1)
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._next = state["next_index"]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class StoredSource:
+    """Batches read from chunks of stored activations; an input is the rows themselves."""
+
+    split_axis: int | None = 0
+    truth: Float[Array, "m d"] | None = None
+
+    def __init__(self, config: ConfigDict, chunks: pipeline.Chunks):
+        self._chunks, self._config = chunks, config
+        n_tokens = len(chunks) * chunks.rows
+        self.n_eval_tokens = min(config.eval.n_tokens, n_tokens // 5)
+        if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:
+            raise Refused("data.path", config.data.path, f"at least 5 tokens to train and evaluate on, not {n_tokens}")
+        n_held_out = -(-self.n_eval_tokens // chunks.rows)
+        self._train, self._held_out = pipeline.split_chunks(len(chunks), n_held_out)
+        self.d_model = chunks.d_model
+        self.identity = chunks.identity
+
+    def train(self, start: int) -> Any:
+        iterator = pipeline.batches(
+            self._chunks, self._train, self._config.train.batch_size, self._config.seed,
+            jax.process_index(), jax.process_count(),
+        )  # fmt: skip
+        iterator.set_state({"next_index": start})
+        return iterator
+
+    def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
+        size = self._config.eval.batch_size
+        share = size // jax.process_count()
+        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        for x in pipeline.read(self._chunks, self._held_out, size, self.n_eval_tokens):
+            padding = ((0, size - len(x)), (0, 0))
+            yield np.pad(x, padding)[mine], (np.arange(size) < len(x))[mine]
+
+    def statistics(self) -> Iterator[np.ndarray]:
+        wanted = min(self._config.data.statistics_tokens, len(self._train) * self._chunks.rows)
+        n_chunks = -(-wanted // self._chunks.rows)
+        spaced = self._train[np.arange(n_chunks) * len(self._train) // n_chunks]
+        return pipeline.read(self._chunks, spaced, 4096, wanted)
+
+    def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
+        return given.astype(jnp.zeros(()).dtype)

@@ -1,0 +1,184 @@
+"""TrainState and the pure training step: no I/O, no data, no device in here."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, PRNGKeyArray
+from ml_collections import ConfigDict
+
+from sae_jax import config as config_lib
+from sae_jax import death, objective
+from sae_jax import sae as sae_lib
+from sae_jax.objective import AllSum
+from sae_jax.sae import SAE
+
+MEMBER = "member"  # name of the axis over which an ensemble is vmapped
+
+
+class Static(NamedTuple):
+    """What fixes the compiled program; members that agree on it train as one vmapped group."""
+
+    n_features: int
+    k: int
+    unit_decoder: bool
+    preset: str
+    steps: int
+    warmup_steps: int
+    decay_fraction: float
+    beta1: float
+    beta2: float
+    clip_norm: float
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Static":
+        """The static part of one member's configuration."""
+        s, t = config.sae, config.train
+        return cls(
+            s.n_features, s.k, s.unit_decoder, config.auxk.preset, t.steps, t.warmup_steps, t.decay_fraction,
+            t.beta1, t.beta2, t.clip_norm,
+        )  # fmt: skip
+
+
+class Hyper(struct.PyTreeNode):
+    """What may differ within a group: arrays, so that one program serves all members."""
+
+    learning_rate: Any  # ()
+    learn_bias: Any  # () bool
+    auxk_weight: Any  # ()
+    dead_after_tokens: Any  # () int32
+
+
+class TrainState(struct.PyTreeNode):
+    """Every mutable fact of training one SAE. Data and randomness follow from the step and the seed."""
+
+    step: Any  # () int32
+    sae: SAE
+    opt_state: Any
+    tokens_since_fired: Any  # (n,) int32
+    hyper: Hyper
+
+
+def hyper(config: ConfigDict) -> Hyper:
+    """The varying part of one member's configuration."""
+    return Hyper(
+        learning_rate=jnp.asarray(config.train.learning_rate, float),
+        learn_bias=jnp.asarray(not config.sae.freeze_bias),
+        auxk_weight=jnp.asarray(config_lib.auxk_weight(config), float),
+        dead_after_tokens=jnp.asarray(config_lib.dead_after_tokens(config), jnp.int32),
+    )
+
+
+def optimizer(static: Static) -> optax.GradientTransformation:
+    """Clip, Adam, warm-up and decay; the learning rate itself is multiplied in by `train_step`."""
+    decay_steps = round(static.decay_fraction * static.steps)
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(1 / (static.warmup_steps + 1), 1.0, static.warmup_steps),
+            optax.constant_schedule(1.0),
+            optax.linear_schedule(1.0, 0.0, max(decay_steps, 1)),
+        ],
+        [static.warmup_steps, max(static.warmup_steps, static.steps - decay_steps)],
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(static.clip_norm),
+        optax.scale_by_adam(static.beta1, static.beta2),
+        optax.scale_by_schedule(schedule),
+    )
+
+
+def init_state(key: PRNGKeyArray, static: Static, hyper: Hyper, center: Float[Array, "d"]) -> TrainState:
+    """A fresh SAE whose b_dec starts at `center`, nothing yet counted as silent."""
+    sae = sae_lib.init(key, static.n_features, static.k, center)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        sae=sae,
+        opt_state=optimizer(static).init(sae),
+        tokens_since_fired=jnp.zeros(static.n_features, jnp.int32),
+        hyper=hyper,
+    )
+
+
+def train_step(
+    state: TrainState,
+    x: Float[Array, "B d"],
+    *,
+    static: Static,
+    allsum: AllSum = lambda tree: tree,
+    anywhere: AllSum = lambda flag: flag,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step on this device's share of a batch, scaled to ‖sigma‖ = √d. Returns the next state and scalars.
+
+    `allsum` adds a pytree up over the devices that share the batch (gradients, denominators, fired flags);
+    `anywhere` spreads a flag over the members of an ensemble. Both are the identity on one device, for one SAE.
+    """
+    dead = state.tokens_since_fired >= state.hyper.dead_after_tokens
+
+    def share(sae: SAE) -> tuple[jax.Array, objective.Batch]:
+        return objective.loss(
+            sae, x, dead, state.hyper.auxk_weight, preset=static.preset, allsum=allsum, anywhere=anywhere
+        )
+
+    (loss_share, batch), grads = jax.value_and_grad(share, has_aux=True)(state.sae)
+    loss, grads, n_fired, n_tokens = allsum((
+        loss_share,
+        grads,
+        sae_lib.fired(batch.codes, static.n_features),
+        x.shape[0] * jnp.ones((), jnp.int32),
+    ))
+
+    grads = grads.replace(b_dec=jnp.where(state.hyper.learn_bias, grads.b_dec, 0.0))
+    if static.unit_decoder:
+        rows = state.sae.W_dec
+        radial = jnp.sum(grads.W_dec * rows, axis=1, keepdims=True)
+        grads = grads.replace(W_dec=grads.W_dec - radial * rows)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = optimizer(static).update(grads, state.opt_state, state.sae)
+    sae = jax.tree.map(lambda p, u: p - state.hyper.learning_rate * u, state.sae, updates)
+    if static.unit_decoder:
+        sae = sae.replace(W_dec=sae_lib.unit_rows(sae.W_dec))
+
+    silent = death.count_tokens(state.tokens_since_fired, n_fired > 0, n_tokens)
+    metrics = {
+        "loss": loss,
+        "fve": batch.fve,
+        "l0": batch.l0,
+        "dead": jnp.mean(silent >= state.hyper.dead_after_tokens, dtype=loss.dtype),
+        "grad_norm": grad_norm,
+    }
+    return state.replace(
+        step=state.step + 1, sae=sae, opt_state=opt_state, tokens_since_fired=silent
+    ), metrics
+
+
+def group_members(configs: dict[str, ConfigDict]) -> dict[Static, list[str]]:
+    """Static part → names of the members that share it, in order of first appearance."""
+    groups: dict[Static, list[str]] = {}
+    for name, config in configs.items():
+        groups.setdefault(Static.of(config), []).append(name)
+    return groups
+
+
+def init_group(configs: list[ConfigDict], centers: Float[Array, "M d"]) -> TrainState:
+    """The members of one group stacked along a leading axis. Members with equal seeds start from equal rows."""
+    static = Static.of(configs[0])
+    keys = jax.vmap(jax.random.key)(jnp.asarray([config.seed for config in configs]))
+    hypers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(hyper, configs))
+    return jax.jit(jax.vmap(lambda key, h, c: init_state(key, static, h, c)))(keys, hypers, centers)
+
+
+def group_step(
+    state: TrainState, x: Float[Array, "B d"], *, static: Static, allsum: AllSum
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`train_step` for all members of a group on the same batch."""
+
+    def anywhere(flag: jax.Array) -> jax.Array:
+        # The maximum over the vmapped axis is no longer batched: lax.cond stays a branch instead of computing both.
+        return jax.lax.pmax(flag.astype(jnp.int32), MEMBER) > 0
+
+    step = jax.vmap(
+        lambda s: train_step(s, x, static=static, allsum=allsum, anywhere=anywhere), axis_name=MEMBER
+    )
+    return step(state)
