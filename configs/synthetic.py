@@ -7,6 +7,10 @@ all dimensions. Expect, after about two minutes on 2 CPU cores: the centred SAE 
 0.95) and loses almost none of its own; the baseline stays near the untrained floor of 0.39 with nearly all dead.
 With --config.data.mean_direction=one the baseline recovers far more, while as many features stay dead.
 
+AuxK is off: with four times as many rows as true features there is nothing left for idle ones to explain, and AuxK
+(--config.auxk.preset=dictionary_learning) shrinks them to the size of the residual until they never win: 60 % of the
+centred SAE's features then end dead, at the same MMCS.
+
 Death at initialisation, on the assumptions of the theory (full-rank normal signal), without training:
 
     python -m sae_jax train --config=configs/synthetic.py --workdir=runs/gamma5 --config.data.signal=gaussian \\
@@ -33,6 +37,7 @@ def get_config() -> ConfigDict:
     config.train.learning_rate = 1e-3
     config.train.steps_per_dispatch = 100
     config.checkpoint.every = 400
+    config.auxk.preset = "none"
     config.members = ConfigDict({
         "baseline": {"sae": {"center": "none"}},
         "centred": {"sae": {"center": "geometric_median"}},

@@ -48,7 +48,7 @@ def pathways(seen: Sightings) -> dict[str, float]:
 
 
 def count_tokens(
-    tokens_since_fired: Int[Array, "n"], fired: Bool[Array, "n"], n_tokens: int
+    tokens_since_fired: Int[Array, "n"], fired: Bool[Array, "n"], n_tokens: Int[Array, ""] | int
 ) -> Int[Array, "n"]:
     """Tokens since each feature last fired, after a batch of n_tokens tokens."""
     longer = jnp.minimum(tokens_since_fired, MAX_TOKENS - n_tokens) + n_tokens

@@ -90,7 +90,7 @@ def loss(
         (codes.values > 0).sum(dtype=x.dtype),
     ))
 
-    divisors = {"openai": n_tokens * d, "sparsify": variance}
+    divisors: dict[str, jax.Array] = {"openai": n_tokens * d, "sparsify": variance}
     total = _square(e) / divisors.get(preset, n_tokens)
     if preset != "none":
         active = (auxk_weight > 0) & dead.any()
@@ -99,7 +99,7 @@ def loss(
             lambda: _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset]),
             lambda: jnp.zeros((), x.dtype),
         )
-        aux_divisors = {"saelens": n_tokens, "sparsify": variance}
+        aux_divisors: dict[str, jax.Array] = {"saelens": n_tokens, "sparsify": variance}
         aux_divisor = aux_divisors.get(preset, e_variance)
         scale = jnp.minimum(dead.sum() / (d / 2), 1.0) if PRESETS[preset].gradual else 1.0
         share = jnp.where(aux_divisor > 0, scale * aux / jnp.where(aux_divisor > 0, aux_divisor, 1.0), 0.0)

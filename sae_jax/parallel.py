@@ -1,6 +1,7 @@
 """The only file that knows about devices: one program for one device (jit) or several (pmap, batch split over them)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,16 +49,18 @@ class Devices:
                 lambda *args: fn(lambda tree: tree, jnp.zeros((), jnp.int32), *args), donate_argnums=donate
             )
         mapped = jax.pmap(
-            lambda *args: fn(_psum, jax.lax.axis_index(DATA), *args),
+            partial(fn, _psum),
             axis_name=DATA,
-            in_axes=split,
+            in_axes=(0, *split),
             out_axes=None,
-            donate_argnums=donate,
+            donate_argnums=tuple(1 + argument for argument in donate),
             devices=self.local if jax.process_count() == 1 else None,
         )
 
+        numbers = jax.process_index() * len(self.local) + np.arange(len(self.local), dtype=np.int32)
+
         def call(*args: Any) -> Any:
-            return mapped(*(a if axis is None else self._fold(a, axis) for a, axis in zip(args, split, strict=True)))
+            return mapped(numbers, *(a if axis is None else self._fold(a, axis) for a, axis in zip(args, split, strict=True)))
 
         return call
 

@@ -5,7 +5,7 @@
 Written for one SAE and a batch of tokens; several SAEs are the same pytree with a leading axis, under `jax.vmap`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from sae_jax import topk
 class SAE(struct.PyTreeNode):
     """A TopK sparse autoencoder; rows are features, in the encoder as in the decoder."""
 
-    W_enc: jax.Array  # (n, d)
-    b_enc: jax.Array  # (n,)
-    W_dec: jax.Array  # (n, d), unit rows
-    b_dec: jax.Array  # (d,)
+    W_enc: Any  # (n, d)
+    b_enc: Any  # (n,)
+    W_dec: Any  # (n, d), unit rows
+    b_dec: Any  # (d,)
     k: int = struct.field(pytree_node=False)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from sae_jax import topk
@@ -72,7 +72,7 @@ def _mean_direction(key: PRNGKeyArray, d: int, name: str) -> Float[Array, "d"]:
     return jnp.zeros(d).at[:width].set(width**-0.5)
 
 
-def _draw_sparse(spec: Synthetic, keys: PRNGKeyArray) -> Float[Array, "B d"]:
+def _draw_sparse(spec: Synthetic, keys: Key[Array, "B"]) -> Float[Array, "B d"]:
     m, s = spec.rows.shape[0], spec.n_active
 
     def one(key: PRNGKeyArray) -> tuple[Array, Array]:
@@ -84,7 +84,7 @@ def _draw_sparse(spec: Synthetic, keys: PRNGKeyArray) -> Float[Array, "B d"]:
     return topk.decode(amplitude + 0.5, active, spec.rows)
 
 
-def _draw_gaussian(spec: Synthetic, keys: PRNGKeyArray) -> Float[Array, "B d"]:
+def _draw_gaussian(spec: Synthetic, keys: Key[Array, "B"]) -> Float[Array, "B d"]:
     """Normal in the span of the basis; with tail_df > 2, multivariate Student-t of the same covariance."""
     rank = spec.rows.shape[0]
     pair = jax.vmap(jax.random.split)(keys)

@@ -134,7 +134,7 @@ def train_step(
         rows = state.sae.W_dec
         radial = jnp.sum(grads.W_dec * rows, axis=1, keepdims=True)
         grads = grads.replace(W_dec=grads.W_dec - radial * rows)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer(static).update(grads, state.opt_state, state.sae)
     sae = jax.tree.map(lambda p, u: p - state.hyper.learning_rate * u, state.sae, updates)
     if static.unit_decoder:

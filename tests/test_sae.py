@@ -1,0 +1,211 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_jax import death, objective
+from sae_jax import sae as sae_lib
+from sae_jax.sae import Codes
+
+
+def a_sae(rng, n=24, d=6, k=3, dtype=np.float64):
+    """Every parameter away from its initial value, so that no gradient is zero by accident."""
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    return sae_lib.SAE(W_enc=draw(n, d), b_enc=0.3 * draw(n), W_dec=draw(n, d), b_dec=draw(d), k=k)
+
+
+def numpy_codes(sae, x):
+    """Dense codes (B, n), by sorting, without the code under test."""
+    z = np.maximum((x - np.asarray(sae.b_dec)) @ np.asarray(sae.W_enc).T + np.asarray(sae.b_enc), 0)
+    codes = np.zeros_like(z)
+    for row, values in enumerate(z):
+        for j in sorted(range(len(values)), key=lambda j: -values[j])[: sae.k]:
+            codes[row, j] = values[j]
+    return codes
+
+
+@pytest.mark.usefixtures("x64")
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 30), k=st.integers(1, 30), d=st.integers(1, 8))
+def test_encode_and_decode_are_the_dense_formula(seed, n, k, d):
+    rng = np.random.default_rng(seed)
+    sae = a_sae(rng, n=n, d=d, k=min(k, n))
+    x = rng.normal(size=(7, d))
+    codes = sae_lib.encode(sae, jnp.asarray(x))
+    dense = numpy_codes(sae, x)
+    mine = np.zeros_like(dense)
+    np.add.at(mine, (np.arange(7)[:, None], np.asarray(codes.indices)), np.asarray(codes.values))
+    np.testing.assert_allclose(mine, dense, atol=1e-12)
+    expected = dense @ np.asarray(sae.W_dec) + np.asarray(sae.b_dec)
+    np.testing.assert_allclose(sae_lib.decode(sae, codes), expected, atol=1e-12)
+    np.testing.assert_array_equal(sae_lib.fired(codes, n), (dense > 0).sum(axis=0))
+
+
+def test_an_index_kept_with_value_zero_has_not_fired():
+    codes = Codes(jnp.asarray([[2.0, 0.0]]), jnp.asarray([[3, 1]]))
+    np.testing.assert_array_equal(sae_lib.fired(codes, 4), [0, 0, 0, 1])
+
+
+def test_init_is_tied_with_unit_rows_and_starts_at_the_center():
+    sae = sae_lib.init(jax.random.key(0), 50, 3, jnp.arange(8.0))
+    np.testing.assert_allclose(np.linalg.norm(sae.W_dec, axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(sae.W_enc, sae.W_dec)
+    np.testing.assert_array_equal(sae.b_dec, np.arange(8.0))
+    assert not sae.b_enc.any()
+
+
+@pytest.mark.parametrize("gamma", [100.0, 1000.0])
+def test_float32_keeps_the_signal_at_high_gamma(rng, gamma):
+    d = 64
+    mu = np.full(d, gamma)
+    x = mu + rng.normal(size=(32, d))
+    sae = sae_lib.init(jax.random.key(1), 256, 8, jnp.asarray(mu, jnp.float32))
+    rows = np.asarray(sae.W_enc, np.float64)
+    exact = (x - mu) @ rows.T
+    got = sae_lib.preactivations(sae, jnp.asarray(x, jnp.float32))
+    # x itself is rounded to gamma · 2^-24; nothing beyond that may be lost.
+    np.testing.assert_allclose(got, exact, atol=gamma * d**0.5 * 2e-7)
+
+
+# -- death by pathway ------------------------------------------------------------------------------------------------
+
+
+def test_pathways_equal_an_independent_count(rng):
+    sae = a_sae(rng, n=40, d=5, k=2, dtype=np.float32).replace(b_enc=jnp.asarray(rng.normal(size=40) - 3, jnp.float32))
+    x = rng.normal(size=(60, 5)).astype(np.float32)
+    seen = None
+    for start in range(0, 60, 16):
+        part = np.zeros((16, 5), np.float32)
+        batch = x[start : start + 16]
+        part[: len(batch)] = batch
+        part[len(batch) :] = 100.0  # padding must not count
+        new, _ = death.sight(sae, jnp.asarray(part), jnp.arange(16) < len(batch))
+        seen = new if seen is None else seen | new
+    z = (x - np.asarray(sae.b_dec)) @ np.asarray(sae.W_enc).T + np.asarray(sae.b_enc)
+    fired = (numpy_codes(sae, x) > 0).any(axis=0)
+    relu_dead = (z <= 0).all(axis=0)
+    assert relu_dead.any()
+    assert (~relu_dead & ~fired).any()
+    assert fired.any()
+    assert death.pathways(seen) == {
+        "dead_by_relu": relu_dead.mean(),
+        "dead_by_topk": (~relu_dead & ~fired).mean(),
+        "dead_total": (~fired).mean(),
+    }
+
+
+def test_counters_count_tokens_and_saturate():
+    silent = jnp.asarray([5, 5, death.MAX_TOKENS - 3], jnp.int32)
+    after = death.count_tokens(silent, jnp.asarray([True, False, False]), 10)
+    np.testing.assert_array_equal(after, [0, 15, death.MAX_TOKENS])
+
+
+# -- gradients and the objective -------------------------------------------------------------------------------------
+
+
+def naive_loss(sae, x, dead, weight, preset):
+    """Reconstruction plus AuxK in plain jnp, dense masks and autodiff through everything; the formulae of the four
+    libraries, each written out."""
+    d, n = x.shape[1], sae.W_enc.shape[0]
+    z = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    order = jnp.argsort(-jnp.maximum(z, 0), axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1)
+    x_hat = jnp.where(rank < sae.k, jnp.maximum(z, 0), 0) @ sae.W_dec + sae.b_dec
+    e = jax.lax.stop_gradient(x - x_hat)
+    variance = jnp.sum((x - x.mean(0)) ** 2)
+    e_variance = jnp.sum((e - e.mean(0)) ** 2)
+    square = jnp.sum((x - x_hat) ** 2)
+    k_aux = min(256 if preset == "openai" else d // 2, n)
+    source = z if preset == "saelens" else jnp.maximum(z, 0)
+    aux_rank = jnp.argsort(jnp.argsort(jnp.where(dead, -source, jnp.inf), axis=1, stable=True), axis=1)
+    aux = jnp.sum((jnp.where(dead & (aux_rank < k_aux), source, 0) @ sae.W_dec - e) ** 2)
+    weight = weight * dead.any()  # with nothing dead all four leave the term out
+    gradual = jnp.minimum(dead.sum() / (d / 2), 1)
+    match preset:
+        case "openai":
+            return square / x.size + weight * aux / e_variance
+        case "dictionary_learning":
+            return square / len(x) + weight * aux / e_variance
+        case "saelens":
+            return square / len(x) + weight * gradual * aux / len(x)
+        case "sparsify":
+            return square / variance + weight * gradual * aux / variance
+    return square / len(x)
+
+
+PRESETS = tuple(objective.PRESETS)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("n_dead", [0, 2, 15])
+def test_loss_and_gradients_agree_with_the_naive_formula_and_finite_differences(rng, preset, n_dead):
+    sae, x = a_sae(rng), jnp.asarray(rng.normal(size=(10, 6)) + 1)
+    dead = jnp.arange(24) < n_dead
+    weight = jnp.asarray(0.7)
+    mine = lambda sae: objective.loss(sae, x, dead, weight, preset=preset)[0]  # noqa: E731
+    value, grads = jax.value_and_grad(mine)(sae)
+    expected, expected_grads = jax.value_and_grad(lambda s: naive_loss(s, x, dead, weight, preset))(sae)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        np.testing.assert_allclose(getattr(grads, name), getattr(expected_grads, name), atol=1e-10, err_msg=name)
+
+    if n_dead == 0 or preset == "none":  # no stop-gradient at work: finite differences of the value are the gradient
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            direction = jnp.asarray(rng.normal(size=getattr(sae, name).shape))
+            step = 1e-6
+            ahead, behind = (
+                mine(sae.replace(**{name: getattr(sae, name) + s * direction})) for s in (step, -step)
+            )
+            slope = jnp.vdot(getattr(grads, name), direction)
+            np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
+def test_auxk_gradient_agrees_with_finite_differences_of_the_frozen_error(rng, preset):
+    """AuxK alone: the error held fixed by hand, as stop-gradient does it."""
+    sae, x = a_sae(rng), jnp.asarray(rng.normal(size=(10, 6)) + 1)
+    dead, one, zero = jnp.arange(24) < 15, jnp.asarray(1.0), jnp.asarray(0.0)
+    total = lambda s, w: objective.loss(s, x, dead, w, preset=preset)[0]  # noqa: E731
+    grads = jax.tree.map(jnp.subtract, jax.grad(total)(sae, one), jax.grad(total)(sae, zero))
+
+    def auxiliary(s):
+        e = x - sae_lib.decode(sae, sae_lib.encode(sae, x))  # of the unperturbed SAE
+        square = objective._auxiliary_square(s, x, e, dead, objective.PRESETS[preset])
+        divisor = {"saelens": 10.0, "sparsify": jnp.sum((x - x.mean(0)) ** 2)}.get(
+            preset, jnp.sum((e - e.mean(0)) ** 2)
+        )
+        return square / divisor  # 15 dead ≥ d/2, so the gradual factor is 1
+
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        direction = jnp.asarray(rng.normal(size=getattr(sae, name).shape))
+        step = 1e-6
+        ahead, behind = (
+            auxiliary(sae.replace(**{name: getattr(sae, name) + s * direction})) for s in (step, -step)
+        )
+        slope = jnp.vdot(getattr(grads, name), direction)
+        np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.usefixtures("x64")
+def test_ties_and_few_positive_entries_keep_gradients_finite_and_right(rng):
+    sae, x = a_sae(rng, k=24), jnp.asarray(rng.normal(size=(10, 6)))  # k = n: many kept zeros
+    none_dead, weight = jnp.zeros(24, bool), jnp.asarray(0.0)
+    mine = jax.grad(lambda s: objective.loss(s, x, none_dead, weight, preset="none")[0])(sae)
+    expected = jax.grad(lambda s: naive_loss(s, x, none_dead, weight, "none"))(sae)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        np.testing.assert_allclose(getattr(mine, name), getattr(expected, name), atol=1e-10, err_msg=name)
+
+
+def test_fve_is_about_the_mean_and_exact_at_high_gamma(rng):
+    x = (rng.normal(size=(200, 8)) + 50).astype(np.float32)
+    sae = a_sae(rng, n=16, d=8, k=2, dtype=np.float32).replace(b_dec=jnp.full(8, 50.0))
+    batch = objective.loss(sae, jnp.asarray(x), jnp.zeros(16, bool), jnp.asarray(0.0), preset="none")[1]
+    x64 = x.astype(np.float64)
+    error = x64 - (numpy_codes(sae, x) @ np.asarray(sae.W_dec, np.float64) + 50)
+    expected = 1 - (error**2).sum() / ((x64 - x64.mean(0)) ** 2).sum()
+    np.testing.assert_allclose(batch.fve, expected, rtol=1e-4)
+    np.testing.assert_allclose(batch.l0, (numpy_codes(sae, x) > 0).sum() / 200, rtol=1e-6)
