@@ -20,10 +20,11 @@ def get_config() -> ConfigDict:
     config.data.model.id = "gemma-3-270m"
     config.data.model.layer = 9
     config.data.model.n_tokens = 120_000
-    config.train.steps = 1500
+    config.train.steps = 1000
     config.train.batch_size = 1024
     config.train.learning_rate = 1e-3
-    config.checkpoint.every = 150
+    config.checkpoint.every = 100
+    config.auxk.preset = "none"
     config.members = ConfigDict({
         "baseline": {"sae": {"center": "none"}},
         "centred": {"sae": {"center": "geometric_median"}},

@@ -76,8 +76,7 @@ def loss(
       anywhere: makes a flag true for all members of an ensemble if it is true for one, so that a branch stays a branch.
     """
     d = x.shape[1]
-    z_pre = sae_lib.preactivations(sae, x)
-    codes = Codes(*topk.top_k(z_pre, sae.k))
+    codes = sae_lib.encode(sae, x)
     e = x - sae_lib.decode(sae, codes)
     fixed_e = jax.lax.stop_gradient(e)
 
@@ -90,8 +89,8 @@ def loss(
         (codes.values > 0).sum(dtype=x.dtype),
     ))
 
-    divisors: dict[str, jax.Array] = {"openai": n_tokens * d, "sparsify": variance}
-    total = _square(e) / divisors.get(preset, n_tokens)
+    divisors = {"openai": n_tokens * d, "sparsify": variance}
+    total = _square(e) / (divisors[preset] if preset in divisors else n_tokens)
     if preset != "none":
         active = (auxk_weight > 0) & dead.any()
         aux = jax.lax.cond(
@@ -99,8 +98,8 @@ def loss(
             lambda: _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset]),
             lambda: jnp.zeros((), x.dtype),
         )
-        aux_divisors: dict[str, jax.Array] = {"saelens": n_tokens, "sparsify": variance}
-        aux_divisor = aux_divisors.get(preset, e_variance)
+        aux_divisors = {"saelens": n_tokens, "sparsify": variance}
+        aux_divisor = aux_divisors[preset] if preset in aux_divisors else e_variance
         scale = jnp.minimum(dead.sum() / (d / 2), 1.0) if PRESETS[preset].gradual else 1.0
         share = jnp.where(aux_divisor > 0, scale * aux / jnp.where(aux_divisor > 0, aux_divisor, 1.0), 0.0)
         total = total + jnp.where(active, auxk_weight * share, 0.0)

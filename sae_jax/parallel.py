@@ -56,11 +56,11 @@ class Devices:
             donate_argnums=tuple(1 + argument for argument in donate),
             devices=self.local if jax.process_count() == 1 else None,
         )
-
         numbers = jax.process_index() * len(self.local) + np.arange(len(self.local), dtype=np.int32)
 
         def call(*args: Any) -> Any:
-            return mapped(numbers, *(a if axis is None else self._fold(a, axis) for a, axis in zip(args, split, strict=True)))
+            folded = [a if axis is None else self._fold(a, axis) for a, axis in zip(args, split, strict=True)]
+            return mapped(numbers, *folded)
 
         return call
 

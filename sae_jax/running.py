@@ -49,7 +49,7 @@ class Run:
     def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices, source: Source):
         self.config, self.workdir, self.source, self.devices = config, workdir, source, devices
         self.members = config_lib.members(config)
-        self.groups = training.group_members(self.members)
+        self.groups = training.group_members(self.members, source.d_model)
         self.checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
         self.history: list[dict[str, Any]] = []
         self.statistics = self._statistics()
@@ -102,8 +102,8 @@ class Run:
             "geometric_median": self.statistics["geometric_median"] * scale,
         }
         states = []
-        for names in self.groups.values():
-            configs = [self.members[name] for name in names]
+        for group in self.groups:
+            configs = [self.members[name] for name in group.names]
             states.append(
                 training.init_group(configs, jnp.asarray(np.stack([centers[c.sae.center] for c in configs]), float))
             )
@@ -124,8 +124,8 @@ class Run:
         def step(states: Any, given: Array) -> tuple[Any, Any]:
             x = self._tokens("train", given, device, self.config.train.batch_size // self.devices.count)
             done = [
-                training.group_step(state, x, static=static, allsum=allsum)
-                for static, state in zip(self.groups, states, strict=True)
+                training.group_step(state, x, static=group.static, allsum=allsum)
+                for group, state in zip(self.groups, states, strict=True)
             ]
             return tuple(state for state, _ in done), tuple(metrics for _, metrics in done)
 
@@ -195,9 +195,9 @@ class Run:
         spacing = max(1, self.config.train.steps // BOARD_POINTS)
         for t in range(count):
             if board and (first + t) % spacing == 0:
-                for names, group in zip(self.groups.values(), metrics, strict=True):
-                    for i, name in enumerate(names):
-                        board.scalars(first + t + 1, name, {key: float(v[t, i]) for key, v in group.items()})
+                for group, found in zip(self.groups, metrics, strict=True):
+                    for i, name in enumerate(group.names):
+                        board.scalars(first + t + 1, name, {key: float(v[t, i]) for key, v in found.items()})
 
     def _failure(self, step: int) -> RunFailed:
         kept = self.checkpoints.latest
@@ -230,9 +230,9 @@ class Run:
         except RunFailed as error:
             raise RunFailed(f"step {self.step}, {error}") from None
         found: dict[str, Any] = {}
-        for names, sae, values in zip(self.groups.values(), groups, results, strict=True):
+        for group, sae, values in zip(self.groups, groups, results, strict=True):
             biases = jax.device_get(sae.b_dec)
-            for i, name in enumerate(names):
+            for i, name in enumerate(group.names):
                 found[name] = {**values[i], **evaluation.bias_state(biases[i], shift)}
                 if self.source.truth is not None:
                     found[name]["mmcs"] = float(truth.mmcs(self.source.truth, sae.W_dec[i]))
@@ -270,9 +270,9 @@ class Run:
         tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), self.config.eval.batch_size))
         shifts: dict[str, list[tuple[str, evaluation.Shift]]] = {name: [] for name in self.members}
         for when, states in (("at init", self.initial_states()), (f"step {self.step}", self.states)):
-            for names, state in zip(self.groups.values(), states, strict=True):
+            for group, state in zip(self.groups, states, strict=True):
                 found = evaluation.shifts(state.sae, tokens, self.source.held_out())
-                for name, shift in zip(names, found, strict=True):
+                for name, shift in zip(group.names, found, strict=True):
                     shifts[name].append((when, shift))
         figures.save(figures.shifts(shifts), folder / "shifts.png")
 

@@ -5,6 +5,7 @@
 Written for one SAE and a batch of tokens; several SAEs are the same pytree with a leading axis, under `jax.vmap`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,16 @@ class SAE(struct.PyTreeNode):
     W_dec: Any  # (n, d), unit rows
     b_dec: Any  # (d,)
     k: int = struct.field(pytree_node=False)
+
+
+MEMBER = "member"  # name of the axis over which several SAEs are batched
+
+
+def each_member(fn: Callable[[Any], Any], members: Any) -> Any:
+    """fn applied to every member of a stacked pytree: vmapped, or plainly where there is only one."""
+    if jax.tree.leaves(members)[0].shape[0] > 1:
+        return jax.vmap(fn, axis_name=MEMBER)(members)
+    return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], members)))
 
 
 class Codes(NamedTuple):
@@ -50,7 +61,7 @@ def preactivations(sae: SAE, x: Float[Array, "B d"]) -> Float[Array, "B n"]:
 
 def encode(sae: SAE, x: Float[Array, "B d"]) -> Codes:
     """The k kept features of every token."""
-    return Codes(*topk.top_k(preactivations(sae, x), sae.k))
+    return Codes(*topk.encode(x, sae.W_enc, sae.b_enc, sae.b_dec, sae.k))
 
 
 def decode(sae: SAE, codes: Codes) -> Float[Array, "B d"]:

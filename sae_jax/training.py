@@ -10,12 +10,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import death, objective
+from sae_jax import death, objective, topk
 from sae_jax import sae as sae_lib
 from sae_jax.objective import AllSum
 from sae_jax.sae import SAE
-
-MEMBER = "member"  # name of the axis over which an ensemble is vmapped
 
 
 class Static(NamedTuple):
@@ -153,11 +151,27 @@ def train_step(
     ), metrics
 
 
-def group_members(configs: dict[str, ConfigDict]) -> dict[Static, list[str]]:
-    """Static part → names of the members that share it, in order of first appearance."""
-    groups: dict[Static, list[str]] = {}
+class Group(NamedTuple):
+    """Members that are trained as one vmapped program."""
+
+    static: Static
+    names: list[str]
+
+
+def group_members(configs: dict[str, ConfigDict], d_model: int) -> list[Group]:
+    """Members that share their static part, together; large ones each alone.
+
+    Batching pays where one SAE cannot keep the machine busy. A large one can, and alone it keeps its own AuxK branch
+    (skipped while nothing is dead) and the sparse kernels.
+    """
+    groups: list[Group] = []
     for name, config in configs.items():
-        groups.setdefault(Static.of(config), []).append(name)
+        static = Static.of(config)
+        alike = [group for group in groups if group.static == static]
+        if alike and not topk.is_large(static.n_features, d_model):
+            alike[0].names.append(name)
+        else:
+            groups.append(Group(static, [name]))
     return groups
 
 
@@ -174,11 +188,10 @@ def group_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`train_step` for all members of a group on the same batch."""
 
+    alone = state.step.shape == (1,)
+
     def anywhere(flag: jax.Array) -> jax.Array:
         # The maximum over the vmapped axis is no longer batched: lax.cond stays a branch instead of computing both.
-        return jax.lax.pmax(flag.astype(jnp.int32), MEMBER) > 0
+        return flag if alone else jax.lax.pmax(flag.astype(jnp.int32), sae_lib.MEMBER) > 0
 
-    step = jax.vmap(
-        lambda s: train_step(s, x, static=static, allsum=allsum, anywhere=anywhere), axis_name=MEMBER
-    )
-    return step(state)
+    return sae_lib.each_member(lambda s: train_step(s, x, static=static, allsum=allsum, anywhere=anywhere), state)
