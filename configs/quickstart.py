@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     config.data.model.n_tokens = 120_000
     config.train.steps = 1000
     config.train.batch_size = 1024
-    config.train.learning_rate = 1e-3
-    config.checkpoint.every = 100
+    config.train.learning_rate = 3e-4
+    config.checkpoint.every = 125
     config.auxk.preset = "none"
     config.members = ConfigDict({
         "baseline": {"sae": {"center": "none"}},

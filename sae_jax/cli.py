@@ -1,11 +1,13 @@
 """The command line: flags in, a table and a report out, and one line with an exit code where something is wrong."""
 
+import difflib
 import sys
 from collections.abc import Callable
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from sae_jax import config as config_lib
 from sae_jax.errors import Preempted, Refused, RunFailed
 
 USAGE = """usage: python -m sae_jax train --config=configs/X.py --workdir=DIR [--config.a.b=value ...]
@@ -46,17 +48,37 @@ VERBS: dict[str, Callable[[list[str]], int]] = {"train": train}
 
 def _parse(argv: list[str]) -> tuple[ConfigDict, str]:
     """The configuration with its overrides, and the workdir. Wrong flags are refused in one line."""
+    overrides = [argument for argument in argv if argument.startswith("--config.")]
+    plain, workdir = _read([argument for argument in argv if argument not in overrides])
+    keys = config_lib.flatten(plain)
+    for override in overrides:  # one by one, so that the one that is wrong can be named
+        key, equals, value = override.removeprefix("--config.").partition("=")
+        if not equals:
+            raise Refused(override, "", "written as --config.KEY=VALUE")
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4) or sorted(keys)
+            raise Refused(key, value, "an existing key, as " + ", ".join(near))
+        try:
+            _read([argv[0], *(argument for argument in argv if argument.startswith("--config=")), override])
+        except Refused as error:
+            raise Refused(key, value, f"a value of type {type(keys[key]).__name__}") from error
+    config, workdir = _read(argv)
+    if not workdir:
+        raise Refused("--workdir", workdir, "a folder for the run")
+    return config, workdir
+
+
+def _read(argv: list[str]) -> tuple[ConfigDict, str | None]:
     values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
-    workdir = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     try:
+        config = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
+        workdir = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
         rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        raise Refused("flags", " ".join(argv[1:]), " ".join(str(error).split())) from error
+        found = config.value
+    except Exception as error:  # a configuration file is code: whatever it raises is the user's to see in one line
+        raise Refused("flags", " ".join(argv[1:]), f"flags that can be read ({error})") from error
     if len(rest) > 1:
         raise Refused("argument", rest[1], "flags only, as --config.train.steps=1000")
-    if config.value is None:
+    if found is None:
         raise Refused("--config", None, "a configuration file, as configs/synthetic.py")
-    if not workdir.value:
-        raise Refused("--workdir", workdir.value, "a folder for the run")
-    return config.value, workdir.value
+    return found, workdir.value

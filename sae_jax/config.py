@@ -140,6 +140,7 @@ def check(config: ConfigDict) -> None:
         _at_least(config, key, 0)
     for key in ("train.batch_size", "train.steps_per_dispatch", "eval.n_tokens", "eval.batch_size", "checkpoint.keep"):
         _at_least(config, key, 1)
+    _check_member(config, "")
     for name, member in members(config).items():
         _check_member(member, f"members.{name}." if config.members else "")
 
