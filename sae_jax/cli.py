@@ -75,6 +75,8 @@ def _read(argv: list[str]) -> tuple[ConfigDict, str | None]:
         workdir = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
         rest = values(argv)
         found = config.value
+        if found is not None:
+            config_lib.flatten(found)  # a file that could not be loaded speaks up here
     except Exception as error:  # a configuration file is code: whatever it raises is the user's to see in one line
         raise Refused("flags", " ".join(argv[1:]), f"flags that can be read ({error})") from error
     if len(rest) > 1:
