@@ -9,6 +9,7 @@ forms take a third to a tenth of the dense ones; at d 64, n 1024 the dense ones 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def _sparse_encode_fwd(
     return (values, indices), (x, W_enc, b_dec, values, indices)
 
 
-def _sparse_encode_bwd(k: int, residuals: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
+def _sparse_encode_bwd(k: int, residuals: tuple[Array, ...], cotangents: tuple[Array, Any]) -> tuple[Array, ...]:
     x, W_enc, b_dec, values, indices = residuals
     g = jnp.where(values > 0, cotangents[0], 0.0)  # ReLU
     n = W_enc.shape[0]

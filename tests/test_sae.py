@@ -209,3 +209,19 @@ def test_fve_is_about_the_mean_and_exact_at_high_gamma(rng):
     expected = 1 - (error**2).sum() / ((x64 - x64.mean(0)) ** 2).sum()
     np.testing.assert_allclose(batch.fve, expected, rtol=1e-4)
     np.testing.assert_allclose(batch.l0, (numpy_codes(sae, x) > 0).sum() / 200, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("k", [1, 3, 24])
+@pytest.mark.parametrize("preset", ["none", "dictionary_learning"])
+def test_sparse_kernels_of_large_shapes_equal_the_naive_formula(rng, monkeypatch, k, preset):
+    monkeypatch.setattr("sae_jax.topk.LARGE", 0)
+    monkeypatch.setattr("sae_jax.topk.SPARSE", 1.0)
+    sae, x = a_sae(rng, k=k), jnp.asarray(rng.normal(size=(10, 6)))
+    dead, weight = jnp.arange(24) < 4, jnp.asarray(0.7)
+    mine = lambda sae: objective.loss(sae, x, dead, weight, preset=preset)[0]  # noqa: E731
+    value, grads = jax.value_and_grad(mine)(sae)
+    expected, expected_grads = jax.value_and_grad(lambda s: naive_loss(s, x, dead, weight, preset))(sae)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        np.testing.assert_allclose(getattr(grads, name), getattr(expected_grads, name), atol=1e-10, err_msg=name)
