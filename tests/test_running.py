@@ -265,7 +265,8 @@ def test_activations_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(ti
     x[(x == row).all(axis=1), 5] = bad
     np.save(tmp_path / "x.npy", x)
     kept = 10 * (step // 10)
-    with pytest.raises(RunFailed, match=rf"batch {step}: .*dimension 5.*checkpoint is that of step {kept}"):
+    said = rf"step {step}, batch {step}: .*dimension 5.*checkpoint is that of step {kept}"
+    with pytest.raises(RunFailed, match=said):
         sae_jax.train(tiny, str(tmp_path / "w"))
     assert checkpoint.history(str(tmp_path / "w"))[-1]["step"] == kept
     assert not (tmp_path / "w" / "report.json").exists()
