@@ -49,7 +49,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {"train": train}
 def _parse(argv: list[str]) -> tuple[ConfigDict, str]:
     """The configuration with its overrides, and the workdir. Wrong flags are refused in one line."""
     overrides = [argument for argument in argv if argument.startswith("--config.")]
-    plain, workdir = _read([argument for argument in argv if argument not in overrides])
+    others = [argument for argument in argv if argument not in overrides]
+    plain, workdir = _read(others)
+    if not workdir:
+        raise Refused("--workdir", workdir, "a folder for the run")
     keys = config_lib.flatten(plain)
     for override in overrides:  # one by one, so that the one that is wrong can be named
         key, equals, value = override.removeprefix("--config.").partition("=")
@@ -59,13 +62,10 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str]:
             near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4) or sorted(keys)
             raise Refused(key, value, "an existing key, as " + ", ".join(near))
         try:
-            _read([argv[0], *(argument for argument in argv if argument.startswith("--config=")), override])
+            _read([*others, override])
         except Refused as error:
             raise Refused(key, value, f"a value of type {type(keys[key]).__name__}") from error
-    config, workdir = _read(argv)
-    if not workdir:
-        raise Refused("--workdir", workdir, "a folder for the run")
-    return config, workdir
+    return _read(argv)[0], workdir
 
 
 def _read(argv: list[str]) -> tuple[ConfigDict, str | None]:

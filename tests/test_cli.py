@@ -75,6 +75,12 @@ def test_flags_that_are_missing_or_wrong(capsys, argv, said):
     assert "Traceback" not in streams.err
 
 
+def test_a_wrong_override_is_named_when_the_file_is_given_as_a_word_of_its_own(capsys, tmp_path):
+    flags = ["train", "--config", SYNTHETIC.removeprefix("--config="), "--workdir", f"{tmp_path}/w"]
+    assert cli.main([*flags, "--config.train.steps=10", "--config.sae.k=0"]) == 2
+    assert "sae.k = 0: 1 to sae.n_features" in capsys.readouterr().err
+
+
 def test_unknown_override_of_a_member_is_refused(capsys, tmp_path):
     config = tmp_path / "c.py"
     config.write_text(

@@ -136,6 +136,26 @@ def naive_loss(sae, x, dead, weight, preset):
 
 
 PRESETS = tuple(objective.PRESETS)
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def assert_naive(mine, sae, x, dead, weight, preset):
+    """Value and gradient of every parameter are those of the naive formula; returns the gradients."""
+    value, grads = jax.value_and_grad(mine)(sae)
+    expected, expected_grads = jax.value_and_grad(lambda s: naive_loss(s, x, dead, weight, preset))(sae)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    for name in PARAMETERS:
+        np.testing.assert_allclose(getattr(grads, name), getattr(expected_grads, name), atol=1e-10, err_msg=name)
+    return grads
+
+
+def assert_slopes(fn, grads, sae, rng, step=1e-6):
+    """The gradient of every parameter is the central difference of fn along a random direction."""
+    for name in PARAMETERS:
+        direction = jnp.asarray(rng.normal(size=getattr(sae, name).shape))
+        ahead, behind = (fn(sae.replace(**{name: getattr(sae, name) + s * direction})) for s in (step, -step))
+        slope = jnp.vdot(getattr(grads, name), direction)
+        np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.usefixtures("x64")
@@ -146,21 +166,10 @@ def test_loss_and_gradients_agree_with_the_naive_formula_and_finite_differences(
     dead = jnp.arange(24) < n_dead
     weight = jnp.asarray(0.7)
     mine = lambda sae: objective.loss(sae, x, dead, weight, preset=preset)[0]  # noqa: E731
-    value, grads = jax.value_and_grad(mine)(sae)
-    expected, expected_grads = jax.value_and_grad(lambda s: naive_loss(s, x, dead, weight, preset))(sae)
-    np.testing.assert_allclose(value, expected, rtol=1e-12)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        np.testing.assert_allclose(getattr(grads, name), getattr(expected_grads, name), atol=1e-10, err_msg=name)
+    grads = assert_naive(mine, sae, x, dead, weight, preset)
 
     if n_dead == 0 or preset == "none":  # no stop-gradient at work: finite differences of the value are the gradient
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            direction = jnp.asarray(rng.normal(size=getattr(sae, name).shape))
-            step = 1e-6
-            ahead, behind = (
-                mine(sae.replace(**{name: getattr(sae, name) + s * direction})) for s in (step, -step)
-            )
-            slope = jnp.vdot(getattr(grads, name), direction)
-            np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-5, atol=1e-7, err_msg=name)
+        assert_slopes(mine, grads, sae, rng)
 
 
 @pytest.mark.usefixtures("x64")
@@ -180,24 +189,15 @@ def test_auxk_gradient_agrees_with_finite_differences_of_the_frozen_error(rng, p
         )
         return square / divisor  # 15 dead ≥ d/2, so the gradual factor is 1
 
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        direction = jnp.asarray(rng.normal(size=getattr(sae, name).shape))
-        step = 1e-6
-        ahead, behind = (
-            auxiliary(sae.replace(**{name: getattr(sae, name) + s * direction})) for s in (step, -step)
-        )
-        slope = jnp.vdot(getattr(grads, name), direction)
-        np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert_slopes(auxiliary, grads, sae, rng)
 
 
 @pytest.mark.usefixtures("x64")
 def test_ties_and_few_positive_entries_keep_gradients_finite_and_right(rng):
     sae, x = a_sae(rng, k=24), jnp.asarray(rng.normal(size=(10, 6)))  # k = n: many kept zeros
     none_dead, weight = jnp.zeros(24, bool), jnp.asarray(0.0)
-    mine = jax.grad(lambda s: objective.loss(s, x, none_dead, weight, preset="none")[0])(sae)
-    expected = jax.grad(lambda s: naive_loss(s, x, none_dead, weight, "none"))(sae)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        np.testing.assert_allclose(getattr(mine, name), getattr(expected, name), atol=1e-10, err_msg=name)
+    mine = lambda sae: objective.loss(sae, x, none_dead, weight, preset="none")[0]  # noqa: E731
+    assert_naive(mine, sae, x, none_dead, weight, "none")
 
 
 def test_fve_is_about_the_mean_and_exact_at_high_gamma(rng):
@@ -220,8 +220,4 @@ def test_sparse_kernels_of_large_shapes_equal_the_naive_formula(rng, monkeypatch
     sae, x = a_sae(rng, k=k), jnp.asarray(rng.normal(size=(10, 6)))
     dead, weight = jnp.arange(24) < 4, jnp.asarray(0.7)
     mine = lambda sae: objective.loss(sae, x, dead, weight, preset=preset)[0]  # noqa: E731
-    value, grads = jax.value_and_grad(mine)(sae)
-    expected, expected_grads = jax.value_and_grad(lambda s: naive_loss(s, x, dead, weight, preset))(sae)
-    np.testing.assert_allclose(value, expected, rtol=1e-12)
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        np.testing.assert_allclose(getattr(grads, name), getattr(expected_grads, name), atol=1e-10, err_msg=name)
+    assert_naive(mine, sae, x, dead, weight, preset)
