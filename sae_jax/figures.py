@@ -1,14 +1,19 @@
 """Every figure. Functions take plain data and return a matplotlib Figure; `save` writes it."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 from etils import epath
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from sae_jax.evaluation import Shift
+from sae_jax.outliers import effective_rank
+from sae_jax.theory import Band
 
 RELU, TOPK, ALIVE = "#b2182b", "#ef8a62", "#4393c3"
 MEMBER_COLOURS = ("#4d4d4d", "#2166ac", "#1b7837", "#b35806", "#762a83", "#c51b7d", "#01665e", "#8c510a")
@@ -94,4 +99,131 @@ def shifts(members: dict[str, list[tuple[str, Shift]]]) -> Figure:
             axis.set_xlabel("mean of z_pre / its standard deviation")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+# -- diagnosis -------------------------------------------------------------------------------------------------------
+
+
+def landscape(tokens: Float[np.ndarray, "T d"], outlier_dimensions: Sequence[int]) -> Figure:
+    """Magnitudes of layer-normed tokens over dimensions: dimensions that stand out on every token are vertical lines.
+
+    The paper's figure 2b.
+    """
+    marked = list(outlier_dimensions[:8])
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        axis = figure.subplots()
+        # A dimension is narrower than a pixel where there are many, so the largest of neighbours is shown.
+        width = max(1, tokens.shape[1] // 640)
+        columns = -(-tokens.shape[1] // width)
+        padded = np.pad(np.abs(tokens), ((0, 0), (0, columns * width - tokens.shape[1])))
+        image = axis.imshow(
+            padded.reshape(len(tokens), columns, width).max(axis=2), aspect="auto", cmap="magma_r",
+            norm=matplotlib.colors.LogNorm(vmin=0.3, vmax=max(3.0, float(np.abs(tokens).max()))),
+            extent=(-0.5, tokens.shape[1] - 0.5, len(tokens), 0), interpolation="nearest",
+        )  # fmt: skip
+        axis.set(xlabel="dimension", ylabel="token")
+        for j in marked:
+            axis.plot([j], [0], marker="v", ms=6, color=RELU, clip_on=False, zorder=5)
+        count = len(outlier_dimensions)
+        listed = ", ".join(str(int(j)) for j in marked) + (", …" if count > len(marked) else "")
+        axis.set_title(f"{count} outlier dimensions (|mean| ≥ 3 σ){': ' + listed if count else ''}", pad=12)
+        figure.colorbar(image, ax=axis, label="|activation| after LayerNorm", pad=0.01)
+    return figure
+
+
+def spectrum(spectra: dict[str, Float[np.ndarray, "d"]]) -> Figure:
+    """Eigenvalues of the covariance as shares of the variance, largest first, with the effective rank of each."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.8, 3.0), layout="constrained")
+        axis = figure.subplots()
+        for (name, values), colour in zip(spectra.items(), (MEMBER_COLOURS[0], MEMBER_COLOURS[1]), strict=False):
+            share = values / values.sum()
+            rank = effective_rank(values)
+            axis.plot(np.arange(1, len(share) + 1), share, color=colour, lw=1.3, label=f"{name}: {rank:.0f}")
+        axis.set(
+            xscale="log", yscale="log", xlabel="eigenvalue number", ylabel="share of the variance",
+            ylim=(max(1e-8, float(min(v[v > 0].min() / v.sum() for v in spectra.values())) / 2), 1.5),
+        )  # fmt: skip
+        axis.legend(title="effective rank", loc="lower left")
+    return figure
+
+
+LAWS = {
+    "paper": ("paper", "s"), "finite_gamma": ("finite gamma", "^"), "token_integral": ("token integral", "v"),
+    "two_gammas": ("two gammas", "<"), "spectrum": ("spectrum", "D"),
+}  # fmt: skip
+
+
+def death_curve(
+    band: Band, share: float, predicted: dict[str, dict[str, float]], measured: dict[str, float] | None
+) -> Figure:
+    """Death at initialisation forecast for every k/n at once, with the laws and, if there is one, the measurement."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+        axis = figure.subplots()
+        axis.fill_between(band.share, 100 * band.low, 100 * band.high, color=ALIVE, alpha=0.25, lw=0, label="95 %")
+        axis.plot(band.share, 100 * band.dead, color=ALIVE, lw=1.5, label="probes")
+        axis.axhline(100 * predicted["probe"]["dead_by_relu"], color=RELU, lw=1, ls="--", label="dead by ReLU, probes")
+        axis.axvline(share, color="black", lw=0.6, ls=":")
+        # Laws stand beside the line they belong to, so that those that agree can be told apart.
+        for i, (name, (label, marker)) in enumerate(LAWS.items()):
+            if name in predicted:
+                axis.plot(
+                    share * 1.12 ** (i - 2), 100 * predicted[name]["dead_total"], marker, ms=4.5, mfc="none",
+                    color=MEMBER_COLOURS[i % len(MEMBER_COLOURS)], label=label,
+                )  # fmt: skip
+        if measured:
+            axis.plot(share, 100 * measured["dead_total"], "*", ms=11, color="black", label="measured", zorder=5)
+        axis.set_xscale("log")
+        axis.set(xlabel="k / n", ylabel="features dead at initialisation (%)", ylim=(-2, 102))
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def shift_signal(
+    shift: Float[np.ndarray, "P"], signal: Float[np.ndarray, "P"], best: Float[np.ndarray, "P"], bar: float, reach: float
+) -> Figure:
+    """Each probe's shift w·mu against the standard deviation of its signal, coloured by the fate of such a feature.
+
+    A feature whose shift is further below zero than the signal reaches is dead by ReLU.
+    """
+    relu, topk = best <= 0, (best > 0) & (best < bar)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+        axis = figure.subplots()
+        for mask, colour, label in (
+            (relu, RELU, "dead by ReLU"), (topk, TOPK, "dead by TopK"), (~relu & ~topk, ALIVE, "alive"),
+        ):  # fmt: skip
+            axis.plot(shift[mask], signal[mask], "o", ms=3, mew=0, alpha=0.7, color=colour, label=label)
+        top = 1.15 * float(signal.max())
+        axis.plot([0, -reach * top], [0, top], color="black", lw=0.8, ls="--", label=f"shift = −{reach:.1f} signal")
+        limit = 1.1 * max(float(np.abs(shift).max()), 1.0)
+        axis.set(xlabel="shift w·mu, in ‖σ‖/√d", ylabel="signal: σ of w·x, in ‖σ‖/√d", xlim=(-limit, limit), ylim=(0, top))
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3)
+    return figure
+
+
+def remedies(found: dict[str, dict[str, Any]]) -> Figure:
+    """What each remedy is forecast to leave dead at initialisation, by pathway, with the measurement beside it."""
+    names = list(found)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 0.9 + 0.33 * len(names)), layout="constrained")
+        axis = figure.subplots()
+        y = np.arange(len(names))[::-1]
+        relu = np.array([100 * found[name]["probe"]["dead_by_relu"] for name in names])
+        total = np.array([100 * found[name]["probe"]["dead_total"] for name in names])
+        axis.barh(y, relu, color=RELU, height=0.62, label="dead by ReLU")
+        axis.barh(y, total - relu, left=relu, color=TOPK, height=0.62, label="dead by TopK")
+        counted = [(at, found[name]["measured"]) for at, name in zip(y, names, strict=True) if found[name]["measured"]]
+        if counted:
+            axis.plot([100 * m["dead_total"] for _, m in counted], [at for at, _ in counted], "k*", ms=8, label="measured")
+        for at, value in zip(y, total, strict=True):
+            axis.annotate(f"{value:.1f} %", (value, at), xytext=(7, 0), textcoords="offset points", va="center")
+        axis.set_yticks(y, [name.replace("_", " ") for name in names])
+        axis.grid(visible=False, axis="y")
+        axis.set(xlabel="features dead at initialisation (%), forecast", xlim=(0, 112))
+        axis.set_xticks(range(0, 101, 20))
+        figure.legend(loc="outside lower center", ncols=3)
     return figure

@@ -15,14 +15,18 @@ import numpy as np
 from jaxtyping import Float
 
 LAYER_NORM_EPS = 1e-5
+OUTLIER = 3.0  # a dimension stands out where its mean is this many of its standard deviations from zero
 
 
 class Moments(NamedTuple):
-    """Count, mean and summed squared deviations per dimension; float64, mergeable in any order."""
+    """Sums over tokens, per dimension, of the powers of the deviation from the mean; float64, mergeable in any order."""
 
     n_tokens: int
     mean: np.ndarray  # (d,)
     square: np.ndarray  # (d,): Σ (x − mean)²
+    cube: np.ndarray  # (d,): Σ (x − mean)³
+    fourth: np.ndarray  # (d,): Σ (x − mean)⁴
+    scatter: np.ndarray | None = None  # (d, d): Σ (x − mean)(x − mean)ᵀ, where asked for
 
     @property
     def sigma(self) -> np.ndarray:
@@ -35,23 +39,66 @@ class Moments(NamedTuple):
         spread = float(np.linalg.norm(self.sigma))
         return float(np.linalg.norm(self.mean)) / spread if spread > 0 else float("inf")
 
+    @property
+    def kurtosis(self) -> np.ndarray:
+        """(d,) excess kurtosis: 0 for a normal dimension, nan for a constant one."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.n_tokens * self.fourth / self.square**2 - 3
 
-def moments(x: Float[np.ndarray, "N d"]) -> Moments:
+    def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues (d,) of the covariance, largest first, and its eigenvectors as rows (d, d)."""
+        if self.scatter is None:
+            raise ValueError("moments were taken without the covariance")
+        values, vectors = np.linalg.eigh(self.scatter / self.n_tokens)
+        return np.maximum(values[::-1], 0), vectors.T[::-1]
+
+    @property
+    def outlier_dimensions(self) -> np.ndarray:
+        """Dimensions with |mu_j| ≥ 3 sigma_j, the largest share of ‖mu‖² first."""
+        standing = np.flatnonzero(np.abs(self.mean) >= OUTLIER * self.sigma)
+        return standing[np.argsort(-np.abs(self.mean[standing]), kind="stable")]
+
+
+def effective_rank(eigenvalues: Float[np.ndarray, "d"]) -> float:
+    """exp of the entropy of the normalised eigenvalues: 1 to d. Source: the paper; Roy and Vetterli 2007."""
+    share = eigenvalues[eigenvalues > 0] / eigenvalues.sum()
+    return float(np.exp(-np.sum(share * np.log(share))))
+
+
+def moments(x: Float[np.ndarray, "N d"], covariance: bool = False) -> Moments:
     """Moments of one batch, by two passes over it in float64."""
     x64 = np.asarray(x, np.float64)
     mean = x64.mean(axis=0)
-    return Moments(len(x64), mean, np.square(x64 - mean).sum(axis=0))
+    delta = x64 - mean
+    square = delta * delta
+    return Moments(
+        len(x64),
+        mean,
+        square.sum(axis=0),
+        np.einsum("nd,nd->d", square, delta),
+        np.einsum("nd,nd->d", square, square),
+        delta.T @ delta if covariance else None,
+    )
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of both together (Chan, Golub and LeVeque 1983)."""
-    n_tokens = a.n_tokens + b.n_tokens
+    """Moments of both together (Chan, Golub and LeVeque 1983; third and fourth: Pébay 2008)."""
+    na, nb = a.n_tokens, b.n_tokens
+    n = na + nb
     delta = b.mean - a.mean
+    scatter = None
+    if a.scatter is not None and b.scatter is not None:
+        scatter = a.scatter + b.scatter + np.outer(delta, delta) * (na * nb / n)
     return Moments(
-        n_tokens,
-        a.mean + delta * (b.n_tokens / n_tokens),
-        a.square + b.square + delta**2 * (a.n_tokens * b.n_tokens / n_tokens),
-    )
+        n,
+        a.mean + delta * (nb / n),
+        a.square + b.square + delta**2 * (na * nb / n),
+        a.cube + b.cube + delta**3 * (na * nb * (na - nb) / n**2) + 3 * delta * (na * b.square - nb * a.square) / n,
+        a.fourth + b.fourth + delta**4 * (na * nb * (na**2 - na * nb + nb**2) / n**3)
+        + 6 * delta**2 * (na**2 * b.square + nb**2 * a.square) / n**2
+        + 4 * delta * (na * b.cube - nb * a.cube) / n,
+        scatter,
+    )  # fmt: skip
 
 
 def layer_norm(x: Float[np.ndarray, "N d"]) -> Float[np.ndarray, "N d"]:
@@ -82,12 +129,12 @@ class Severity(NamedTuple):
         }
 
 
-def severity(batches: Iterable[Float[np.ndarray, "_ d"]]) -> Severity:
+def severity(batches: Iterable[Float[np.ndarray, "_ d"]], covariance: bool = False) -> Severity:
     """One pass over the batches. Raises ValueError where there are none."""
     total: Severity | None = None
     for x in batches:
         x64 = np.asarray(x, np.float64)
-        part = Severity(moments(x64), moments(layer_norm(x64)), moments(direction(x64)))
+        part = Severity(*(moments(view, covariance) for view in (x64, layer_norm(x64), direction(x64))))
         total = part if total is None else Severity(*map(merge, total, part))
     if total is None:
         raise ValueError("no activations to take moments of")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from sae_jax import synthetic
-from sae_jax.activations import pipeline
+from sae_jax.activations import files, pipeline
 from sae_jax.errors import Refused
 
 
@@ -39,7 +39,7 @@ class Source(Protocol):
 def open_source(config: ConfigDict) -> Source:
     """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first."""
     if config.data.path:
-        return StoredSource(config, pipeline.open_chunks(config.data.path))
+        return StoredSource(config, files.open_chunks(config.data.path))
     if config.data.model.id:
         from sae_jax.activations import models, store
 

@@ -9,12 +9,11 @@ data is one number, and processes that own different lanes agree on the order wi
 from collections import OrderedDict
 from collections.abc import Iterator
 from math import gcd
-from pathlib import Path
 from typing import Any, Protocol
 
 import grain
+import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from sae_jax.errors import Refused
 
@@ -26,48 +25,48 @@ CHUNK = 256  # tokens a chunk, where the file has no chunks of its own
 class Chunks(Protocol):
     """Stored activations as equally long chunks of rows."""
 
+    n_tokens: int
     d_model: int
     rows: int  # tokens a chunk
     identity: dict[str, Any]  # what data this is, for reports
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> np.ndarray: ...
+    def tokens(self, start: int, stop: int) -> np.ndarray: ...
 
 
-class NpyChunks:
-    """A .npy file of shape (tokens, d_model), memory-mapped; nothing in it is ever unpickled."""
+class ArrayChunks:
+    """An array of shape (tokens, d_model), in memory or mapped: whatever has a shape, a dtype and slices of rows.
 
-    def __init__(self, path: str):
-        try:
-            array = np.load(Path(path), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise Refused("data.path", path, f"a readable .npy file without objects ({error})") from error
+    Raises:
+      Refused: it is not two-dimensional, is empty, or does not hold floating point numbers.
+    """
+
+    def __init__(self, array: Any, name: str):
         if array.ndim != 2 or min(array.shape) == 0:
-            raise Refused("data.path", path, f"an array of shape (tokens, d_model), not {array.shape}")
-        if array.dtype.kind != "f":
-            raise Refused("data.path", path, f"floating point activations, not {array.dtype}")
+            raise Refused("data.path", name, f"an array of shape (tokens, d_model), not {tuple(array.shape)}")
+        # Types that NumPy has no letter for, such as bfloat16, are of kind V.
+        if not (array.dtype.kind == "f" or jnp.issubdtype(array.dtype, jnp.floating)):
+            raise Refused("data.path", name, f"floating point activations, not {array.dtype}")
         self._array = array
+        self.n_tokens: int = array.shape[0]
         self.d_model: int = array.shape[1]
         # Small files get small chunks, so that the held-out tokens and the lanes still come from all over the file.
         self.rows = min(CHUNK, max(1, len(array) // (16 * LANES)))
-        self.identity = {"path": str(path), "shape": list(array.shape), "dtype": str(array.dtype)}
+        self.identity = {"path": name, "shape": list(array.shape), "dtype": str(array.dtype)}
 
     def __len__(self) -> int:
-        return len(self._array) // self.rows
+        return self.n_tokens // self.rows
 
     def __getitem__(self, index: int) -> np.ndarray:
-        block = self._array[index * self.rows : (index + 1) * self.rows]
-        return np.ascontiguousarray(block, dtype=block.dtype.newbyteorder("="))
+        return self.tokens(index * self.rows, (index + 1) * self.rows)
 
-
-def open_chunks(path: str) -> Chunks:
-    """A .npy file or a dataset folder."""
-    from sae_jax.activations import store
-
-    where = epath.Path(path)
-    if not where.exists():
-        raise Refused("data.path", path, "an existing .npy file or dataset folder")
-    return store.StoredChunks(path) if where.is_dir() else NpyChunks(path)
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Rows from start up to stop; those after the last whole chunk too."""
+        block = self._array[start:stop]
+        if block.dtype.kind == "f":
+            return np.ascontiguousarray(block, dtype=block.dtype.newbyteorder("="))
+        return np.asarray(block, np.float32)
 
 
 def split_chunks(n_chunks: int, n_held_out: int) -> tuple[np.ndarray, np.ndarray]:

@@ -89,11 +89,18 @@ class StoredChunks:
         self._source = builder.as_data_source(split=SPLIT)
         shape: tuple[int, int] = builder.info.features["x"].shape
         self.rows, self.d_model = shape
+        self.n_tokens = len(self._source) * self.rows
         facts = json.loads(json.dumps(dict(builder.info.metadata or {})))
-        self.identity = {"path": str(folder), "tokens": len(self._source) * self.rows, **facts}
+        self.identity = {"path": str(folder), "tokens": self.n_tokens, **facts}
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self._source[int(index)]["x"]
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Rows from start up to stop."""
+        first, stop = start // self.rows, min(stop, self.n_tokens)
+        blocks = [self[number] for number in range(first, -(-stop // self.rows))]
+        return np.concatenate(blocks)[start - first * self.rows : stop - first * self.rows]
