@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from sae_jax import config as config_lib
-from sae_jax import diagnosis, outliers, sources, theory
+from sae_jax import diagnosis, outliers, remedies, sources
 from sae_jax.preprocess import Preprocessing
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/predict_synthetic", "folder for the table")
@@ -30,14 +30,14 @@ LAWS = ("paper", "finite_gamma", "token_integral", "two_gammas", "spectrum", "pr
 
 def cell(signal: np.ndarray, mu: np.ndarray, seed: int) -> dict[str, Any]:
     """All predictions and the count for tokens mu + signal."""
-    tokens = diagnosis.open_tokens((signal + mu).astype(np.float32))
+    tokens = sources.open_tokens((signal + mu).astype(np.float32))
     severity, sample = diagnosis.first_pass(tokens)
     summary = diagnosis.predictions(severity, sample, SIZE, K)
     plain = {"none": Preprocessing(shift=jnp.zeros(D, jnp.float32))}
-    _, best = diagnosis.forecast(tokens, plain, {"none": severity.raw.mean}, N_PROBES.value, seed)["none"]
-    band = theory.death_curve(best, D, np.array([K / SIZE]))
-    found = diagnosis.measured_deaths(tokens, plain, SIZE, K, seed + 1)["none"]
-    summary["probe"] = theory.probe_deaths(best, D, SIZE, K)
+    probes = remedies.forecast(tokens, plain, severity.raw.mean, N_PROBES.value, seed)["none"]
+    band = probes.curve(np.array([K / SIZE]))
+    found = remedies.measured_deaths(tokens, plain, SIZE, K, seed + 1)["none"]
+    summary["probe"] = probes.deaths(SIZE, K)
     row: dict[str, Any] = {**severity.gammas(), "rank_measured": outliers.effective_rank(severity.raw.spectrum()[0])}
     for law in LAWS:
         row[law] = summary[law]["dead_total"]
@@ -88,8 +88,8 @@ def errors(rows: list[dict[str, Any]]) -> str:
     allowed = 0.03 + 2 * np.sqrt(p * (1 - p) / SIZE) + 2 * np.sqrt(p * (1 - p) / N_PROBES.value)
     inside = np.mean([row["low"] <= row["measured"] <= row["high"] for row in rows])
     bias = np.mean([row["probe"] - row["measured"] for row in rows])
-    lines.append(f"probe: mean of (forecast − count) {100 * bias:+.2f} points; within 3 points + 2 sd of both counts in "
-                 f"{np.sum(miss <= allowed)} of {len(rows)}; 95 % band covers {100 * inside:.0f} %")  # fmt: skip
+    lines.append(f"probe: mean of (forecast − count) {100 * bias:+.2f} points; within 3 points + 2 sd of both counts "
+                 f"in {np.sum(miss <= allowed)} of {len(rows)}; 95 % band covers {100 * inside:.0f} %")  # fmt: skip
     return "\n".join(lines)
 
 

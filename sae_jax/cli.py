@@ -10,10 +10,14 @@ from ml_collections import ConfigDict, config_flags
 from sae_jax import config as config_lib
 from sae_jax.errors import Preempted, Refused, RunFailed
 
-USAGE = """usage: python -m sae_jax train --config=configs/X.py --workdir=DIR [--config.a.b=value ...]
+USAGE = """usage:
+  python -m sae_jax train    --config=configs/X.py --workdir=DIR [--config.a.b=value ...]
+  python -m sae_jax diagnose --activations=PATH --workdir=DIR [--k=64 --n_features=8192 --measure]
 
 verbs:
-  train   train the SAEs a configuration describes; run it again to go on where it stopped
+  train      train the SAEs a configuration describes; run it again to go on where it stopped
+  diagnose   outlier severity, predicted death and the remedy, before any training. PATH is a .npy, .npz or .safetensors
+             file or a dataset folder; --config=configs/X.py in its place takes the activations a configuration names
 """
 
 
@@ -34,25 +38,64 @@ def main(argv: list[str]) -> int:
 
 def train(argv: list[str]) -> int:
     """sae_jax train --config --workdir"""
-    config, workdir = _parse(argv)
+    given, config = _parse(argv, lambda values: None)
+    if config is None:
+        raise Refused("--config", None, "a configuration file, as configs/synthetic.py")
     from sae_jax import report, running
 
     logging.set_verbosity(logging.ERROR)  # the libraries below narrate every save
-    print(report.table(running.train(config, workdir)))
-    print(f"report, figures, checkpoints: {workdir}")
+    print(report.table(running.train(config, given.workdir)))
+    print(f"report, figures, checkpoints: {given.workdir}")
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": train}
+def diagnose(argv: list[str]) -> int:
+    """sae_jax diagnose --activations | --config, --workdir"""
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("activations", None, "file or dataset folder", flag_values=values)
+        flags.DEFINE_integer("n_features", None, "n of the SAE in question", flag_values=values)
+        flags.DEFINE_integer("k", None, "its k", flag_values=values)
+        flags.DEFINE_bool("measure", False, "also count deaths in untrained SAEs", flag_values=values)
+        flags.DEFINE_integer("n_probes", 512, "random directions to forecast with", flag_values=values)
+        flags.DEFINE_integer("seed", 0, "of probes and measured SAEs", flag_values=values)
+
+    given, config = _parse(argv, define)
+    if (given.activations is None) == (config is None):
+        raise Refused("--activations", given.activations, "a file or a dataset folder, or --config=FILE in its place")
+    from sae_jax import diagnosis, report
+
+    logging.set_verbosity(logging.ERROR)
+    sae = config_lib.base().sae if config is None else config.sae
+    found = diagnosis.diagnose(
+        given.activations if config is None else config,
+        given.workdir,
+        n_features=sae.n_features if given.n_features is None else given.n_features,
+        k=sae.k if given.k is None else given.k,
+        measure=given.measure,
+        n_probes=given.n_probes,
+        seed=given.seed,
+    )
+    print(report.diagnosis_table(found))
+    print(f"report, figures: {given.workdir}")
+    return 0
 
 
-def _parse(argv: list[str]) -> tuple[ConfigDict, str]:
-    """The configuration with its overrides, and the workdir. Wrong flags are refused in one line."""
+VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "diagnose": diagnose}
+Define = Callable[[flags.FlagValues], None]
+
+
+def _parse(argv: list[str], define: Define) -> tuple[flags.FlagValues, ConfigDict | None]:
+    """The flags, and the configuration with its overrides if one is given. Wrong flags are refused in one line."""
     overrides = [argument for argument in argv if argument.startswith("--config.")]
     others = [argument for argument in argv if argument not in overrides]
-    plain, workdir = _read(others)
-    if not workdir:
-        raise Refused("--workdir", workdir, "a folder for the run")
+    values, plain = _read(others, define)
+    if not values.workdir:
+        raise Refused("--workdir", values.workdir, "a folder for the run")
+    if plain is None:
+        if overrides:
+            raise Refused(overrides[0], "", "--config=FILE before its overrides")
+        return values, None
     keys = config_lib.flatten(plain)
     for override in overrides:  # one by one, so that the one that is wrong can be named
         key, equals, value = override.removeprefix("--config.").partition("=")
@@ -62,17 +105,18 @@ def _parse(argv: list[str]) -> tuple[ConfigDict, str]:
             near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4) or sorted(keys)
             raise Refused(key, value, "an existing key, as " + ", ".join(near))
         try:
-            _read([*others, override])
+            _read([*others, override], define)
         except Refused as error:
             raise Refused(key, value, f"a value of type {type(keys[key]).__name__}") from error
-    return _read(argv)[0], workdir
+    return _read(argv, define)
 
 
-def _read(argv: list[str]) -> tuple[ConfigDict, str | None]:
+def _read(argv: list[str], define: Define) -> tuple[flags.FlagValues, ConfigDict | None]:
     values = flags.FlagValues()
     try:
         config = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
-        workdir = flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+        flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+        define(values)
         rest = values(argv)
         found = config.value
         if found is not None:
@@ -81,6 +125,4 @@ def _read(argv: list[str]) -> tuple[ConfigDict, str | None]:
         raise Refused("flags", " ".join(argv[1:]), f"flags that can be read ({error})") from error
     if len(rest) > 1:
         raise Refused("argument", rest[1], "flags only, as --config.train.steps=1000")
-    if found is None:
-        raise Refused("--config", None, "a configuration file, as configs/synthetic.py")
-    return found, workdir.value
+    return values, found

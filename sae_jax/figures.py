@@ -23,11 +23,16 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def save(figure: Figure, path: epath.Path) -> None:
-    """Writes a PNG, wherever the path leads."""
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: epath.Path) -> None:
+    """Writes a PNG, wherever the path leads."""
+    path.write_bytes(png(figure))
 
 
 def deaths(history: list[dict[str, Any]]) -> Figure:
@@ -183,8 +188,9 @@ def death_curve(
 
 
 def shift_signal(
-    shift: Float[np.ndarray, "P"], signal: Float[np.ndarray, "P"], best: Float[np.ndarray, "P"], bar: float, reach: float
-) -> Figure:
+    shift: Float[np.ndarray, "P"], signal: Float[np.ndarray, "P"], best: Float[np.ndarray, "P"], bar: float,
+    reach: float,
+) -> Figure:  # fmt: skip
     """Each probe's shift w·mu against the standard deviation of its signal, coloured by the fate of such a feature.
 
     A feature whose shift is further below zero than the signal reaches is dead by ReLU.
@@ -200,7 +206,8 @@ def shift_signal(
         top = 1.15 * float(signal.max())
         axis.plot([0, -reach * top], [0, top], color="black", lw=0.8, ls="--", label=f"shift = −{reach:.1f} signal")
         limit = 1.1 * max(float(np.abs(shift).max()), 1.0)
-        axis.set(xlabel="shift w·mu, in ‖σ‖/√d", ylabel="signal: σ of w·x, in ‖σ‖/√d", xlim=(-limit, limit), ylim=(0, top))
+        axis.set(xlabel="shift w·mu, in ‖σ‖/√d", ylabel="signal: σ of w·x, in ‖σ‖/√d")
+        axis.set(xlim=(-limit, limit), ylim=(0, top))
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3)
     return figure
 
@@ -218,7 +225,8 @@ def remedies(found: dict[str, dict[str, Any]]) -> Figure:
         axis.barh(y, total - relu, left=relu, color=TOPK, height=0.62, label="dead by TopK")
         counted = [(at, found[name]["measured"]) for at, name in zip(y, names, strict=True) if found[name]["measured"]]
         if counted:
-            axis.plot([100 * m["dead_total"] for _, m in counted], [at for at, _ in counted], "k*", ms=8, label="measured")
+            stars = [100 * m["dead_total"] for _, m in counted]
+            axis.plot(stars, [at for at, _ in counted], "k*", ms=8, label="measured")
         for at, value in zip(y, total, strict=True):
             axis.annotate(f"{value:.1f} %", (value, at), xytext=(7, 0), textcoords="offset points", va="center")
         axis.set_yticks(y, [name.replace("_", " ") for name in names])

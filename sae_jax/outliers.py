@@ -19,7 +19,7 @@ OUTLIER = 3.0  # a dimension stands out where its mean is this many of its stand
 
 
 class Moments(NamedTuple):
-    """Sums over tokens, per dimension, of the powers of the deviation from the mean; float64, mergeable in any order."""
+    """Sums over tokens, per dimension, of powers of the deviation from the mean; float64, mergeable in any order."""
 
     n_tokens: int
     mean: np.ndarray  # (d,)
@@ -51,6 +51,16 @@ class Moments(NamedTuple):
             raise ValueError("moments were taken without the covariance")
         values, vectors = np.linalg.eigh(self.scatter / self.n_tokens)
         return np.maximum(values[::-1], 0), vectors.T[::-1]
+
+    def across_mean(self) -> np.ndarray:
+        """(d − 1,) eigenvalues of the covariance perpendicular to the mean, largest first."""
+        if self.scatter is None:
+            raise ValueError("moments were taken without the covariance")
+        length = np.linalg.norm(self.mean)
+        axis = self.mean / length if length > 0 else np.eye(len(self.mean))[0]
+        turned = self.scatter @ axis
+        across = self.scatter - np.outer(axis, turned) - np.outer(turned, axis) + (axis @ turned) * np.outer(axis, axis)
+        return np.maximum(np.linalg.eigvalsh(across / self.n_tokens)[:0:-1], 0)
 
     @property
     def outlier_dimensions(self) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -49,18 +50,52 @@ def _finite(value: Any) -> Any:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as a short table: two lines a member, before training and after."""
+    """The report of a training run as a short table: two lines a member, before training and after."""
     shown = [key for key in COLUMNS if any(key in member["init"] for member in report["members"])]
     lines = [["member", "step", *(COLUMNS[key] for key in shown)]]
     for member in report["members"]:
         for when, step in (("init", 0), ("final", report["step"])):
             lines.append([member["name"], str(step), *(_cell(key, member[when][key]) for key in shown)])
+    size = f"n = {report['n_features']}, k = {report['k']}, {report['n_eval_tokens']} held-out tokens"
+    return f"{size}; {_gammas(report)}\n{_aligned(lines)}"
+
+
+def diagnosis_table(report: dict[str, Any]) -> str:
+    """The report of a diagnosis: severity, what each law says, what each remedy would leave, the advice."""
+    standing = [f"{o['dimension']} ({100 * o['share_of_mean_square']:.0f} % of ‖mu‖²)"
+                for o in report["outlier_dimensions"][:4]]  # fmt: skip
+    head = [
+        f"{report['n_tokens']} tokens of {report['d_model']} dimensions; {_gammas(report)}",
+        f"effective rank {report['effective_rank']:.0f}, excess kurtosis {report['kurtosis']['median']:.1f} (median), "
+        f"{report['n_outlier_dimensions']} outlier dimensions" + (": " + ", ".join(standing) if standing else ""),
+        f"\ndead at initialisation, n = {report['n_features']}, k = {report['k']}",
+    ]
+    laws = [["law", COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
+    laws += [[name.replace("_", " "), *_deaths(found)] for name, found in report["predicted"].items()]
+    remedies = [["remedy", "forecast: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
+    remedies += [[name.replace("_", " "), *_deaths(found["probe"])] for name, found in report["remedies"].items()]
+    if all(found["measured"] for found in report["remedies"].values()):
+        measured = [_deaths(found["measured"]) for found in report["remedies"].values()]
+        titles = ["measured: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]
+        remedies = [line + more for line, more in zip(remedies, [titles, *measured], strict=True)]
+    return "\n".join([*head, _aligned(laws), "", _aligned(remedies), "", report["advice"]])
+
+
+def _gammas(report: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {report[key]:.2f}" for key in ("gamma", "gamma_raw", "gamma_direction"))
+
+
+def _deaths(found: dict[str, float]) -> list[str]:
+    return [_cell(key, found[key]) for key in ("dead_by_relu", "dead_total")]
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Columns of equal width, the first to the left and the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    body = ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in
-                      enumerate(zip(line, widths, strict=True))) for line in lines]  # fmt: skip
-    gammas = ", ".join(f"{key} {report[key]:.2f}" for key in ("gamma", "gamma_raw", "gamma_direction"))
-    head = f"n = {report['n_features']}, k = {report['k']}, {report['n_eval_tokens']} held-out tokens; {gammas}"
-    return "\n".join([head, *body])
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i else cell.ljust(width)
+                  for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines
+    )  # fmt: skip
 
 
 def _cell(key: str, value: float | None) -> str:
@@ -87,3 +122,8 @@ class Board:
 def progress(total: int, initial: int) -> "tqdm[Any]":
     """A bar on stderr; silent where stderr is not a terminal."""
     return tqdm(total=total, initial=initial, unit=" steps", desc="training", disable=not sys.stderr.isatty())
+
+
+def tokens_bar(batches: Iterable[Any], what: str) -> Iterable[Any]:
+    """The batches, with a bar on stderr that counts them; silent where stderr is not a terminal."""
+    return tqdm(batches, desc=what, unit=" batches", disable=not sys.stderr.isatty())

@@ -1,7 +1,7 @@
 """Where batches come from: made on the device, or read from stored activations. Both answer the same questions."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from sae_jax import config as config_lib
 from sae_jax import synthetic
 from sae_jax.activations import files, pipeline
 from sae_jax.errors import Refused
@@ -140,3 +141,38 @@ class StoredSource:
 
     def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
         return given.astype(jnp.zeros(()).dtype)
+
+
+# -- the same tokens, to be gone through in order --------------------------------------------------------------------
+
+BATCH = 4096  # tokens at a time
+
+
+class Tokens(NamedTuple):
+    """Activations that can be gone through more than once."""
+
+    batches: Callable[[], Iterator[np.ndarray]]
+    d_model: int
+    identity: dict[str, Any]
+    given: bool  # a file or an array of the user's, as against one made or extracted on the way
+
+
+def open_tokens(activations: np.ndarray | str | ConfigDict) -> Tokens:
+    """Whatever the user points at, as batches that can be read again."""
+    if isinstance(activations, ConfigDict):
+        config_lib.check(activations)
+        source = open_source(activations)
+        return Tokens(source.statistics, source.d_model, source.identity, given=bool(activations.data.path))
+    try:
+        chunks: Any = (
+            files.open_chunks(activations) if isinstance(activations, str)
+            else pipeline.ArrayChunks(np.asarray(activations), "array")
+        )  # fmt: skip
+    except Refused as error:
+        raise Refused("activations", error.value, error.allowed) from error
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, chunks.n_tokens, BATCH):
+            yield chunks.tokens(start, start + BATCH)
+
+    return Tokens(batches, chunks.d_model, chunks.identity, given=True)

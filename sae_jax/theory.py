@@ -8,7 +8,7 @@ the signal w·(x − mu). Nothing in here is fitted. All laws return fractions o
     finite_gamma        gamma                                         full-rank normal signal, any gamma
     token_integral      gamma, effective rank                         normal signal, equal variance in `rank` dimensions
     two_gammas          gamma, gamma_raw, effective rank              the same, with a signal that varies between tokens
-    spectrum            eigenvalues, mean in their basis, norms       elliptical signal of any spectrum and tail
+    spectrum            eigenvalues, cosines with the mean            elliptical signal of any spectrum and tail
     probe               a second pass over the tokens                 any data; n not tiny
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.special import ndtr, polygamma
+from scipy.special import ndtr
 from scipy.stats import beta, norm
 from scipy.stats import gamma as gamma_distribution
 
@@ -84,78 +84,78 @@ def dead_total_finite_gamma(gamma: ArrayLike, n_tokens: int, n_features: int, k:
     return np.where(gamma > 0, dead, float(bar > median_extreme(n_tokens)))
 
 
-# -- laws on a spectrum ----------------------------------------------------------------------------------------------
+# -- laws on directions ----------------------------------------------------------------------------------------------
+#
+# A token's norm changes nothing, so let x be its direction, cos its cosine with the mean direction c, and v the unit
+# vector of what is left: x = cos·c + sin·v. A row w sees  w·x = (w·c)·cos + sin·(w·v).  v is taken to be the direction
+# of a normal vector, independent of cos; the laws differ in where they get the two distributions from.
 
 
 class Rows(NamedTuple):
-    """What decides the fate of encoder rows on elliptical tokens x = mu + tau·s, s normal; arrays of equal length."""
+    """Encoder rows, scaled to length √d; arrays of equal length."""
 
-    shift: np.ndarray  # w·mu
-    spread: np.ndarray  # standard deviation of w·s
-    tilt: np.ndarray  # covariance of mu·s with (w·s / spread)
-    share: np.ndarray  # variance of s along the direction in which it covaries with w·s: (w'Λ²w) / (w'Λw)
+    along: np.ndarray  # w·c
+    spread: np.ndarray  # b, standard deviation of w·s for the normal vector s behind v
+    share: np.ndarray  # variance of s in the direction that covaries with w·s: (w'Λ²w) / (w'Λw)
 
 
 class Tokens(NamedTuple):
-    """What varies from token to token besides the signal along w: nodes with weights that add up to 1."""
+    """Nodes for the cosine of a token with the mean direction; weights add up to 1."""
 
-    tau: np.ndarray  # scale of the signal
-    rest: np.ndarray  # ‖s‖² off that direction, over its expectation
+    cosine: np.ndarray
     weight: np.ndarray
 
 
-def _never(rows: Rows, tokens: Tokens, mean_square: float, variance: float, bar: float, n_tokens: int) -> float:
-    """Share of rows that on none of N independent tokens have w·x > bar·‖x‖ (bar = 0: the ReLU).
+N_REST = 12  # nodes for the part of ‖s‖² that does not covary with w·s
 
-    With z standard normal along w: w·x = shift + tau·spread·z, and
-    ‖x‖² = mean_square + 2 tau·tilt·z + tau²·(share·z² + (variance − share)·rest).
-    The condition is quadratic in z, so each row and node has its chance in closed form.
+
+def _deaths(rows: Rows, tokens: Tokens, rest: np.ndarray, bar: float, n_tokens: int) -> Deaths:
+    """Rows that pass 0 (the ReLU) or the bar on none of N independent tokens.
+
+    With z standard normal, w·v = b·z / √(share·z² + rest), which grows with z: a row passes where z exceeds a value
+    that each cosine and each rest gives in closed form.
+
+    Args:
+      rest: nodes (J,) of equal weight, or (J, F) where they differ between rows.
     """
-    shift, spread, tilt, share = (part[:, None] for part in rows)
-    scale = tokens.tau * spread
-    with np.errstate(divide="ignore", invalid="ignore"):
-        zero = np.where(scale > 0, -shift / scale, np.where(shift > 0, -np.inf, np.inf))  # w·x > 0 above it
-        if bar == 0:
-            chance = ndtr(-zero)
-        else:
-            a = tokens.tau**2 * (spread**2 - bar**2 * share)
-            b = tokens.tau * (shift * spread - bar**2 * tilt)
-            c = shift**2 - bar**2 * (mean_square + tokens.tau**2 * (variance - share) * tokens.rest)
-            root = np.sqrt(np.maximum(b * b - a * c, 0))
-            # a > 0: above the larger root. a < 0: between the roots, if there are any, where w·x > 0.
-            low, high = (-b + root) / a, (-b - root) / a
-            between = np.where((b * b > a * c) & (low >= zero), ndtr(high) - ndtr(low), 0.0)
-            chance = np.where(a > 0, ndtr(-low), between)
-    chance = np.nan_to_num(chance) @ tokens.weight
-    with np.errstate(divide="ignore"):
-        return float(np.mean(np.exp(n_tokens * np.log1p(-np.minimum(chance, 1.0)))))
-
-
-def _deaths(rows: Rows, tokens: Tokens, mean_square: float, variance: float, bar: float, n_tokens: int) -> Deaths:
-    return {
-        "dead_by_relu": _never(rows, tokens, mean_square, variance, 0.0, n_tokens),
-        "dead_total": _never(rows, tokens, mean_square, variance, bar, n_tokens),
-    }
-
-
-N_REST = 12  # nodes for the rest of a norm
-
-
-def _product(tau: np.ndarray, weight: np.ndarray, rest: np.ndarray) -> Tokens:
-    """Every tau with every rest."""
-    m = len(rest)
-    return Tokens(np.repeat(tau, m), np.tile(rest, len(tau)), np.repeat(weight, m) / m)
-
-
-def _levels(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Levels of probability and their weights: four a halving of the upper tail, which decides who fires at all."""
-    edges = np.append(1 - 2 ** (-np.arange(int(4 * np.log2(count))) / 4), 1.0)
-    return (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    cosine = tokens.cosine
+    sine = np.sqrt(np.maximum(1 - cosine**2, 1e-12))
+    square, share = (rows.spread**2)[:, None], rows.share[:, None]
+    found = []
+    for height in (0.0, bar):
+        needed = (height - rows.along[:, None] * cosine) / sine  # of w·v
+        room = square - share * needed**2
+        with np.errstate(divide="ignore", invalid="ignore"):
+            per_root = np.where(room > 0, needed / np.sqrt(np.maximum(room, 0)), np.copysign(np.inf, needed))
+        chance = np.zeros(len(rows.along))
+        for node in rest:
+            chance += ndtr(-per_root * np.sqrt(np.reshape(node, (-1, 1)))) @ tokens.weight / len(rest)
+        with np.errstate(divide="ignore"):
+            found.append(float(np.mean(np.exp(n_tokens * np.log1p(-np.minimum(chance, 1.0))))))
+    return {"dead_by_relu": found[0], "dead_total": found[1]}
 
 
 def _midpoints(count: int) -> np.ndarray:
     """Midpoints of `count` equal shares of probability."""
     return (np.arange(count) + 0.5) / count
+
+
+def _levels(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Midpoints and weights of probability bins, down to 1/count in the upper tail: it decides who fires at all."""
+    edges = np.append(1 - 2 ** (-np.arange(int(4 * np.log2(count))) / 4), 1.0)
+    return (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+
+
+def _condensed(cosine: np.ndarray, weight: np.ndarray) -> Tokens:
+    """Few nodes for many: means over bins that get finer towards both ends."""
+    order = np.argsort(cosine)
+    cosine, weight = cosine[order], weight[order]
+    tail = 2 ** (-np.arange(4, 4 * np.log2(max(len(cosine), 4))) / 4)
+    middle = np.linspace(0, 1, 33)
+    number = np.searchsorted(np.unique(np.concatenate([tail, 1 - tail, middle])), np.cumsum(weight) - weight / 2)
+    _, bins = np.unique(number, return_inverse=True)
+    total = np.bincount(bins, weight)
+    return Tokens(np.bincount(bins, weight * cosine) / total, total / total.sum())
 
 
 def token_integral(
@@ -167,17 +167,21 @@ def token_integral(
     p(a, b) = P( gamma·a + b·z/√r > t·√(gamma² + (z² + q)/r) );  dead = E[(1 − p)^N], with t = 0 for dead-by-ReLU.
     With `tau_log_variance` the signal (z and √q) is multiplied by a lognormal tau of E tau² = 1, Var log tau² as given.
     """
-    a = norm.ppf(_midpoints(200))
-    b = np.sqrt(d_model * beta.ppf(_midpoints(24), rank / 2, (d_model - rank) / 2)) if rank < d_model else np.ones(1)
-    shift, spread = (grid.ravel() for grid in np.meshgrid(gamma * a, b / np.sqrt(rank)))
-    rows = Rows(shift, spread, np.zeros_like(shift), np.full_like(shift, 1 / rank))
+    share = beta.ppf(_midpoints(24), rank / 2, (d_model - rank) / 2) if rank < d_model else np.ones(1)
+    along, spread = (grid.ravel() for grid in np.meshgrid(norm.ppf(_midpoints(200)), np.sqrt(share * d_model / rank)))
     freedom = (rank - 1) / 2
-    rest = gamma_distribution.ppf(_midpoints(N_REST), freedom, scale=1 / freedom) if rank > 1 else np.ones(1)
-    level, weight = _levels(n_tokens) if tau_log_variance > 0 else (np.full(1, 0.5), np.ones(1))
-    tau_square = np.exp(np.sqrt(tau_log_variance) * norm.ppf(level))
-    tokens = _product(np.sqrt(tau_square / (weight @ tau_square)), weight, rest)
+    rest = np.zeros(1)
+    if rank > 1:
+        rest = gamma_distribution.ppf(_midpoints(N_REST), freedom, scale=(1 - 1 / rank) / freedom)
+    level, weight = _levels(n_tokens)
+    square = gamma_distribution.ppf(level, rank / 2, scale=2 / rank)  # ‖s‖², which no direction of it depends on
+    if tau_log_variance > 0:
+        tau_square = np.exp(np.sqrt(tau_log_variance) * norm.ppf(level))
+        square = np.outer(tau_square / (weight @ tau_square), square).ravel()
+        weight = np.outer(weight, weight).ravel()
+    tokens = _condensed(gamma / np.sqrt(np.maximum(gamma**2 + square, 1e-300)), weight)
     bar = float(alignment_threshold(k / n_features, d_model))
-    return _deaths(rows, tokens, gamma**2, 1.0, bar, n_tokens)
+    return _deaths(Rows(along, spread, np.full_like(along, 1 / rank)), tokens, rest, bar, n_tokens)
 
 
 MASSIVE = 0.5  # share of the variance of x that has to be excess before it is laid to a few massive tokens
@@ -220,49 +224,34 @@ N_ROWS = 2048
 
 
 def spectrum_law(
-    eigenvalues: Float[np.ndarray, "d"],
-    mean: Float[np.ndarray, "d"],
-    square_norms: Float[np.ndarray, "m"],
-    n_tokens: int,
-    n_features: int,
-    k: int,
+    eigenvalues: Float[np.ndarray, "r"], cosines: Float[np.ndarray, "m"], n_tokens: int, n_features: int, k: int
 ) -> Deaths:
-    """Death where tokens are x = mu + tau·s with s normal of any covariance and tau of any distribution.
+    """Death from the measured spectrum of the directions and their measured cosines with the mean direction.
 
-    Like `token_integral`, with the measured eigenvalues λ in place of a rank: for a row w (in the eigenbasis)
-    spread² = Σ λ_j w_j², and ‖s‖² given z is (Σ λ_j² w_j² / spread²)·z² plus a remainder that is close to a gamma
-    variable. tau comes from the spread of the norms beyond that of a normal signal: log‖x − mu‖² has the variance
-    trigamma((Σλ)²/(2Σλ²)) for a normal one; what is more belongs to tau, whose quantiles are those of the norms, drawn
-    in by as much. Rows are 2048 random ones of a fixed seed, stratified along mu.
+    Like `token_integral`, with the eigenvalues λ in place of a rank (spread² = Σ λ_j w_j², share = Σ λ_j² w_j²/spread²,
+    the rest of ‖s‖² close to a gamma variable), and with the cosines of a sample of tokens in place of those of a
+    normal signal: they hold the spread of the norms and the weight of the tails as far as these matter. Rows are 2048
+    random ones of a fixed seed, stratified along the mean.
 
     Args:
-      eigenvalues: of the covariance of the tokens.
-      mean: mu in the basis of the eigenvectors.
-      square_norms: ‖x − mu‖² of a sample of tokens.
+      eigenvalues: of the covariance of x/‖x‖ in the d − 1 dimensions perpendicular to its mean.
+      cosines: of tokens with that mean.
     """
-    d = len(eigenvalues)
-    variance = float(eigenvalues.sum())
-    w = stratified_rows(N_ROWS, mean, np.random.default_rng(0))
-    square = w * w
+    d = len(eigenvalues) + 1
+    eigenvalues = eigenvalues / eigenvalues.sum()
+    rng = np.random.default_rng(0)
+    square = rng.chisquare(1, size=(N_ROWS, d - 1))
+    along = norm.ppf(_midpoints(N_ROWS))
+    # A row of length √d: what is not along the mean lies in a random direction perpendicular to it.
+    square *= (np.maximum(d - along**2, 0) / square.sum(axis=1))[:, None]
     spread = np.sqrt(square @ eigenvalues)
-    safe = np.maximum(spread, np.finfo(np.float64).tiny)
-    rows = Rows(w @ mean, spread, (w * mean) @ eigenvalues / safe, square @ eigenvalues**2 / safe**2)
-    typical = float(np.mean(rows.share))
-    left = max(float(np.sum(eigenvalues**2)) - typical**2, np.finfo(np.float64).tiny)
-    freedom = (variance - typical) ** 2 / (2 * left)
-    rest = gamma_distribution.ppf(_midpoints(N_REST), freedom, scale=1 / freedom)
-    tokens = _product(*_scales(square_norms, variance**2 / (2 * float(np.sum(eigenvalues**2)))), rest)
-    bar = float(alignment_threshold(k / n_features, d)) / np.sqrt(d)
-    return _deaths(rows, tokens, float(mean @ mean), variance, bar, n_tokens)
-
-
-def _scales(square_norms: np.ndarray, freedom: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights for tau (E tau² = 1), from norms of which a normal signal explains trigamma(freedom)."""
-    logs = np.log(square_norms[square_norms > 0])
-    own = max(0.0, 1 - float(polygamma(1, freedom)) / max(float(np.var(logs)), np.finfo(np.float64).tiny))
-    level, weight = _levels(len(logs))
-    tau_square = np.exp(np.sqrt(own) * np.quantile(logs - logs.mean(), level))
-    return np.sqrt(tau_square / (weight @ tau_square)), weight
+    share = square @ eigenvalues**2 / spread**2
+    left = np.maximum(np.sum(eigenvalues**2) - share**2, np.finfo(np.float64).tiny)
+    freedom = np.minimum((1 - share) ** 2 / (2 * left), 1e6)
+    rest = gamma_distribution.ppf(_midpoints(N_REST)[:, None], freedom, scale=(1 - share) / freedom)
+    tokens = _condensed(cosines, np.full(len(cosines), 1 / len(cosines)))
+    bar = float(alignment_threshold(k / n_features, d))
+    return _deaths(Rows(along, spread, share), tokens, rest, bar, n_tokens)
 
 
 # -- probes ----------------------------------------------------------------------------------------------------------

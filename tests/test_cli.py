@@ -45,7 +45,7 @@ def run(capsys, tmp_path, *flags, config=SYNTHETIC):
     ("--config.sae.k=many", "sae.k"),
     ("--config.sae.k=2.5", "sae.k"),
     ("--config.train.steps=1e3", "train.steps"),
-    ("--config.data.path=nowhere.npy", "data.path = 'nowhere.npy': an existing .npy file or dataset folder"),
+    ("--config.data.path=nowhere.npy", "data.path = 'nowhere.npy': an existing path"),
     ("--config.eval.n_tokens=0", "eval.n_tokens = 0"),
     ("--nonsense=1", "nonsense"),
     ("stray", "stray"),
@@ -63,7 +63,8 @@ def test_one_line_exit_2_nothing_written(capsys, tmp_path, flag, said):
 @pytest.mark.parametrize(("argv", "said"), [
     ([], "usage"),
     (["fly"], "verb = 'fly': one of train"),
-    (["train"], "--config"),
+    (["train"], "--workdir"),
+    (["train", "--workdir=w"], "--config"),
     (["train", SYNTHETIC], "--workdir"),
     (["train", "--config=none.py", "--workdir=w"], "none.py"),
     (["train", f"--config={ROOT}/setup.cfg", "--workdir=w"], "setup.cfg"),

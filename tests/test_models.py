@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sae_jax.activations import models, pipeline, store
+from sae_jax.activations import files, models, store
 from sae_jax.config import base
 from sae_jax.errors import Refused
 
@@ -94,7 +94,7 @@ def test_extraction_writes_a_dataset_once(settings, monkeypatch):
     network = gemma3().eval()
     monkeypatch.setattr(models, "load", lambda _: (network, Letters()))
     folder = models.extracted(settings)
-    chunks = pipeline.open_chunks(folder)
+    chunks = files.open_chunks(folder)
     assert chunks.d_model == 16
     assert len(chunks) * chunks.rows >= 512
     assert chunks.identity["layer"] == 2

@@ -1,5 +1,8 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 from scipy.optimize import minimize
 
 from sae_jax import outliers
@@ -7,13 +10,38 @@ from sae_jax import outliers
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
 def test_streamed_moments_of_float32_equal_float64_in_one_go(rng, offset):
-    x = (rng.normal(size=(1000, 7)) * np.arange(1, 8) + offset).astype(np.float32)
+    x = (rng.normal(size=(1000, 7)) ** 2 * np.arange(1, 8) + offset).astype(np.float32)
     cuts = [0, 1, 17, 400, 1000]
-    got = outliers.severity(x[a:b] for a, b in zip(cuts, cuts[1:], strict=False)).raw
+    got = outliers.severity((x[a:b] for a, b in zip(cuts, cuts[1:], strict=False)), covariance=True).raw
     x64 = x.astype(np.float64)
     np.testing.assert_allclose(got.mean, x64.mean(0), rtol=1e-12)
     np.testing.assert_allclose(got.sigma, x64.std(0), rtol=1e-9)
     np.testing.assert_allclose(got.gamma, np.linalg.norm(x64.mean(0)) / np.linalg.norm(x64.std(0)), rtol=1e-9)
+    np.testing.assert_allclose(got.kurtosis, stats.kurtosis(x64), rtol=1e-7)
+    np.testing.assert_allclose(got.cube / len(x), stats.moment(x64, 3), rtol=1e-7)
+    np.testing.assert_allclose(got.scatter / len(x), np.cov(x64.T, ddof=0), rtol=1e-8, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 40), min_size=2, max_size=6), st.floats(-1e4, 1e4))
+def test_merging_parts_in_any_order_is_one_pass(seed, sizes, offset):
+    rng = np.random.default_rng(seed)
+    parts = [rng.exponential(size=(size, 3)) * 10 ** rng.uniform(-2, 2, 3) + offset for size in sizes]
+    moments = [outliers.moments(part, covariance=True) for part in parts]
+    whole = outliers.moments(np.concatenate(parts), covariance=True)
+    left = moments[0]
+    for part in moments[1:]:
+        left = outliers.merge(left, part)
+    right = moments[-1]
+    for part in reversed(moments[:-1]):
+        right = outliers.merge(part, right)
+    for merged in (left, right):
+        assert merged.n_tokens == whole.n_tokens
+        scale = np.sqrt(whole.square / whole.n_tokens) + 1e-9 * abs(offset)
+        for power, name in enumerate(("mean", "square", "cube", "fourth"), start=1):
+            size = scale**power * (whole.n_tokens if power > 1 else 1)
+            np.testing.assert_allclose(getattr(merged, name) / size, getattr(whole, name) / size, rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(merged.scatter, whole.scatter, rtol=1e-6, atol=1e-8 * np.abs(whole.scatter).max())
 
 
 def test_gammas_do_not_change_with_global_scale_and_the_forms_differ_as_defined(rng):
@@ -26,6 +54,25 @@ def test_gammas_do_not_change_with_global_scale_and_the_forms_differ_as_defined(
     rescaled = outliers.severity([x * rng.uniform(0.5, 20, size=(500, 1))]).gammas()
     assert rescaled["gamma_direction"] == pytest.approx(a["gamma_direction"], rel=1e-9)
     assert rescaled["gamma_raw"] < 0.7 * a["gamma_raw"]
+
+
+def test_effective_rank_of_known_spectra(rng):
+    assert outliers.effective_rank(np.ones(12)) == pytest.approx(12)
+    assert outliers.effective_rank(np.array([5.0, 0, 0])) == pytest.approx(1)
+    assert outliers.effective_rank(np.array([0.5, 0.25, 0.25])) == pytest.approx(2 ** 1.5)
+    x = rng.normal(size=(4000, 10)) @ np.diag([3.0, 1, 1, 1, 0, 0, 0, 0, 0, 0])
+    values, vectors = outliers.moments(x, covariance=True).spectrum()
+    np.testing.assert_allclose(values[:4], [9, 1, 1, 1], rtol=0.1)
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(10), atol=1e-9)
+    with pytest.raises(ValueError, match="without the covariance"):
+        outliers.moments(x).spectrum()
+
+
+def test_outlier_dimensions_come_largest_first(rng):
+    x = rng.normal(size=(1000, 8))
+    x[:, 2] += 5
+    x[:, 6] -= 20
+    assert outliers.moments(x).outlier_dimensions.tolist() == [6, 2]
 
 
 def test_no_activations_are_refused():

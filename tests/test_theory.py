@@ -1,8 +1,31 @@
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import beta, norm
 
 from sae_jax import theory
+
+
+def count_deaths(x, n, k, seed=0):
+    """Dead by ReLU and in total, straight from the definition, in NumPy."""
+    w = np.random.default_rng(seed).normal(size=(n, x.shape[1]))
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    positive, fired = np.zeros(n, bool), np.zeros(n, bool)
+    for part in np.array_split(x, 20):
+        z = part @ w.T
+        positive |= (z > 0).any(axis=0)
+        kept = np.argpartition(-z, k - 1, axis=1)[:, :k]
+        fired[kept[np.take_along_axis(z, kept, axis=1) > 0]] = True
+    return {"dead_by_relu": np.mean(~positive), "dead_total": np.mean(~fired)}
+
+
+def tokens(rng, n_tokens, d, rank, gamma, tail=0.0):
+    """mu + a signal of equal variance in `rank` dimensions; ‖sigma‖ = 1."""
+    basis = np.linalg.qr(rng.normal(size=(d, rank)))[0]
+    signal = rng.normal(size=(n_tokens, rank)) @ basis.T / np.sqrt(rank)
+    if tail:
+        signal *= np.sqrt((tail - 2) / rng.chisquare(tail, size=(n_tokens, 1)))
+    mu = rng.normal(size=d)
+    return signal + gamma * mu / np.linalg.norm(mu)
 
 
 def test_constants_are_those_of_the_paper():
@@ -12,6 +35,15 @@ def test_constants_are_those_of_the_paper():
     assert norm.cdf(theory.median_extreme(1000)) ** 1000 == pytest.approx(0.5, rel=1e-9)
 
 
+def test_the_threshold_on_alignments_is_exact_in_any_dimension(rng):
+    w = rng.normal(size=(400_000, 16))
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    assert np.mean(4 * w[:, 0] > theory.alignment_threshold(1 / 128, 16)) == pytest.approx(1 / 128, rel=0.05)
+    assert theory.alignment_threshold(1 / 128, 16) == pytest.approx(2.30, abs=0.01)
+    assert theory.alignment_threshold(1 / 128, 10**6) == pytest.approx(theory.top_k_threshold(128, 1), abs=1e-4)
+    assert theory.alignment_threshold(0.7, 16) == 0  # ReLU comes before top-k
+
+
 def test_limits_and_order():
     gammas = np.array([0.0, 0.5, 1, 2, 5, 10, 20, 40, 1e6])
     for law in (theory.dead_total_paper, theory.dead_total_finite_gamma):
@@ -19,6 +51,113 @@ def test_limits_and_order():
         assert (np.diff(dead) >= 0).all()
         assert dead[0] == 0
         assert dead[-1] == pytest.approx(1 - 1 / 128, abs=1e-4)
-    relu = theory.dead_by_relu_paper(gammas, 100_000)
-    assert (relu <= theory.dead_total_paper(gammas, 100_000, 8192, 64)).all()
-    assert relu[-1] == pytest.approx(0.5, abs=1e-4)
+    for relu in (theory.dead_by_relu_paper(gammas, 100_000), theory.dead_by_relu_finite_gamma(gammas, 100_000)):
+        assert (relu <= theory.dead_total_finite_gamma(gammas, 100_000, 8192, 64)).all()
+        assert relu[-1] == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [0.7, 2.0, 8.0])
+def test_laws_on_a_spectrum_agree_with_finite_gamma_at_full_rank(gamma):
+    d = 1024
+    expected = float(theory.dead_total_finite_gamma(gamma, 100_000, 8192, 64))
+    integral = theory.token_integral(gamma, d, d, 100_000, 8192, 64)
+    cosines = gamma / np.sqrt(gamma**2 + np.random.default_rng(0).chisquare(d, size=2000) / d)
+    spectrum = theory.spectrum_law(np.ones(d - 1), cosines, 100_000, 8192, 64)
+    for found in (integral, spectrum):
+        assert found["dead_total"] == pytest.approx(expected, abs=0.01)
+        assert found["dead_by_relu"] == pytest.approx(
+            float(theory.dead_by_relu_finite_gamma(gamma, 100_000)), abs=0.01
+        )
+
+
+@pytest.mark.parametrize(
+    ("rank", "gamma", "tail"), [(8, 1.0, 0), (16, 0.5, 0), (64, 3.0, 0), (64, 2.0, 3), (16, 3.0, 3)]
+)
+def test_laws_on_a_spectrum_and_probes_against_a_count(rng, rank, gamma, tail):
+    d, n, k, n_tokens = 64, 2000, 20, 6000
+    x = tokens(rng, n_tokens, d, rank, gamma, tail)
+    counted = count_deaths(x, n, k)
+    if not tail:
+        law = theory.token_integral(gamma, rank, d, n_tokens, n, k)
+        assert law["dead_total"] == pytest.approx(counted["dead_total"], abs=0.06)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    axis = unit.mean(axis=0) / np.linalg.norm(unit.mean(axis=0))
+    across = unit - np.outer(unit @ axis, axis)
+    values = np.maximum(np.linalg.eigvalsh(np.cov(across.T, ddof=0))[1:], 0)
+    law = theory.spectrum_law(values, unit @ axis, n_tokens, n, k)
+    w = theory.stratified_rows(1024, axis, rng)
+    best = np.sqrt(d) * np.max(unit @ w.T, axis=0)
+    probe = theory.probe_deaths(best, d, n, k)
+    for key in ("dead_by_relu", "dead_total"):
+        assert law[key] == pytest.approx(counted[key], abs=0.06)
+        assert probe[key] == pytest.approx(counted[key], abs=0.03 + 2 * np.sqrt(0.25 / 1024))
+
+
+def test_two_gammas_falls_back_where_the_gap_has_another_cause():
+    def integral(gamma):
+        return theory.token_integral(gamma, 100, 768, 100_000, 8192, 64)
+
+    assert theory.two_gammas(1.0, 1.5, 100, 768, 100_000, 8192, 64) == integral(1.5)
+    assert theory.two_gammas(1.5, 1.0, 100, 768, 100_000, 8192, 64) == integral(1.5)
+    dead = [theory.two_gammas(1.5, raw, 100, 768, 100_000, 8192, 64)["dead_total"] for raw in (1.4999, 1.4, 1.2)]
+    assert dead[0] == pytest.approx(integral(1.5)["dead_total"], abs=0.01)
+    assert dead[0] > dead[1] > dead[2]
+
+
+def test_two_gammas_finds_the_spread_it_assumes(rng):
+    """On tokens made as it supposes, it comes closer to the count than the law that knows one gamma only."""
+    d, n, k, n_tokens = 64, 2000, 20, 6000
+    x = tokens(rng, n_tokens, d, d, 0.0)
+    own, signal = (np.exp(rng.normal(size=(n_tokens, 1)) * np.sqrt(0.5) / 2) for _ in range(2))
+    x = own * (np.full(d, 2 / np.sqrt(d)) + signal / np.sqrt(np.mean(signal**2)) * x)
+    directions = x / np.linalg.norm(x, axis=1, keepdims=True)  # nothing here lies along all-ones but mu itself
+    gamma, raw = (np.linalg.norm(y.mean(0)) / np.linalg.norm(y.std(0)) for y in (directions, x))
+    counted = count_deaths(x, n, k)["dead_total"]
+    plain = theory.token_integral(gamma, d, d, n_tokens, n, k)["dead_total"]
+    both = theory.two_gammas(gamma, raw, d, d, n_tokens, n, k)["dead_total"]
+    assert abs(both - counted) < 0.03 < abs(plain - counted)
+
+
+def test_probes_are_unit_rows_spread_evenly_along_the_mean(rng):
+    mean = rng.normal(size=32)
+    w = theory.stratified_rows(500, mean, rng)
+    np.testing.assert_allclose(np.linalg.norm(w, axis=1), 1)
+    along = w @ mean / np.linalg.norm(mean)
+    assert (np.diff(along) > 0).all()
+    level = 0.5 * (1 + np.sign(along) * beta.cdf(along**2, 0.5, 31 / 2))  # uniform for random directions
+    np.testing.assert_allclose(level, (np.arange(500) + 0.5) / 500, atol=1 / 500)
+    np.testing.assert_allclose(np.linalg.norm(theory.stratified_rows(5, np.zeros(8), rng), axis=1), 1)
+
+
+def test_stratified_probes_scatter_less_than_independent_ones(rng):
+    x = tokens(rng, 3000, 128, 128, 2.0)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    found = {True: [], False: []}
+    for _ in range(30):
+        for stratified, values in found.items():
+            w = theory.stratified_rows(128, x.mean(axis=0) if stratified else np.zeros(128), rng)
+            values.append(theory.probe_deaths(np.sqrt(128) * (x @ w.T).max(axis=0), 128, 4096, 32)["dead_total"])
+    assert np.std(found[True]) < 0.7 * np.std(found[False])
+    assert np.mean(found[True]) == pytest.approx(np.mean(found[False]), abs=0.03)
+
+
+def test_the_death_curve_falls_with_k_and_its_band_holds_it(rng):
+    best = rng.normal(size=512) + 1.5
+    band = theory.death_curve(best, 256, np.array([0.001, 0.01, 0.1, 0.5]))
+    assert (np.diff(band.dead) <= 0).all()
+    assert ((band.low <= band.dead) & (band.dead <= band.high)).all()
+    assert band.dead[1] == theory.probe_deaths(best, 256, 1000, 10)["dead_total"]
+    assert band.dead[-1] == np.mean(best <= 0)
+    clear = theory.death_curve(np.full(512, 9.0), 256, np.array([0.01]))
+    assert (clear.dead[0], round(clear.high[0], 4)) == (0, 0.0074)  # no death in 512 is not proof of none
+
+
+def test_bias_learning_time_by_direction_of_the_mean():
+    one, spread = np.zeros(256), np.full(256, 20.0)
+    one[3] = -320
+    assert theory.bias_learning_time(one) == pytest.approx(288)
+    assert theory.bias_learning_time(spread) == pytest.approx(18)
+    uneven = np.array([3.0, 4.0])  # 25 in all; at T = 3 it has 9 + 12, then 4 a unit
+    assert theory.bias_learning_time(uneven, 0.5) == pytest.approx(12.5 / 7)
+    assert theory.bias_learning_time(uneven, 0.96) == pytest.approx(3.75)
+    assert theory.bias_learning_time(np.zeros(4)) == 0

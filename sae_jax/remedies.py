@@ -1,0 +1,194 @@
+"""What may be done about feature death before training: the remedies, what each would leave, and which to take.
+
+A forecast sends a few hundred random directions (probes) past all tokens under every remedy at once; a measurement
+sends a real untrained SAE behind each.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from sae_jax import death, report, theory
+from sae_jax import sae as sae_lib
+from sae_jax.outliers import Severity
+from sae_jax.preprocess import Preprocessing, whitening
+from sae_jax.sae import SAE
+from sae_jax.sources import BATCH, Tokens
+
+HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
+CLOSER = 4  # times as many probes where the first forecast cannot tell which side of that a remedy is on
+# In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
+# another loss (every direction counts alike) and a matrix folded into the weights.
+REMEDIES = {
+    "none": "leaving the activations as they are",
+    "mean": "starting the bias at the arithmetic mean",
+    "geometric_median": "starting the bias at the geometric median",
+    "layer_norm_centred": "a LayerNorm of each token, then centring",
+    "unit_norm_centred": "scaling each token to unit length, then centring",
+    "whitening": "PCA whitening",
+}
+
+
+def preprocessings(severity: Severity, median: Float[np.ndarray, "d"]) -> dict[str, Preprocessing]:
+    """Every remedy, in the order of cost."""
+
+    def shifted(shift: np.ndarray, norm: str = "none") -> Preprocessing:
+        return Preprocessing(shift=jnp.asarray(shift, jnp.float32), norm=norm)
+
+    return {
+        "none": shifted(np.zeros_like(median)),
+        "mean": shifted(severity.raw.mean),
+        "geometric_median": shifted(median),
+        "layer_norm_centred": shifted(severity.layer_normed.mean, "layer_norm"),
+        "unit_norm_centred": shifted(severity.directions.mean, "unit"),
+        "whitening": whitening(severity.raw),
+    }
+
+
+class Forecast(NamedTuple):
+    """What probes saw of the tokens under one remedy."""
+
+    rows: np.ndarray  # (P, r) unit vectors, in the order of their strata
+    best: np.ndarray  # (P,) largest √r·cos with any token
+
+    def deaths(self, n_features: int, k: int) -> theory.Deaths:
+        """Forecast for one SAE."""
+        return theory.probe_deaths(self.best, self.rows.shape[1], n_features, k)
+
+    def curve(self, share: Float[np.ndarray, "S"]) -> theory.Band:
+        """Forecast for every k/n, with its band."""
+        return theory.death_curve(self.best, self.rows.shape[1], share)
+
+
+def _width(before: Preprocessing) -> int:
+    return before.shift.shape[0] if before.matrix is None else before.matrix.shape[0]
+
+
+@jax.jit
+def _improve(
+    best: dict[str, Array], choices: dict[str, Preprocessing], probes: dict[str, Array],
+    x: Float[Array, "B d"], valid: Bool[Array, "B"],
+) -> dict[str, Array]:  # fmt: skip
+    def one(best: Array, before: Preprocessing, w: Array) -> Array:
+        y = before(x)
+        length = jnp.linalg.norm(y, axis=1, keepdims=True)
+        cosines = (y @ w.T) / jnp.where(length > 0, length, 1)
+        return jnp.maximum(best, jnp.max(jnp.where(valid[:, None], cosines, -1.0), axis=0))
+
+    return {name: one(best[name], before, probes[name]) for name, before in choices.items()}
+
+
+def forecast(
+    tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_probes: int, seed: int
+) -> dict[str, Forecast]:
+    """One pass over the tokens with n_probes probes for every remedy; `mean` is that of the tokens."""
+    rng = np.random.default_rng(seed)
+    rows = {}
+    for name, before in choices.items():
+        # Fates hang on what a remedy leaves of the mean; behind a per-token norm nothing is left of it.
+        left = np.asarray(before(jnp.asarray(mean, jnp.float32)[None])[0], np.float64)
+        rows[name] = theory.stratified_rows(n_probes, left * (before.norm == "none"), rng)
+    probes = {name: jnp.asarray(w, jnp.float32) for name, w in rows.items()}
+    best = {name: jnp.full(n_probes, -1.0, jnp.float32) for name in choices}
+    for x, valid in _padded(tokens, "forecast"):
+        best = _improve(best, choices, probes, x, valid)
+    return {
+        name: Forecast(w, np.asarray(best[name], np.float64) * np.sqrt(w.shape[1])) for name, w in rows.items()
+    }
+
+
+def forecast_twice(
+    tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_features: int, k: int,
+    n_probes: int, seed: int,
+) -> dict[str, Forecast]:  # fmt: skip
+    """`forecast`, and a second look at the remedies that could be on either side of 1 %, with more probes."""
+    found = forecast(tokens, choices, mean, n_probes, seed)
+    bands = {name: one.curve(np.array([k / n_features])) for name, one in found.items()}
+    if doubtful := undecided(bands):
+        found |= forecast(tokens, {name: choices[name] for name in doubtful}, mean, CLOSER * n_probes, seed + 2)
+    return found
+
+
+def undecided(bands: dict[str, theory.Band]) -> list[str]:
+    """Remedies that the recommendation hangs on, and that may leave more or less than 1 % dead as far as is known."""
+    doubtful = []
+    for name, band in bands.items():
+        if band.high[0] < HARMLESS:
+            break  # good enough for certain: what costs more does not matter
+        if band.low[0] < HARMLESS:
+            doubtful.append(name)
+    return doubtful
+
+
+@jax.jit
+def _sight(sae: SAE, before: Preprocessing, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> death.Sightings:
+    return death.sight(sae, before(x), valid)[0]
+
+
+def measured_deaths(
+    tokens: Tokens, choices: dict[str, Preprocessing], n_features: int, k: int, seed: int
+) -> dict[str, theory.Deaths]:
+    """Deaths counted in an untrained SAE behind every remedy, on all tokens."""
+    saes = {
+        name: sae_lib.init(jax.random.key(seed), n_features, k, jnp.zeros(_width(before), jnp.float32))
+        for name, before in choices.items()
+    }
+    seen: dict[str, death.Sightings] = {}
+    for x, valid in _padded(tokens, "measure"):
+        for name, before in choices.items():
+            part = _sight(saes[name], before, x, valid)
+            seen[name] = seen[name] | part if name in seen else part
+    return {name: death.pathways(found) for name, found in seen.items()}
+
+
+def _padded(tokens: Tokens, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one shape, with the mask of the rows that are tokens."""
+    for x in report.tokens_bar(tokens.batches(), what):
+        for start in range(0, len(x), BATCH):
+            part = np.asarray(x[start : start + BATCH], np.float32)
+            yield np.pad(part, ((0, BATCH - len(part)), (0, 0))), np.arange(BATCH) < len(part)
+
+
+# -- which to take ---------------------------------------------------------------------------------------------------
+
+
+def recommended(probe: dict[str, theory.Deaths]) -> str:
+    """The cheapest remedy forecast to leave under 1 % dead; failing that, the one with the fewest dead by ReLU, then
+    in total."""
+    for name, deaths in probe.items():
+        if deaths["dead_total"] < HARMLESS:
+            return name
+    return min(probe, key=lambda name: (round(probe[name]["dead_by_relu"], 2), probe[name]["dead_total"]))
+
+
+def advice(probe: dict[str, theory.Deaths], chosen: str) -> str:
+    """The report in a few sentences."""
+    none, then = probe["none"], probe[chosen]
+    lines = [
+        f"Untreated, {_percent(none['dead_total'])} of the features are forecast to be dead at initialisation, "
+        f"{_percent(none['dead_by_relu'])} by ReLU."
+    ]
+    if chosen == "none":
+        return lines[0] + " No remedy is needed."
+    lines.append(
+        "Death by ReLU stays until the bias has learned the mean; death by TopK mostly recovers in training: "
+        "this is a risk, not a verdict."
+    )
+    verb = "is forecast to leave" if then["dead_total"] < HARMLESS else "is the best found, and still leaves"
+    lines.append(
+        f"{REMEDIES[chosen].capitalize().replace('Pca', 'PCA')} {verb} {_percent(then['dead_total'])} dead."
+    )
+    if probe["mean"]["dead_total"] > max(none["dead_total"], HARMLESS):
+        lines.append(
+            f"Beware of the arithmetic mean: centring by it makes things worse, {_percent(probe['mean']['dead_total'])}"
+            " dead, because tokens of very large norm pull it away from the others."
+        )
+    return " ".join(lines)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"

@@ -1,0 +1,215 @@
+"""`diagnose`: the report against independent counts, the same from every input, one line where that is wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from test_theory import count_deaths
+
+import sae_jax
+from sae_jax import cli, diagnosis, remedies, sources, theory
+from sae_jax.activations import store
+from sae_jax.errors import RunFailed
+
+SIZE = {"n_features": 512, "k": 8}
+ROOT = Path(__file__).parents[1]
+
+
+def outlying(rng, n_tokens=3000, d=24, gamma=4.0):
+    """A mean in two dimensions, correlated signal, float32."""
+    x = rng.normal(size=(n_tokens, d)) * np.linspace(1, 0.5, d)
+    x[:, [3, 11]] += gamma * np.linalg.norm(x.std(axis=0)) * np.array([0.8, -0.6])
+    return x.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def activations():
+    return outlying(np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def report(activations):
+    return sae_jax.diagnose(activations, measure=True, **SIZE)
+
+
+def test_the_report_holds_what_the_contract_says(report, activations):
+    assert report["n_tokens"] == 3000
+    assert report["gamma"] == pytest.approx(report["gamma_direction"], rel=0.2)
+    assert report["gamma_raw"] == pytest.approx(4.0, rel=1e-3)
+    assert 1 < report["effective_rank"] <= 24
+    assert set(report["kurtosis"]) == {"median", "max"}
+    assert [o["dimension"] for o in report["outlier_dimensions"][:2]] == [3, 11]
+    for law in ("paper", "finite_gamma", "token_integral", "two_gammas", "spectrum", "probe"):
+        assert 0 <= report["predicted"][law]["dead_by_relu"] <= report["predicted"][law]["dead_total"] <= 1
+    shares = [float(share) for share in report["death_curve"]]
+    assert shares == sorted(shares)
+    assert 8 / 512 in shares
+    assert report["death_curve"][repr(8 / 512)] == report["predicted"]["probe"]["dead_total"]
+    assert list(report["remedies"]) == list(remedies.REMEDIES)
+    assert report["remedies"]["none"]["probe"]["dead_total"] == report["predicted"]["probe"]["dead_total"]
+    json.dumps(report, allow_nan=False)
+    assert set(report.figures) == {"landscape", "spectrum", "death_curve", "shift_signal", "remedies"}
+
+
+def test_measured_and_forecast_agree_with_an_independent_count(report, activations):
+    x = activations.astype(np.float64)
+    normed = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    values, vectors = np.linalg.eigh(np.cov(x.T, ddof=0))
+    whitened = (x - x.mean(0)) @ vectors / np.sqrt(values)
+    views = {"none": x, "mean": x - x.mean(0), "layer_norm_centred": normed - normed.mean(0),
+             "unit_norm_centred": unit - unit.mean(0), "whitening": whitened}  # fmt: skip
+    for name, view in views.items():
+        counted = count_deaths(view, 512, 8, seed=3)
+        for key, fraction in counted.items():
+            # Two dictionaries of 512 random rows, and 512 probes.
+            noise = 3 * np.sqrt(2 * max(fraction * (1 - fraction), 0.002) / 512)
+            assert report["remedies"][name]["measured"][key] == pytest.approx(fraction, abs=noise), name
+            assert report["remedies"][name]["probe"][key] == pytest.approx(fraction, abs=0.03 + noise), name
+
+
+def test_the_cheapest_harmless_remedy_is_recommended(report):
+    assert report["recommended"] == "mean"
+    assert "arithmetic mean" in report["advice"]
+    assert "risk, not a verdict" in report["advice"]
+    fine = {"dead_by_relu": 0.0, "dead_total": 0.004}
+    bad = {"dead_by_relu": 0.2, "dead_total": 0.9}
+    topk_only = {"dead_by_relu": 0.0, "dead_total": 0.5}
+    names = list(remedies.REMEDIES)
+    assert remedies.recommended({name: fine for name in names}) == "none"
+    assert remedies.recommended({**{name: bad for name in names}, "whitening": fine}) == "whitening"
+    assert remedies.recommended({**{name: bad for name in names}, "mean": topk_only}) == "mean"
+
+
+def test_a_second_look_is_taken_only_where_the_choice_hangs_on_it():
+    def band(low, high):
+        return theory.Band(np.array([0.01]), np.array([low]), np.array([low]), np.array([high]))
+
+    sure, bad, close = band(0, 0.007), band(0.3, 0.4), band(0.005, 0.02)
+    assert remedies.undecided({"none": bad, "mean": sure, "whitening": close}) == []
+    assert remedies.undecided({"none": close, "mean": bad, "median": close, "whitening": sure}) == ["none", "median"]
+
+
+def test_a_mean_that_a_few_tokens_make_is_warned_of(rng):
+    x = rng.normal(size=(3000, 24))
+    x[:30] = 60 * (np.eye(24)[5] * 10 + rng.normal(size=(30, 24)))  # one token in a hundred, of giant norm
+    found = sae_jax.diagnose(x, **SIZE)
+    assert found["remedies"]["mean"]["probe"]["dead_total"] > found["remedies"]["none"]["probe"]["dead_total"] + 0.1
+    assert found["remedies"]["geometric_median"]["probe"]["dead_total"] < 0.02
+    assert "makes things worse" in found["advice"] or found["recommended"] == "none"
+
+
+def test_array_file_and_dataset_give_the_same_report(tmp_path, activations):
+    np.save(tmp_path / "x.npy", activations)
+    blocks = iter([store.Rows(activations, *(np.zeros(3000, np.int32) for _ in range(3)))])
+    folder = store.write(str(tmp_path), "mine", 24, blocks, {})
+    whole = 3000 // 256 * 256  # a dataset holds whole chunks
+    given = [activations[:whole], str(tmp_path / "x.npy"), folder]
+    reports = [sae_jax.diagnose(source, **SIZE) for source in given]
+    assert [r["n_tokens"] for r in reports] == [whole, 3000, whole]
+    for key in ("gamma", "predicted", "remedies", "death_curve"):
+        assert reports[0][key] == reports[2][key]
+    assert reports[0]["gamma"] == pytest.approx(reports[1]["gamma"], rel=0.02)
+
+
+def test_more_tokens_than_a_batch_and_a_sample_are_all_seen(rng, monkeypatch):
+    x = outlying(rng, n_tokens=1000)
+    plain = sae_jax.diagnose(x, measure=True, **SIZE)
+    monkeypatch.setattr(sources, "BATCH", 300)
+    monkeypatch.setattr(remedies, "BATCH", 300)
+    monkeypatch.setattr(diagnosis, "SAMPLE", 100)
+    cut = sae_jax.diagnose(x, measure=True, **SIZE)
+    assert cut["gamma"] == pytest.approx(plain["gamma"], rel=1e-9)
+    for name in ("none", "mean", "layer_norm_centred", "whitening"):
+        for key in ("probe", "measured"):
+            for pathway, value in plain["remedies"][name][key].items():
+                assert cut["remedies"][name][key][pathway] == pytest.approx(value, abs=0.005)
+    _, sample = diagnosis.first_pass(sources.open_tokens(x))
+    rows = np.flatnonzero((x[:, None, 0] == sample[None, :, 0]).any(axis=1))
+    assert 100 <= len(sample) <= 200
+    assert len(set(np.diff(rows))) == 1  # evenly spaced, over the seams of batches too
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(capsys, *flags):
+    code = cli.main(["diagnose", *flags])
+    return code, capsys.readouterr()
+
+
+def test_the_command_prints_a_table_and_leaves_report_and_figures(capsys, tmp_path, activations):
+    np.save(tmp_path / "x.npy", activations)
+    code, streams = run(
+        capsys, f"--activations={tmp_path}/x.npy", f"--workdir={tmp_path}/w", "--k=8", "--n_features=512", "--measure"
+    )
+    assert code == 0
+    assert "token integral" in streams.out
+    assert "geometric median" in streams.out
+    found = json.loads((tmp_path / "w" / "report.json").read_text())
+    assert found["recommended"] == "mean"
+    assert found["remedies"]["none"]["measured"]["dead_total"] > 0.5
+    assert found["n_features"] == 512
+    names = {path.name for path in (tmp_path / "w").iterdir()}
+    assert names == {"report.json", *(f"{n}.png" for n in ("landscape", "spectrum", "death_curve", "shift_signal",
+                                                           "remedies"))}  # fmt: skip
+
+
+def test_a_configuration_names_the_activations(capsys, tmp_path):
+    code, streams = run(
+        capsys, f"--config={ROOT}/configs/synthetic.py", f"--workdir={tmp_path}/w", "--config.data.signal=gaussian",
+        "--config.data.gamma=5", "--config.data.statistics_tokens=3000",
+    )  # fmt: skip
+    assert code == 0
+    found = json.loads((tmp_path / "w" / "report.json").read_text())
+    assert (found["n_features"], found["k"], found["n_tokens"]) == (1024, 8, 3000)
+    assert found["gamma_raw"] == pytest.approx(5, rel=0.02)
+
+
+NOISE = np.random.default_rng(0).normal(size=(6000, 4))
+
+
+@pytest.mark.parametrize(("array", "said", "code"), [
+    (np.zeros(7), "tokens, d_model", 2),
+    (np.zeros((0, 4)), "tokens, d_model", 2),
+    (NOISE[:100], "at least 256 tokens", 2),
+    (NOISE.astype(int), "floating point", 2),
+    (np.hstack([NOISE, np.full((6000, 2), 7.0)]), "2 constant dimensions (4, 5)", 2),
+    (np.where(np.arange(6000)[:, None] // 7 == 700, np.nan, NOISE),
+     "28 values are not finite; the first: row 4900, dimension 0 is nan", 2),
+])  # fmt: skip
+def test_what_cannot_be_diagnosed_is_one_line(capsys, tmp_path, array, said, code):
+    np.save(tmp_path / "x.npy", array)
+    got, streams = run(capsys, f"--activations={tmp_path}/x.npy", f"--workdir={tmp_path}/w")
+    assert got == code
+    assert said in streams.err
+    assert len(streams.err.strip().splitlines()) == 1
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--workdir={w}"], "--activations"),
+    (["--activations=nowhere.npy", "--workdir={w}"], "activations = 'nowhere.npy': an existing path"),
+    (["--activations={x}"], "--workdir"),
+    (["--activations={x}", "--workdir={w}", "--k=0"], "k = 0: 1 to n_features = 8192"),
+    (["--activations={x}", "--workdir={w}", "--k=9", "--n_features=8"], "k = 9: 1 to n_features = 8"),
+    (["--activations={x}", "--workdir={w}", "--n_features=-1"], "n_features = -1"),
+    (["--activations={x}", "--workdir={w}", "--n_probes=3"], "n_probes = 3"),
+    (["--activations={x}", "--workdir={x}"], "--workdir"),
+    (["--activations={x}", "--workdir={w}", "--config.sae.k=3"], "--config=FILE before its overrides"),
+])  # fmt: skip
+def test_wrong_flags_are_one_line(capsys, tmp_path, flags, said):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(900, 4)))
+    code, streams = run(capsys, *(flag.format(x=tmp_path / "x.npy", w=tmp_path / "w") for flag in flags))
+    assert code == 2
+    assert said in streams.err
+    assert len(streams.err.strip().splitlines()) == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_values_that_are_not_finite_in_made_activations_fail_the_run(monkeypatch, tiny: ConfigDict):
+    monkeypatch.setattr(sources.SyntheticSource, "statistics", lambda self: iter([np.full((300, 16), np.inf)]))
+    with pytest.raises(RunFailed, match="4800 values are not finite"):
+        sae_jax.diagnose(tiny)

@@ -1,0 +1,76 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.flax import save_file
+
+from sae_jax.activations import files
+from sae_jax.errors import Refused
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(700, 5)).astype(np.float32)
+
+
+def whole(path):
+    chunks = files.open_chunks(str(path))
+    assert chunks.d_model == 5
+    return chunks.tokens(0, chunks.n_tokens)
+
+
+def test_every_format_gives_the_same_rows(tmp_path, x):
+    np.save(tmp_path / "a.npy", x)
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(x))
+    np.savez(tmp_path / "plain.npz", x)
+    np.savez(tmp_path / "named.npz", token_id=np.arange(700), acts=np.asfortranarray(x))
+    np.savez_compressed(tmp_path / "small.npz", acts=x)
+    save_file({"acts": jnp.asarray(x), "token_id": jnp.arange(700)}, tmp_path / "a.safetensors")
+    for path in sorted(tmp_path.iterdir()):
+        np.testing.assert_array_equal(whole(path), x, err_msg=str(path))
+
+
+def test_half_precision_comes_as_it_is_or_as_float32(tmp_path, x):
+    save_file({"acts": jnp.asarray(x, jnp.bfloat16)}, tmp_path / "b.safetensors")
+    np.save(tmp_path / "h.npy", x.astype(np.float16))
+    rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+    np.testing.assert_array_equal(whole(tmp_path / "b.safetensors"), rounded)
+    np.testing.assert_array_equal(whole(tmp_path / "h.npy"), x.astype(np.float16))
+
+
+@pytest.mark.parametrize("ending", ["npy", "npz", "safetensors"])
+def test_a_truncated_file_is_refused(tmp_path, x, ending):
+    path = tmp_path / f"x.{ending}"
+    {"npy": lambda: np.save(path, x), "npz": lambda: np.savez(path, x),
+     "safetensors": lambda: save_file({"a": jnp.asarray(x)}, path)}[ending]()  # fmt: skip
+    for keep in (0, 5, 60, 3000):
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(Refused, match="data.path"):
+            files.open_chunks(str(path))
+
+
+@pytest.mark.parametrize("save", [np.save, np.savez])
+def test_objects_are_refused_and_never_unpickled(tmp_path, save):
+    class Trap:
+        def __reduce__(self):
+            return (pytest.fail, ("unpickled",))
+
+    path = tmp_path / ("x.npy" if save is np.save else "x.npz")
+    save(path, np.array([[Trap(), 1.0]], dtype=object))
+    with pytest.raises(Refused, match="objects"):
+        files.open_chunks(str(path))
+
+
+@pytest.mark.parametrize(("array", "said"), [
+    (np.zeros(7), "tokens, d_model"), (np.zeros((2, 3, 4)), "tokens, d_model"), (np.zeros((0, 4)), "tokens, d_model"),
+    (np.zeros((8, 4), np.int64), "floating point"), (np.zeros((8, 4), np.complex64), "floating point"),
+])  # fmt: skip
+def test_what_is_not_activations_is_refused(tmp_path, array, said):
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(Refused, match=said):
+        files.open_chunks(str(tmp_path / "x.npy"))
+
+
+def test_a_file_of_several_matrices_lists_them(tmp_path, x):
+    np.savez(tmp_path / "x.npz", one=x, two=x)
+    with pytest.raises(Refused, match=r"one \(700, 5\), two \(700, 5\)"):
+        files.open_chunks(str(tmp_path / "x.npz"))
