@@ -106,9 +106,6 @@ class Tokens(NamedTuple):
     weight: np.ndarray
 
 
-N_REST = 12  # nodes for the part of ‖s‖² that does not covary with w·s
-
-
 def _deaths(rows: Rows, tokens: Tokens, rest: np.ndarray, bar: float, n_tokens: int) -> Deaths:
     """Rows that pass 0 (the ReLU) or the bar on none of N independent tokens.
 
@@ -116,7 +113,7 @@ def _deaths(rows: Rows, tokens: Tokens, rest: np.ndarray, bar: float, n_tokens: 
     that each cosine and each rest gives in closed form.
 
     Args:
-      rest: nodes (J,) of equal weight, or (J, F) where they differ between rows.
+      rest: what of ‖s‖² does not covary with w·s, at 1 − `REST_LEVELS`: (J, 1), or (J, F) one a row.
     """
     cosine = tokens.cosine
     sine = np.sqrt(np.maximum(1 - cosine**2, 1e-12))
@@ -128,8 +125,8 @@ def _deaths(rows: Rows, tokens: Tokens, rest: np.ndarray, bar: float, n_tokens: 
         with np.errstate(divide="ignore", invalid="ignore"):
             per_root = np.where(room > 0, needed / np.sqrt(np.maximum(room, 0)), np.copysign(np.inf, needed))
         chance = np.zeros(len(rows.along))
-        for node in rest:
-            chance += ndtr(-per_root * np.sqrt(np.reshape(node, (-1, 1)))) @ tokens.weight / len(rest)
+        for node, weight in zip(rest, REST_LEVELS[1], strict=True):
+            chance += weight * (ndtr(-per_root * np.sqrt(node)[:, None]) @ tokens.weight)
         with np.errstate(divide="ignore"):
             found.append(float(np.mean(np.exp(n_tokens * np.log1p(-np.minimum(chance, 1.0))))))
     return {"dead_by_relu": found[0], "dead_total": found[1]}
@@ -140,10 +137,18 @@ def _midpoints(count: int) -> np.ndarray:
     return (np.arange(count) + 0.5) / count
 
 
-def _levels(count: int) -> tuple[np.ndarray, np.ndarray]:
+def _levels(count: int, per_octave: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """Midpoints and weights of probability bins, down to 1/count in the upper tail: it decides who fires at all."""
-    edges = np.append(1 - 2 ** (-np.arange(int(4 * np.log2(count))) / 4), 1.0)
+    edges = np.append(1 - 2 ** (-np.arange(int(per_octave * np.log2(count))) / per_octave), 1.0)
     return (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+
+
+REST_LEVELS = _levels(1 << 12, per_octave=2)
+
+
+def _rest(freedom: ArrayLike, mean: ArrayLike) -> np.ndarray:
+    """Nodes of a gamma variable, finest where it is small and w·v large."""
+    return gamma_distribution.ppf(1 - REST_LEVELS[0][:, None], freedom, scale=np.asarray(mean) / freedom)
 
 
 def _condensed(cosine: np.ndarray, weight: np.ndarray) -> Tokens:
@@ -169,10 +174,7 @@ def token_integral(
     """
     share = beta.ppf(_midpoints(24), rank / 2, (d_model - rank) / 2) if rank < d_model else np.ones(1)
     along, spread = (grid.ravel() for grid in np.meshgrid(norm.ppf(_midpoints(200)), np.sqrt(share * d_model / rank)))
-    freedom = (rank - 1) / 2
-    rest = np.zeros(1)
-    if rank > 1:
-        rest = gamma_distribution.ppf(_midpoints(N_REST), freedom, scale=(1 - 1 / rank) / freedom)
+    rest = _rest(max(rank - 1, 1e-9) / 2, 1 - 1 / rank)
     level, weight = _levels(n_tokens)
     square = gamma_distribution.ppf(level, rank / 2, scale=2 / rank)  # ‖s‖², which no direction of it depends on
     if tau_log_variance > 0:
@@ -248,10 +250,9 @@ def spectrum_law(
     share = square @ eigenvalues**2 / spread**2
     left = np.maximum(np.sum(eigenvalues**2) - share**2, np.finfo(np.float64).tiny)
     freedom = np.minimum((1 - share) ** 2 / (2 * left), 1e6)
-    rest = gamma_distribution.ppf(_midpoints(N_REST)[:, None], freedom, scale=(1 - share) / freedom)
     tokens = _condensed(cosines, np.full(len(cosines), 1 / len(cosines)))
     bar = float(alignment_threshold(k / n_features, d))
-    return _deaths(Rows(along, spread, share), tokens, rest, bar, n_tokens)
+    return _deaths(Rows(along, spread, share), tokens, _rest(freedom, 1 - share), bar, n_tokens)
 
 
 # -- probes ----------------------------------------------------------------------------------------------------------
