@@ -209,22 +209,22 @@ def _figures(
     probes: remedies.Forecast,
     measured: dict[str, theory.Deaths],
 ) -> dict[str, Figure]:
-    values, vectors = severity.raw.spectrum()
+    values, vectors = severity.directions.spectrum()
     unit = np.sqrt(values.sum() / len(values))
     spread = np.sqrt((probes.rows @ vectors.T) ** 2 @ values)
     bar = float(theory.alignment_threshold(result["k"] / result["n_features"], result["d_model"]))
-    spectra = {"as they are": values, "after LayerNorm": severity.layer_normed.spectrum()[0]}
+    spectra = {"as they are": severity.raw.spectrum()[0], "after LayerNorm": severity.layer_normed.spectrum()[0]}
     return {
         "landscape": figures.landscape(
             outliers.layer_norm(sample[np.linspace(0, len(sample) - 1, 200).astype(int)].astype(np.float64)),
-            severity.layer_normed.outlier_dimensions.tolist(),
+            result["outlier_dimensions"], result["n_outlier_dimensions"],
         ),
         "spectrum": figures.spectrum(spectra),
         "death_curve": figures.death_curve(
             band, result["k"] / result["n_features"], result["predicted"], measured.get("none")
         ),
         "shift_signal": figures.shift_signal(
-            probes.rows @ severity.raw.mean / unit, spread / unit, probes.best, bar,
+            probes.rows @ severity.directions.mean / unit, spread / unit, probes.best, bar,
             theory.median_extreme(result["n_tokens"]),
         ),  # fmt: skip
         "remedies": figures.remedies(result["remedies"]),

@@ -110,12 +110,12 @@ def shifts(members: dict[str, list[tuple[str, Shift]]]) -> Figure:
 # -- diagnosis -------------------------------------------------------------------------------------------------------
 
 
-def landscape(tokens: Float[np.ndarray, "T d"], outlier_dimensions: Sequence[int]) -> Figure:
+def landscape(tokens: Float[np.ndarray, "T d"], outlier_dimensions: Sequence[dict[str, Any]], count: int) -> Figure:
     """Magnitudes of layer-normed tokens over dimensions: dimensions that stand out on every token are vertical lines.
 
-    The paper's figure 2b.
+    The paper's figure 2b. Of the `count` outlier dimensions those with at least 1 % of ‖mu‖² are marked, eight at most.
     """
-    marked = list(outlier_dimensions[:8])
+    marked = [o for o in outlier_dimensions if o["share_of_mean_square"] >= 0.01][:8]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         axis = figure.subplots()
@@ -123,17 +123,18 @@ def landscape(tokens: Float[np.ndarray, "T d"], outlier_dimensions: Sequence[int
         width = max(1, tokens.shape[1] // 640)
         columns = -(-tokens.shape[1] // width)
         padded = np.pad(np.abs(tokens), ((0, 0), (0, columns * width - tokens.shape[1])))
+        shown = padded.reshape(len(tokens), columns, width).max(axis=2)
         image = axis.imshow(
-            padded.reshape(len(tokens), columns, width).max(axis=2), aspect="auto", cmap="magma_r",
-            norm=matplotlib.colors.LogNorm(vmin=0.3, vmax=max(3.0, float(np.abs(tokens).max()))),
+            shown, aspect="auto", cmap="magma_r",
+            norm=matplotlib.colors.LogNorm(vmin=max(0.01, float(np.median(shown))), vmax=max(3.0, float(shown.max()))),
             extent=(-0.5, tokens.shape[1] - 0.5, len(tokens), 0), interpolation="nearest",
         )  # fmt: skip
         axis.set(xlabel="dimension", ylabel="token")
-        for j in marked:
-            axis.plot([j], [0], marker="v", ms=6, color=RELU, clip_on=False, zorder=5)
-        count = len(outlier_dimensions)
-        listed = ", ".join(str(int(j)) for j in marked) + (", …" if count > len(marked) else "")
-        axis.set_title(f"{count} outlier dimensions (|mean| ≥ 3 σ){': ' + listed if count else ''}", pad=12)
+        for o in marked:
+            axis.plot([o["dimension"]], [0], marker="v", ms=6, color=RELU, clip_on=False, zorder=5)
+        share = 100 * sum(o["share_of_mean_square"] for o in marked)
+        listed = f"; {', '.join(str(o['dimension']) for o in marked)} make {share:.0f} % of ‖mu‖²" if marked else ""
+        axis.set_title(f"{count} outlier dimensions (|mean| ≥ 3 σ){listed}", pad=12)
         figure.colorbar(image, ax=axis, label="|activation| after LayerNorm", pad=0.01)
     return figure
 
@@ -180,7 +181,7 @@ def death_curve(
                     color=MEMBER_COLOURS[i % len(MEMBER_COLOURS)], label=label,
                 )  # fmt: skip
         if measured:
-            axis.plot(share, 100 * measured["dead_total"], "*", ms=11, color="black", label="measured", zorder=5)
+            axis.plot(share, 100 * measured["dead_total"], "*", ms=9, color="black", label="measured", zorder=5)
         axis.set_xscale("log")
         axis.set(xlabel="k / n", ylabel="features dead at initialisation (%)", ylim=(-2, 102))
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -191,9 +192,10 @@ def shift_signal(
     shift: Float[np.ndarray, "P"], signal: Float[np.ndarray, "P"], best: Float[np.ndarray, "P"], bar: float,
     reach: float,
 ) -> Figure:  # fmt: skip
-    """Each probe's shift w·mu against the standard deviation of its signal, coloured by the fate of such a feature.
+    """Each probe's mean on the directions of the tokens against its standard deviation, coloured by fate.
 
-    A feature whose shift is further below zero than the signal reaches is dead by ReLU.
+    A feature whose shift is further below zero than its signal reaches is dead by ReLU. A token's length changes no
+    feature's fate, so both are taken over x/‖x‖, in units of the signal of an average feature.
     """
     relu, topk = best <= 0, (best > 0) & (best < bar)
     with matplotlib.rc_context(STYLE):
@@ -206,7 +208,7 @@ def shift_signal(
         top = 1.15 * float(signal.max())
         axis.plot([0, -reach * top], [0, top], color="black", lw=0.8, ls="--", label=f"shift = −{reach:.1f} signal")
         limit = 1.1 * max(float(np.abs(shift).max()), 1.0)
-        axis.set(xlabel="shift w·mu, in ‖σ‖/√d", ylabel="signal: σ of w·x, in ‖σ‖/√d")
+        axis.set(xlabel="shift: mean of w·x/‖x‖", ylabel="signal: σ of w·x/‖x‖")
         axis.set(xlim=(-limit, limit), ylim=(0, top))
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3)
     return figure
@@ -226,7 +228,7 @@ def remedies(found: dict[str, dict[str, Any]]) -> Figure:
         counted = [(at, found[name]["measured"]) for at, name in zip(y, names, strict=True) if found[name]["measured"]]
         if counted:
             stars = [100 * m["dead_total"] for _, m in counted]
-            axis.plot(stars, [at for at, _ in counted], "k*", ms=8, label="measured")
+            axis.plot(stars, [at for at, _ in counted], "k*", ms=8, label="measured", clip_on=False, zorder=5)
         for at, value in zip(y, total, strict=True):
             axis.annotate(f"{value:.1f} %", (value, at), xytext=(7, 0), textcoords="offset points", va="center")
         axis.set_yticks(y, [name.replace("_", " ") for name in names])
