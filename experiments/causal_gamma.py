@@ -66,7 +66,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
             axis.plot(at, [100 * r["spectrum_total"] for r in mine], "x", ms=4.5, color="black", label="spectrum law")
             own = mine[SCALES.index(1.0)]["gamma_direction"]
             axis.axvline(SCALES.index(1.0), color="black", lw=0.6, ls=":")
-            axis.set(title=f"{model}, layer {layer}\ngamma_direction {own:.2f} at g = 1", xlabel="g, times the mean",
+            axis.set(title=f"{model}, layer {layer}\ngamma {own:.2f} at g = 1", xlabel="g, times the mean",
                      ylim=(0, 102), xlim=(-0.15, len(SCALES) - 0.85))  # fmt: skip
             axis.set_xticks(at, ["0", "⅛", "¼", "½", "1", "2", "4", "8"])
         axes[0].set_ylabel("dead at initialisation (%)")
