@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from sae_jax.disk import write_text
 from sae_jax.errors import Refused
 
 CONFIG = "config.json"
@@ -43,13 +44,6 @@ def claim_workdir(workdir: str, identity: dict[str, Any]) -> None:
 
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes a file so that nobody ever sees half of it."""
-    partial = path.parent / (path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 class Checkpoints:

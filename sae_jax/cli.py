@@ -13,11 +13,14 @@ from sae_jax.errors import Preempted, Refused, RunFailed
 USAGE = """usage:
   python -m sae_jax train    --config=configs/X.py --workdir=DIR [--config.a.b=value ...]
   python -m sae_jax diagnose --activations=PATH --workdir=DIR [--k=64 --n_features=8192 --measure]
+  python -m sae_jax extract  --config=configs/X.py --out=DIR [--layers=1,2,9] [--config.a.b=value ...]
+  python -m sae_jax extract  --from=FILE --out=DIR [--dtype=float32]
 
 verbs:
   train      train the SAEs a configuration describes; run it again to go on where it stopped
   diagnose   outlier severity, predicted death and the remedy, before any training. PATH is a .npy, .npz or .safetensors
              file or a dataset folder; --config=configs/X.py in its place takes the activations a configuration names
+  extract    write a model's activations, many layers in one pass, or those in a file, as datasets to train on
 """
 
 
@@ -81,17 +84,52 @@ def diagnose(argv: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "diagnose": diagnose}
+def extract(argv: list[str]) -> int:
+    """sae_jax extract --config | --from, --out"""
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("out", None, "folder for datasets", flag_values=values)
+        flags.DEFINE_string("from", None, "a file to import", flag_values=values)
+        flags.DEFINE_list("layers", None, "layers, as 1,2,9", flag_values=values)
+        flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "of what is kept", flag_values=values)
+
+    given, config = _parse(argv, define, folder="out")
+    source: str | None = given["from"].value
+    if (source is None) == (config is None):
+        raise Refused("--from", source, "a file, or --config=FILE in its place")
+    from sae_jax.activations import models, store
+
+    if config is None or source is not None:
+        folders = [store.import_file(str(source), given.out, given.dtype or "float32")]
+    else:
+        config_lib.check(config)
+        model = config.data.model
+        if not model.id:
+            raise Refused("data.model.id", model.id, "a model")
+        if given.dtype:
+            model.dtype = given.dtype
+        try:
+            layers = sorted({int(layer) for layer in given.layers or [model.layer]})
+        except ValueError as error:
+            raise Refused("--layers", ",".join(given.layers), "numbers, as 1,2,9") from error
+        if layers[0] < 0:
+            raise Refused("--layers", layers[0], "numbers ≥ 0")
+        folders = list(models.extract(model, layers, given.out).values())
+    print("\n".join(folders))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "diagnose": diagnose, "extract": extract}
 Define = Callable[[flags.FlagValues], None]
 
 
-def _parse(argv: list[str], define: Define) -> tuple[flags.FlagValues, ConfigDict | None]:
+def _parse(argv: list[str], define: Define, folder: str = "workdir") -> tuple[flags.FlagValues, ConfigDict | None]:
     """The flags, and the configuration with its overrides if one is given. Wrong flags are refused in one line."""
     overrides = [argument for argument in argv if argument.startswith("--config.")]
     others = [argument for argument in argv if argument not in overrides]
     values, plain = _read(others, define)
-    if not values.workdir:
-        raise Refused("--workdir", values.workdir, "a folder for the run")
+    if not values[folder].value:
+        raise Refused(f"--{folder}", values[folder].value, "a folder to write to")
     if plain is None:
         if overrides:
             raise Refused(overrides[0], "", "--config=FILE before its overrides")

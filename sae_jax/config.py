@@ -40,6 +40,7 @@ def base() -> ConfigDict:
     model.batch_size = 16  # sequences a forward pass
     model.text = ""  # a text file; empty: the documentation that ships with Python
     model.keep_special_tokens = False  # BOS tokens are attention sinks with huge norms
+    model.dtype = "float32"  # how they are kept: float32 | bfloat16 | float16 (z-scored)
     model.cache = ""  # where datasets are kept; empty: ~/.cache/sae_jax
     data.signal = ""  # synthetic: sparse (known true features) | gaussian (the theory's own assumptions)
     data.gamma = 0.0  # synthetic: gamma_raw = ‖mu‖ / ‖sigma‖
@@ -150,6 +151,7 @@ def _check_data(data: ConfigDict) -> None:
     if not (data.path or data.model.id or data.signal):
         raise Refused("data.path", data.path, "set data.path (a .npy file or a dataset), data.model.id or data.signal")
     _one_of("data.signal", data.signal, ("", "sparse", "gaussian"))
+    _one_of("data.model.dtype", data.model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("data.mean_direction", data.mean_direction, ("one", "few", "spread"))
     if not (math.isfinite(data.gamma) and data.gamma >= 0):
         raise Refused("data.gamma", data.gamma, "a finite number ≥ 0")

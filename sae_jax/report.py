@@ -13,7 +13,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from sae_jax.checkpoint import write_text
+from sae_jax.disk import write_text
 
 COLUMNS = {
     "dead_by_relu": "dead by ReLU", "dead_by_topk": "dead by TopK", "dead_total": "dead in total",

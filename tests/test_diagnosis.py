@@ -103,9 +103,8 @@ def test_a_mean_that_a_few_tokens_make_is_warned_of(rng):
 
 def test_array_file_and_dataset_give_the_same_report(tmp_path, activations):
     np.save(tmp_path / "x.npy", activations)
-    blocks = iter([store.Rows(activations, *(np.zeros(3000, np.int32) for _ in range(3)))])
-    folder = store.write(str(tmp_path), "mine", 24, blocks, {})
-    whole = 3000 // 256 * 256  # a dataset holds whole chunks
+    folder = store.import_file(str(tmp_path / "x.npy"), str(tmp_path))
+    whole = 3000 // 2 * 2  # a dataset holds whole chunks, two rows each in a file this small
     given = [activations[:whole], str(tmp_path / "x.npy"), folder]
     reports = [sae_jax.diagnose(source, **SIZE) for source in given]
     assert [r["n_tokens"] for r in reports] == [whole, 3000, whole]

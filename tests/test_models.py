@@ -57,24 +57,34 @@ def test_the_layer_is_what_the_model_itself_reports(make, layer):
     network = make().eval()
     ids = torch.randint(3, 60, (2, 7))
     expected = network(ids, output_hidden_states=True).hidden_states[layer]
-    np.testing.assert_allclose(models.residual_stream(network, ids, layer), expected.detach(), atol=1e-6)
+    np.testing.assert_allclose(models.residual_streams(network, ids, [layer])[layer], expected.detach(), atol=1e-6)
+
+
+def test_many_layers_come_from_one_pass():
+    network = gpt2().eval()
+    ids = torch.randint(3, 60, (2, 7))
+    expected = network(ids, output_hidden_states=True).hidden_states
+    found = models.residual_streams(network, ids, [2, 0])
+    assert set(found) == {0, 2}
+    for layer, x in found.items():
+        np.testing.assert_allclose(x, expected[layer].detach(), atol=1e-6)
 
 
 def test_nothing_behind_the_layer_is_computed(monkeypatch):
     network = gpt2().eval()
     network.transformer.h[2].register_forward_hook(lambda *_: pytest.fail("ran on"))
-    assert models.residual_stream(network, torch.randint(3, 60, (2, 7)), 2).shape == (2, 7, 16)
+    assert models.residual_streams(network, torch.randint(3, 60, (2, 7)), [1, 2])[2].shape == (2, 7, 16)
 
 
 def test_a_layer_that_is_not_there_is_refused():
     with pytest.raises(Refused, match=r"data.model.layer = 3: 0 \(embeddings\) to 2"):
-        models.residual_stream(gpt2().eval(), torch.randint(3, 60, (1, 4)), 3)
+        models.residual_streams(gpt2().eval(), torch.randint(3, 60, (1, 4)), [0, 3])
 
 
 def test_rows_leave_special_tokens_out_and_say_where_they_come_from(settings):
     torch.manual_seed(0)
     network = gemma3().eval()
-    parts = list(models.rows(network, Letters(), settings))
+    parts = [part[2] for _, part in models.rows(network, Letters(), settings, [2])]
     rows = store.Rows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     assert len(rows.x) >= 600
     assert 2 not in rows.token_id
@@ -85,8 +95,22 @@ def test_rows_leave_special_tokens_out_and_say_where_they_come_from(settings):
     expected = network(torch.tensor([sequence]), output_hidden_states=True).hidden_states[2][0, 4].detach()
     np.testing.assert_allclose(rows.x[row], expected, atol=1e-5)
     settings.keep_special_tokens = True
-    kept = next(models.rows(network, Letters(), settings))
+    kept = next(models.rows(network, Letters(), settings, [2]))[1][2]
     assert (kept.token_id == 2).sum() == 4
+
+
+def test_rows_may_begin_later_and_are_the_same(settings):
+    torch.manual_seed(0)
+    network = gemma3().eval()
+    whole = list(models.rows(network, Letters(), settings, [1, 2]))
+    later = list(models.rows(network, Letters(), settings, [1, 2], start=300))
+    assert 0 < len(later) < len(whole)
+    assert later[0][0] <= 300
+    for (first, parts), (first_later, parts_later) in zip(whole[-len(later) :], later, strict=True):
+        assert first == first_later
+        for layer in (1, 2):
+            for a, b in zip(parts[layer], parts_later[layer], strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 def test_extraction_writes_a_dataset_once(settings, monkeypatch):
@@ -103,6 +127,18 @@ def test_extraction_writes_a_dataset_once(settings, monkeypatch):
     settings.layer = 1
     with pytest.raises(pytest.fail.Exception):
         models.extracted(settings)
+
+
+def test_layers_extracted_together_are_found_one_by_one(settings, monkeypatch):
+    torch.manual_seed(0)
+    network = gemma3().eval()
+    monkeypatch.setattr(models, "load", lambda _: (network, Letters()))
+    folders = models.extract(settings, [0, 1, 2], settings.cache)
+    monkeypatch.setattr(models, "load", lambda _: pytest.fail("loaded again"))
+    for layer in range(3):
+        settings.layer = layer
+        assert models.extracted(settings) == folders[layer]
+        assert files.open_chunks(folders[layer]).identity["layer"] == layer
 
 
 def test_a_model_that_cannot_be_had_is_refused(settings, tmp_path):

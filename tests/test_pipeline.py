@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sae_jax.activations import files, pipeline, store
+from sae_jax.activations import files, pipeline
 from sae_jax.errors import Refused
 
 
@@ -57,20 +57,6 @@ def test_splits_never_overlap_and_the_held_out_chunks_are_spread(chunks):
     assert np.diff(held_out).min() >= 14
     read = np.concatenate(list(pipeline.read(chunks, np.arange(100), 32, 290)))
     np.testing.assert_array_equal(read[:, 0], np.arange(290))
-
-
-def test_a_dataset_gives_back_what_was_written_bit_by_bit(tmp_path, rng):
-    x = rng.normal(size=(1500, 5)).astype(np.float32)
-    ids = np.arange(1500, dtype=np.int32)
-    parts = (store.Rows(x[a : a + 170], ids[a : a + 170], ids[a : a + 170] // 9, ids[a : a + 170] % 9)
-             for a in range(0, 1500, 170))  # fmt: skip
-    folder = store.write(str(tmp_path), "some_model", 5, parts, {"model": "some", "layer": 3})
-    assert store.find(str(tmp_path), "some_model") == folder
-    assert store.find(str(tmp_path), "another") is None
-    chunks = files.open_chunks(folder)
-    assert (len(chunks), chunks.rows, chunks.d_model) == (5, 256, 5)
-    np.testing.assert_array_equal(np.concatenate([chunks[i] for i in range(5)]), x[:1280])
-    assert chunks.identity["layer"] == 3
 
 
 def test_what_is_no_dataset_is_refused(tmp_path):

@@ -1,17 +1,18 @@
-"""Activations in files of others: .npy, .npz and .safetensors, read in slices, never unpickled."""
+"""Activations in files of others: .npy, .npz, .safetensors and .pt, read in slices, never unpickled."""
 
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from etils import epath
 
 from sae_jax.activations import pipeline
-from sae_jax.errors import Refused
+from sae_jax.errors import Refused, missing_extra
 
-FORMATS = "a .npy, .npz or .safetensors file, or a dataset folder"
+FORMATS = "a .npy, .npz, .safetensors or .pt file, or a dataset folder"
 
 
 class SafeTensor:
@@ -63,10 +64,25 @@ def _arrays(path: Path) -> Iterator[tuple[str, Any]]:
 
         file = safe_open(path, framework="flax")  # the one framework that knows bfloat16 without torch
         yield from ((name, SafeTensor(file, name)) for name in file.keys())  # noqa: SIM118 (not a dictionary)
+    elif path.suffix in (".pt", ".pth"):
+        yield from _tensors(path)
     elif path.suffix == ".npz":
         yield from _members(path)
     else:
         yield path.stem, np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors of a PyTorch file, mapped; weights only, so nothing in it is run."""
+    try:
+        import torch
+    except ImportError as error:
+        raise missing_extra("torch", "hf") from error
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for name, tensor in (found if isinstance(found, dict) else {path.stem: found}).items():
+        if isinstance(tensor, torch.Tensor):
+            half = tensor.dtype == torch.bfloat16  # NumPy itself has no such type
+            yield str(name), tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if half else tensor.numpy()
 
 
 def _members(path: Path) -> Iterator[tuple[str, np.ndarray]]:

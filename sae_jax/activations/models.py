@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,28 +68,35 @@ def blocks(network: Any) -> Any:
     return lists[0]
 
 
-def residual_stream(network: Any, token_ids: Any, layer: int) -> Any:
-    """The residual stream after `layer` blocks, (sequences, context, d_model); nothing behind it is computed."""
+def residual_streams(network: Any, token_ids: Any, layers: Collection[int]) -> dict[int, Any]:
+    """The residual stream after each of some numbers of blocks, (sequences, context, d_model); nothing behind the last
+    of them is computed."""
     torch = _module("torch")
     stack = blocks(network)
-    if not 0 <= layer < len(stack):
-        raise Refused("data.model.layer", layer, f"0 (embeddings) to {len(stack) - 1}")
-    caught = []
+    for layer in layers:
+        if not 0 <= layer < len(stack):
+            raise Refused("data.model.layer", layer, f"0 (embeddings) to {len(stack) - 1}")
+    caught: dict[int, Any] = {}
 
-    def catch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
+    def catch(layer: int) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught[layer] = args[0] if args else kwargs["hidden_states"]
+            if layer == max(layers):
+                raise _Stop
+
+        return hook
 
     # What goes into block number `layer` (from 0) is what has come out of the blocks before it.
-    handle = stack[layer].register_forward_pre_hook(catch, with_kwargs=True)
+    handles = [stack[layer].register_forward_pre_hook(catch(layer), with_kwargs=True) for layer in layers]
     try:
         with torch.inference_mode():
             network(token_ids, use_cache=False)
     except _Stop:
         pass
     finally:
-        handle.remove()
-    return caught[0]
+        for handle in handles:
+            handle.remove()
+    return caught
 
 
 def sequences(tokenizer: Any, model: ConfigDict) -> Iterator[list[int]]:
@@ -104,38 +111,59 @@ def sequences(tokenizer: Any, model: ConfigDict) -> Iterator[list[int]]:
             held = held[body:]
 
 
-def rows(network: Any, tokenizer: Any, model: ConfigDict) -> Iterator[store.Rows]:
-    """Activations of at least `n_tokens` tokens (or all there are), special tokens left out unless asked for."""
+def rows(
+    network: Any, tokenizer: Any, model: ConfigDict, layers: Collection[int], start: int = 0
+) -> Iterator[tuple[int, dict[int, store.Rows]]]:
+    """Activations of at least n_tokens tokens (or all there are), special tokens left out unless asked for.
+
+    Yields the number of a first token, and by layer the rows from it on. Batches that lie before token `start` are not
+    computed; the others are the same as from the beginning, so what is written after a restart is what would have been.
+    """
     torch = _module("torch")
     special = set() if model.keep_special_tokens else set(tokenizer.all_special_ids)
     done, first, source = 0, 0, sequences(tokenizer, model)
-    with tqdm(total=model.n_tokens, unit=" tokens", desc="extracting", disable=None) as bar:
+    with tqdm(total=model.n_tokens, initial=start, unit=" tokens", desc="extracting", disable=None) as bar:
         while done < model.n_tokens:
             batch = [ids for _, ids in zip(range(model.batch_size), source, strict=False)]
             if not batch:
                 break
             token_ids = np.asarray(batch, np.int32)
-            x = residual_stream(network, torch.from_numpy(token_ids).long(), model.layer).float().numpy()
             keep = ~np.isin(token_ids, list(special))
             where = np.indices(token_ids.shape, np.int32)
-            yield store.Rows(x[keep], token_ids[keep], where[0][keep] + first, where[1][keep])
-            first, done = first + len(batch), done + int(keep.sum())
-            bar.update(int(keep.sum()))
+            count = int(keep.sum())
+            if done + count > start:
+                found = residual_streams(network, torch.from_numpy(token_ids).long(), layers)
+                places = (token_ids[keep], where[0][keep] + first, where[1][keep])
+                yield done, {layer: store.Rows(x.float().numpy()[keep], *places) for layer, x in found.items()}
+                bar.update(count)
+            first, done = first + len(batch), done + count
 
 
 def extracted(model: ConfigDict) -> str:
     """The dataset folder of `config.data.model`: found in the cache, or extracted into it now."""
-    facts = {key: model[key] for key in sorted(model) if key not in ("cache", "batch_size")}
-    facts["text_identity"] = text.identity(model.text)
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-    dataset = f"{model.id.replace('/', '--')}_layer{model.layer:02d}_{fingerprint}"
     cache = os.path.expanduser(model.cache or "~/.cache/sae_jax")
-    found = store.find(cache, dataset)
-    if found:
-        return found
-    network, tokenizer = load(model)
-    depth = len(blocks(network))
-    if not model.layer < depth:
-        raise Refused("data.model.layer", model.layer, f"0 (embeddings) to {depth - 1}")
-    width = network.config.get_text_config().hidden_size
-    return store.write(cache, dataset, width, rows(network, tokenizer, model), facts)
+    return extract(model, [model.layer], cache)[model.layer]
+
+
+def extract(model: ConfigDict, layers: Collection[int], data_dir: str) -> dict[int, str]:
+    """Datasets of several layers, from one forward pass; those that are finished are left as they are.
+
+    Killed and called again it goes on after the last whole shard.
+    """
+    folders, facts = {}, {}
+    for layer in layers:
+        facts[layer] = {key: model[key] for key in sorted(model) if key not in ("cache", "batch_size")}
+        facts[layer] |= {"layer": layer, "text_identity": text.identity(model.text)}
+        fingerprint = hashlib.sha256(json.dumps(facts[layer]).encode()).hexdigest()[:8]
+        dataset = f"{model.id.replace('/', '--')}_layer{layer:02d}_{fingerprint}"
+        folders[layer] = store.folder_of(data_dir, dataset)
+    missing = [layer for layer in layers if not (folders[layer] / store.MANIFEST).exists()]
+    if missing:
+        network, tokenizer = load(model)
+        depth = len(blocks(network))
+        if max(missing) >= depth:
+            raise Refused("data.model.layer", max(missing), f"0 (embeddings) to {depth - 1}")
+        width = network.config.get_text_config().hidden_size
+        writers = {layer: store.Writer(folders[layer], width, facts[layer], model.dtype) for layer in missing}
+        store.write(writers, lambda start: rows(network, tokenizer, model, missing, start))
+    return {layer: str(folder) for layer, folder in folders.items()}

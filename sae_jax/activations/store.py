@@ -1,23 +1,35 @@
 """Activations on disk: a TFDS dataset (ArrayRecord, no TensorFlow) whose examples are chunks of consecutive tokens.
 
-One example: `x` (chunk, d_model) float32 and, for every row, `token_id`, `sequence_id` and `position`. Which model,
-layer and text they come from stands in the dataset's metadata. A dataset that is not finished is never visible.
+One example: `x` (chunk, d_model) and, for every row, `token_id`, `sequence_id` and `position`. `activations.json`
+beside the shards says which model, layer and text they come from, how numbers are kept, the moments, and each shard's
+size and checksum. Until it is finished a dataset lies in FOLDER.partial; killed at any moment, writing goes on after
+its last whole shard, and ends with the same bytes as if it had not been killed.
 """
 
 import contextlib
-import io
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from etils import epath
 
+from sae_jax import outliers
+from sae_jax.activations import pipeline
 from sae_jax.activations.pipeline import CHUNK
-from sae_jax.errors import Refused
+from sae_jax.disk import write_text
+from sae_jax.errors import Refused, RunFailed
+from sae_jax.outliers import Moments, Severity
 
-SPLIT = "tokens"
+NAME, SPLIT, VERSION = "activations", "tokens", "1.0.0"
+MANIFEST = "activations.json"
+SHARD_BYTES = 128 * 2**20
+# How numbers are kept: as they are; as their upper 16 bits; z-scored with the mean and deviation of the first shard.
+STORED = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
 
 class Rows(NamedTuple):
@@ -28,79 +40,282 @@ class Rows(NamedTuple):
     sequence_id: np.ndarray  # (rows,)
     position: np.ndarray  # (rows,) in its sequence
 
-
-class Activations(tfds.core.GeneratorBasedBuilder):
-    """One model and layer, as a dataset."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, *, dataset: str, d_model: int, rows: Iterable[Rows], facts: dict[str, Any], data_dir: str):
-        self._d_model, self._rows, self._facts = d_model, rows, facts
-        super().__init__(config=tfds.core.BuilderConfig(name=dataset), data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        row = tfds.features.Tensor(shape=(CHUNK,), dtype=np.int32, encoding=tfds.features.Encoding.BYTES)
-        x = tfds.features.Tensor(
-            shape=(CHUNK, self._d_model), dtype=np.float32, encoding=tfds.features.Encoding.BYTES
-        )
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Activations of one layer, in chunks of consecutive tokens.",
-            features=tfds.features.FeaturesDict({"x": x, "token_id": row, "sequence_id": row, "position": row}),
-            metadata=tfds.core.MetadataDict(self._facts),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: object) -> dict[str, Iterator[tuple[int, dict[str, np.ndarray]]]]:
-        return {SPLIT: self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        held: Rows | None = None
-        number = 0
-        for rows in self._rows:
-            held = rows if held is None else Rows(*(np.concatenate(pair) for pair in zip(held, rows, strict=True)))
-            while len(held.x) >= CHUNK:
-                yield number, {name: part[:CHUNK] for name, part in held._asdict().items()}
-                held, number = Rows(*(part[CHUNK:] for part in held)), number + 1
+    def cut(self, start: int, stop: int | None = None) -> "Rows":
+        """Some of the rows."""
+        return Rows(*(part[start:stop] for part in self))
 
 
-def write(data_dir: str, dataset: str, d_model: int, rows: Iterable[Rows], facts: dict[str, Any]) -> str:
-    """Writes a dataset and returns its folder. A last incomplete chunk (under 256 tokens) is left out."""
-    tfds.disable_progress_bar()
-    builder = Activations(dataset=dataset, d_model=d_model, rows=rows, facts=facts, data_dir=data_dir)
-    with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads; there are none
-        builder.download_and_prepare()
-    return str(builder.data_path)
+def folder_of(data_dir: str, dataset: str) -> epath.Path:
+    """Where a dataset lies once it is finished."""
+    return epath.Path(data_dir) / NAME / dataset / VERSION
 
 
 def find(data_dir: str, dataset: str) -> str | None:
     """The folder of a finished dataset, if there is one."""
-    folder = epath.Path(data_dir) / "activations" / dataset / str(Activations.VERSION)
-    return str(folder) if (folder / "dataset_info.json").exists() else None
+    folder = folder_of(data_dir, dataset)
+    return str(folder) if (folder / MANIFEST).exists() else None
+
+
+def _features(d_model: int, dtype: str, rows: int) -> tfds.features.FeaturesDict:
+    def tensor(shape: tuple[int, ...], kind: Any) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=shape, dtype=kind, encoding=tfds.features.Encoding.BYTES)
+
+    row = tensor((rows,), np.int32)
+    return tfds.features.FeaturesDict(
+        {"x": tensor((rows, d_model), STORED[dtype]), "token_id": row, "sequence_id": row, "position": row}
+    )
+
+
+def _template(folder: epath.Path) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+        dataset_name=NAME, data_dir=folder, split=SPLIT, filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
+    )  # fmt: skip
+
+
+class Writer:
+    """One dataset in the making.
+
+    Args:
+      folder: where it will lie once it is finished.
+      facts: what it is; goes into the manifest. A half-written dataset with other facts is thrown away.
+      dtype: one of `STORED`.
+      chunk: tokens an example.
+    """
+
+    def __init__(
+        self, folder: epath.Path, d_model: int, facts: dict[str, Any], dtype: str = "float32", chunk: int = CHUNK
+    ):
+        self.folder, self._partial = folder, folder.parent / (folder.name + ".partial")
+        self._dtype, self._chunk = dtype, chunk
+        self._features = _features(d_model, dtype, chunk)
+        self._serialise = tfds.core.example_serializer.ExampleSerializer(self._features.get_serialized_info())
+        self._chunks_per_shard = max(1, SHARD_BYTES // (chunk * d_model * np.dtype(STORED[dtype]).itemsize))
+        self._facts = json.loads(json.dumps({**facts, "d_model": d_model, "dtype": dtype, "chunk": chunk}))
+        self._severity: Severity | None = None
+        self._manifest: dict[str, Any] = {"facts": self._facts, "shards": []}
+        self._buffer: list[Rows] = []
+        self._held = 0
+        if (self._partial / MANIFEST).exists():
+            found = json.loads((self._partial / MANIFEST).read_text())
+            if found["facts"] == self._facts:
+                self._manifest, self._severity = found, _severity_from(found.get("moments"))
+        self._partial.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in whole shards: where the rows have to go on after a restart."""
+        return self._chunk * sum(shard["chunks"] for shard in self._manifest["shards"])
+
+    def add(self, start: int, rows: Rows) -> None:
+        """Rows of which the first is token number `start`; those that are on disk already are passed over."""
+        rows = rows.cut(max(0, self.n_tokens + self._held - start))
+        if not len(rows.x):
+            return
+        self._buffer.append(rows)
+        self._held += len(rows.x)
+        size = self._chunks_per_shard * self._chunk
+        while self._held >= size:
+            joined = Rows(*map(np.concatenate, zip(*self._buffer, strict=True)))
+            self._write_shard(joined.cut(0, size))
+            self._buffer, self._held = [joined.cut(size)], self._held - size
+
+    def _write_shard(self, rows: Rows) -> None:
+        number, n_chunks = len(self._manifest["shards"]), len(rows.x) // self._chunk
+        x = np.ascontiguousarray(rows.x[: n_chunks * self._chunk], np.float32)
+        if not np.isfinite(x).all():
+            raise RunFailed(f"token {self.n_tokens + int(np.argwhere(~np.isfinite(x))[0][0])}: activations not finite")
+        seen = outliers.severity(np.array_split(x, -(-len(x) // 4096)))
+        self._severity = seen if self._severity is None else Severity(*map(outliers.merge, self._severity, seen))
+        if self._dtype == "float16" and "center" not in self._manifest:
+            sigma = seen.raw.sigma
+            self._manifest["center"] = seen.raw.mean.astype(np.float32).tolist()
+            self._manifest["scale"] = np.where(sigma > 0, sigma, 1).astype(np.float32).tolist()
+        kept = _encode(x, self._dtype, self._manifest)
+        path = _template(self._partial).sharded_filepath(shard_index=number, num_shards=None)
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        try:
+            for start in range(0, n_chunks * self._chunk, self._chunk):
+                part = rows._replace(x=kept).cut(start, start + self._chunk)
+                example = {name: values if name == "x" else values.astype(np.int32)
+                           for name, values in part._asdict().items()}  # fmt: skip
+                record = self._serialise.get_tf_example(self._features.encode_example(example))
+                writer.write(record.SerializeToString(deterministic=True))  # the same bytes in every process
+        finally:
+            writer.close()
+        data = path.read_bytes()
+        shard = {"chunks": n_chunks, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self._manifest["shards"].append(shard)
+        self._manifest["moments"] = _severity_to(self._severity)
+        # The shard counts from here on: killed before, the next run writes it again.
+        write_text(self._partial / MANIFEST, json.dumps(self._manifest))
+
+    def finish(self) -> str:
+        """Writes what is left in whole chunks, then makes the dataset visible. Returns its folder."""
+        rest = Rows(*map(np.concatenate, zip(*self._buffer, strict=True))) if self._buffer else None
+        self._buffer, dropped = [], self._held % self._chunk
+        if rest is not None and len(rest.x) >= self._chunk:
+            self._write_shard(rest)
+        if not self._manifest["shards"] or self._severity is None:
+            raise RunFailed(f"fewer than {self._chunk} tokens: nothing to store")
+        self._manifest |= {"n_tokens": self.n_tokens, "dropped_tokens": dropped, **self._severity.gammas()}
+        write_text(self._partial / MANIFEST, json.dumps(self._manifest))
+        identity = tfds.core.dataset_info.DatasetIdentity(
+            name=NAME, version=tfds.core.Version(VERSION), data_dir=str(self._partial), module_name=__name__,
+            config_name=self.folder.parent.name,
+        )  # fmt: skip
+        info = tfds.core.DatasetInfo(
+            builder=identity, description="Activations of one layer, in chunks of consecutive tokens.",
+            features=self._features, disable_shuffling=True,
+        )  # fmt: skip
+        info.set_file_format("array_record")
+        shards = self._manifest["shards"]
+        info.set_splits(tfds.core.SplitDict([tfds.core.SplitInfo(
+            name=SPLIT, shard_lengths=[shard["chunks"] for shard in shards],
+            num_bytes=sum(shard["bytes"] for shard in shards), filename_template=_template(self._partial),
+        )]))  # fmt: skip
+        info.write_to_directory(self._partial)
+        self._partial.rename(self.folder)
+        return str(self.folder)
+
+
+def _encode(x: np.ndarray, dtype: str, manifest: dict[str, Any]) -> np.ndarray:
+    if dtype == "float16":
+        z = (x - np.asarray(manifest["center"], np.float32)) / np.asarray(manifest["scale"], np.float32)
+        return np.clip(z, -65504, 65504).astype(np.float16)
+    return x.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "bfloat16" else x
+
+
+def _decode(kept: np.ndarray, dtype: str, manifest: dict[str, Any]) -> np.ndarray:
+    if dtype == "float16":
+        scale, center = (np.asarray(manifest[key], np.float32) for key in ("scale", "center"))
+        return kept.astype(np.float32) * scale + center
+    return kept.view(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else kept
+
+
+def _severity_to(severity: Severity) -> dict[str, Any]:
+    return {
+        view: {"n_tokens": m.n_tokens, "mean": m.mean.tolist(), "square": m.square.tolist()}
+        for view, m in severity._asdict().items()
+    }
+
+
+def _severity_from(found: dict[str, Any] | None) -> Severity | None:
+    if found is None:
+        return None
+    nothing = np.full(len(found["raw"]["mean"]), np.nan)  # third and fourth moments are not kept
+    return Severity(**{
+        view: Moments(m["n_tokens"], np.asarray(m["mean"]), np.asarray(m["square"]), nothing, nothing)
+        for view, m in found.items()
+    })
+
+
+def write(
+    writers: dict[int, Writer], rows: Callable[[int], Iterable[tuple[int, dict[int, Rows]]]]
+) -> dict[int, str]:
+    """Fills several datasets (a layer each) from one stream, going on where they were. Returns their folders.
+
+    Args:
+      rows: of a number of tokens to pass over: yields the number of a first token and the rows from it on, by layer.
+
+    Raises:
+      RunFailed: activations are not finite, or the disk is full; whole shards stay, and the next run goes on.
+    """
+    try:
+        for start, parts in rows(min(writer.n_tokens for writer in writers.values())):
+            for layer, part in parts.items():
+                writers[layer].add(start, part)
+        return {layer: writer.finish() for layer, writer in writers.items()}
+    except OSError as error:
+        raise RunFailed(f"cannot write activations ({error}); shards that are complete stay") from error
+
+
+def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
+    """A dataset from a file of activations, in the same chunks in which the file itself would be read.
+
+    Where rows come from is not known: token_id and sequence_id are −1, position is the number of the row.
+    """
+    from sae_jax.activations import files
+
+    array = pipeline.ArrayChunks(files.open_array(path), path)
+    name = epath.Path(path).stem
+    folder = folder_of(data_dir, name)
+    if (folder / MANIFEST).exists():
+        raise Refused("--out", str(folder), "a dataset that is not there yet")
+
+    def rows(start: int) -> Iterator[tuple[int, dict[int, Rows]]]:
+        for first in range(start, array.n_tokens, 4096):
+            x = array.tokens(first, first + 4096).astype(np.float32)
+            unknown = np.full(len(x), -1, np.int32)
+            yield first, {0: Rows(x, unknown, unknown, np.arange(first, first + len(x), dtype=np.int32))}
+
+    writer = Writer(folder, array.d_model, {"imported": array.identity}, dtype, array.rows)
+    return write({0: writer}, rows)[0]
 
 
 class StoredChunks:
-    """Reads a dataset folder chunk by chunk."""
+    """Reads a dataset folder chunk by chunk.
+
+    Raises:
+      Refused: it is no dataset, or a shard is missing or of another size than the manifest says.
+    """
 
     def __init__(self, folder: str):
-        if not (epath.Path(folder) / "dataset_info.json").exists():
-            raise Refused("data.path", folder, "a dataset folder (one with a dataset_info.json) or a .npy file")
+        root = epath.Path(folder)
+        if not (root / MANIFEST).exists():
+            inside = sorted(str(path.parent) for path in root.glob(f"{NAME}/*/{VERSION}/{MANIFEST}"))
+            there = f"; there is {', '.join(inside[:5])}" if inside else ""
+            raise Refused("data.path", folder, f"a dataset folder (one with {MANIFEST}) or a .npy file{there}")
+        self._root, self._manifest = root, json.loads((root / MANIFEST).read_text())
+        self._shards = self._manifest["shards"]
+        for number, shard in enumerate(self._shards):
+            path = self._path(number)
+            size = path.stat().length if path.exists() else None
+            if size != shard["bytes"]:
+                raise Refused("data.path", str(path), f"a shard of {shard['bytes']} bytes, not {size or 'none'}")
         builder = tfds.builder_from_directory(folder)
         self._source = builder.as_data_source(split=SPLIT)
-        shape: tuple[int, int] = builder.info.features["x"].shape
-        self.rows, self.d_model = shape
-        self.n_tokens = len(self._source) * self.rows
-        facts = json.loads(json.dumps(dict(builder.info.metadata or {})))
-        self.identity = {"path": str(folder), "tokens": self.n_tokens, **facts}
+        facts = self._manifest["facts"]
+        self._dtype, self.rows, self.d_model = facts["dtype"], facts["chunk"], facts["d_model"]
+        self.n_tokens: int = self._manifest["n_tokens"]
+        checksum = hashlib.sha256("".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
+        self.identity = {"path": str(folder), "tokens": self.n_tokens, "sha256": checksum, **facts}
+
+    def _path(self, number: int) -> epath.Path:
+        return _template(self._root).sharded_filepath(shard_index=number, num_shards=None)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return sum(shard["chunks"] for shard in self._shards)
+
+    def example(self, index: int) -> Rows:
+        """One chunk, with where each row comes from."""
+        try:
+            found = self._source[int(index)]
+        except Exception as error:  # the reader of a damaged file raises what it likes
+            raise RunFailed(f"chunk {index} cannot be read: {self._culprit(int(index))} ({error})") from error
+        return Rows(_decode(found["x"], self._dtype, self._manifest), *(found[name] for name in Rows._fields[1:]))
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._source[int(index)]["x"]
+        return self.example(index).x
+
+    def _culprit(self, index: int) -> str:
+        ends = np.cumsum([shard["chunks"] for shard in self._shards])
+        number = int(np.searchsorted(ends, index, side="right"))
+        path = self._path(number)
+        with contextlib.suppress(OSError):
+            if hashlib.sha256(path.read_bytes()).hexdigest() == self._shards[number]["sha256"]:
+                return f"{path} (its checksum is right)"
+        return f"{path} is damaged: its checksum is not the one in {MANIFEST}"
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop."""
         first, stop = start // self.rows, min(stop, self.n_tokens)
         blocks = [self[number] for number in range(first, -(-stop // self.rows))]
         return np.concatenate(blocks)[start - first * self.rows : stop - first * self.rows]
+
+    def damaged(self) -> list[str]:
+        """Shards whose checksum is not the recorded one; reads everything."""
+        return [
+            self._path(number).name for number, shard in enumerate(self._shards)
+            if hashlib.sha256(self._path(number).read_bytes()).hexdigest() != shard["sha256"]
+        ]  # fmt: skip

@@ -1,0 +1,237 @@
+"""Datasets of activations: written once and bit by bit, through kills and full disks; damage is named."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import sae_jax
+from sae_jax import cli
+from sae_jax.activations import files, store
+from sae_jax.errors import Refused, RunFailed
+
+D = 12
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store, "SHARD_BYTES", 256 * D * 4 * 2)  # two chunks a shard
+
+
+def stream(x, size=300, layers=(3, 7)):
+    """What an extraction yields: layer L holds L·x."""
+
+    def rows(start):
+        for first in range(0, len(x), size):
+            ids = np.arange(first, min(first + size, len(x)), dtype=np.int32)
+            if first + size > start:
+                part = x[first : first + size]
+                yield first, {layer: store.Rows(layer * part, ids, ids // 9, ids % 9) for layer in layers}
+
+    return rows
+
+
+def make(tmp_path, x, layers=(3, 7), dtype="float32", facts=None):
+    writers = {
+        layer: store.Writer(
+            store.folder_of(str(tmp_path), f"m{layer}"), D, {"layer": layer, **(facts or {})}, dtype
+        ) for layer in layers
+    }  # fmt: skip
+    return store.write(writers, stream(x, layers=layers))
+
+
+def everything(folder):
+    """Every byte of the data, by shard, and the manifest."""
+    chunks = files.open_chunks(folder)
+    assert not chunks.damaged()
+    shards = {path.name: path.read_bytes() for path in chunks._root.iterdir() if "array_record" in path.name}
+    return shards, (chunks._root / store.MANIFEST).read_text()
+
+
+def test_many_layers_in_one_pass_come_back_bit_by_bit_with_where_they_are_from(tmp_path, rng, small_shards):
+    x = rng.normal(size=(2000, D)).astype(np.float32)
+    folders = make(tmp_path, x)
+    for layer, folder in folders.items():
+        chunks = files.open_chunks(folder)
+        assert (len(chunks), chunks.rows, chunks.d_model, chunks.n_tokens) == (7, 256, D, 1792)
+        got = [chunks.example(i) for i in range(7)]
+        np.testing.assert_array_equal(np.concatenate([rows.x for rows in got]), layer * x[:1792])
+        np.testing.assert_array_equal(np.concatenate([rows.token_id for rows in got]), np.arange(1792))
+        np.testing.assert_array_equal(np.concatenate([rows.position for rows in got]), np.arange(1792) % 9)
+        np.testing.assert_array_equal(chunks.tokens(200, 900), layer * x[200:900])
+        manifest = json.loads((chunks._root / store.MANIFEST).read_text())
+        assert manifest["dropped_tokens"] == 2000 - 1792
+        np.testing.assert_allclose(manifest["moments"]["raw"]["mean"], (layer * x[:1792]).mean(axis=0), atol=1e-5)
+        expected = np.linalg.norm(x[:1792].mean(0)) / np.linalg.norm(x[:1792].std(0))
+        assert manifest["gamma_raw"] == pytest.approx(expected, rel=1e-5)
+        assert chunks.identity["layer"] == layer
+        assert store.find(str(tmp_path), f"m{layer}") == folder
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-8), ("float16", 2**-10)])
+def test_half_precision_keeps_the_signal_as_far_as_its_bits_go(tmp_path, rng, small_shards, dtype, tolerance):
+    x = (rng.normal(size=(1024, D)) + 100 * (np.arange(D) == 2)).astype(np.float32)
+    folder = make(tmp_path, x, layers=(1,), dtype=dtype)[1]
+    got = files.open_chunks(folder).tokens(0, 1024)
+    assert got.dtype == np.float32
+    if dtype == "bfloat16":
+        np.testing.assert_array_equal(got, x.astype(ml_dtypes.bfloat16).astype(np.float32))
+    else:  # z-scored: the error is of the size of the deviation, not of the mean of 100
+        assert np.abs(got - x).max() < 5 * tolerance
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 6])
+def test_a_stream_that_breaks_off_goes_on_where_it_was(tmp_path, rng, small_shards, after):
+    x = rng.normal(size=(2300, D)).astype(np.float32)
+    whole = {layer: everything(folder) for layer, folder in make(tmp_path / "whole", x).items()}
+
+    def breaks(start):
+        for number, part in enumerate(stream(x)(start)):
+            if number == after:
+                raise KeyboardInterrupt
+            yield part
+
+    writers = {
+        layer: store.Writer(store.folder_of(str(tmp_path / "cut"), f"m{layer}"), D, {"layer": layer})
+        for layer in (3, 7)
+    }
+    with pytest.raises(KeyboardInterrupt):
+        store.write(writers, breaks)
+    assert store.find(str(tmp_path / "cut"), "m3") is None
+    assert {layer: everything(folder) for layer, folder in make(tmp_path / "cut", x).items()} == whole
+
+
+def test_a_half_written_dataset_of_something_else_is_begun_anew(tmp_path, rng, small_shards):
+    old, new = (rng.normal(size=(1100, D)).astype(np.float32) for _ in range(2))
+    writer = store.Writer(store.folder_of(str(tmp_path), "m1"), D, {"layer": 1, "text": "old"})
+    writer.add(0, store.Rows(old, *(np.zeros(1100, np.int32) for _ in range(3))))
+    assert writer.n_tokens == 1024
+    folder = make(tmp_path, new, layers=(1,), facts={"text": "new"})[1]
+    np.testing.assert_array_equal(files.open_chunks(folder).tokens(0, 1024), new[:1024])
+
+
+KILLED = """
+    import sys, time
+    import numpy as np
+    from sae_jax.activations import store
+    store.SHARD_BYTES = 256 * 12 * 4
+    x = np.random.default_rng(0).normal(size=(5000, 12)).astype(np.float32)
+    def rows(start):
+        for first in range(0, 5000, 100):
+            ids = np.arange(first, first + 100, dtype=np.int32)
+            if first + 100 > start:
+                time.sleep(0.01)
+                yield first, {layer: store.Rows(layer * x[first : first + 100], ids, ids, ids) for layer in (1, 2)}
+    missing = [n for n in (1, 2) if not store.find(sys.argv[1], f"m{n}")]
+    print("writing", flush=True)
+    if missing:
+        writers = {n: store.Writer(store.folder_of(sys.argv[1], f"m{n}"), 12, {"layer": n}) for n in missing}
+        store.write(writers, lambda start: ((at, {n: part[n] for n in missing}) for at, part in rows(start)))
+"""
+
+
+def test_kill_9_at_any_moment_leaves_what_the_next_run_finishes(tmp_path, rng):
+    def start(name):
+        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / name)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+    killed = 0
+    for _ in range(4):
+        with start("cut") as process:
+            process.stdout.readline()
+            time.sleep(rng.uniform(0.0, 0.3))
+            process.kill()
+            killed += process.wait() != 0
+    assert killed
+    for name in ("whole", "cut"):
+        with start(name) as process:
+            assert process.wait() == 0
+    for n in (1, 2):
+        folders = [str(store.folder_of(str(tmp_path / name), f"m{n}")) for name in ("whole", "cut")]
+        assert everything(folders[0]) == everything(folders[1])
+
+
+def test_a_full_disk_is_one_line_and_keeps_whole_shards(tmp_path, rng, small_shards, monkeypatch):
+    x = rng.normal(size=(2300, D)).astype(np.float32)
+    write_text = store.write_text
+    calls = []
+
+    def full(path, text):
+        calls.append(path)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+        write_text(path, text)
+
+    monkeypatch.setattr(store, "write_text", full)
+    with pytest.raises(RunFailed, match="No space left"):
+        make(tmp_path, x)
+    monkeypatch.undo()
+    monkeypatch.setattr(store, "SHARD_BYTES", 256 * D * 4 * 2)
+    manifest = json.loads((tmp_path / "activations/m3/1.0.0.partial" / store.MANIFEST).read_text())
+    assert len(manifest["shards"]) == 2
+    make(tmp_path, x)
+
+
+def test_activations_that_are_not_finite_stop_the_writing_with_their_token(tmp_path, rng, small_shards):
+    x = rng.normal(size=(2300, D)).astype(np.float32)
+    x[1500, 4] = np.inf
+    with pytest.raises(RunFailed, match="token 1500"):
+        make(tmp_path, x)
+
+
+@pytest.mark.parametrize(("damage", "error"), [("truncate", Refused), ("remove", Refused), ("flip", RunFailed)])
+def test_a_damaged_shard_is_named(tmp_path, rng, small_shards, damage, error):
+    x = rng.normal(size=(2300, D)).astype(np.float32)
+    folder = make(tmp_path, x, layers=(1,))[1]
+    path = next(p for p in store.epath.Path(folder).iterdir() if p.name.endswith("00002"))
+    data = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(data[:-100])
+    elif damage == "remove":
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(error, match="00002"):
+        files.open_chunks(folder).tokens(0, 2300)
+    if damage == "flip":
+        assert files.open_chunks(folder).damaged() == [path.name]
+
+
+def test_what_is_no_dataset_lists_what_is_there(tmp_path, rng, small_shards):
+    make(tmp_path, rng.normal(size=(600, D)).astype(np.float32))
+    with pytest.raises(Refused, match=r"there is .*m3.*m7"):
+        files.open_chunks(str(tmp_path))
+
+
+def test_a_file_and_the_dataset_imported_from_it_train_alike(tmp_path, rng, tiny, capsys):
+    x = (rng.normal(size=(3000, 16)) + 2).astype(np.float32)
+    np.save(tmp_path / "mine.npy", x)
+    assert cli.main(["extract", f"--from={tmp_path}/mine.npy", f"--out={tmp_path}/data"]) == 0
+    folder = capsys.readouterr().out.strip()
+    reports = []
+    for number, path in enumerate((str(tmp_path / "mine.npy"), folder)):
+        tiny.data.signal, tiny.data.path = "", path
+        reports.append(sae_jax.train(tiny, str(tmp_path / f"run{number}")))
+    assert reports[0]["members"] == reports[1]["members"]
+    assert cli.main(["extract", f"--from={tmp_path}/mine.npy", f"--out={tmp_path}/data"]) == 2
+    assert "not there yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--out=o"], "--from"), (["--from=x.npy"], "--out"), (["--from=none.npy", "--out=o"], "none.npy"),
+    (["--from=x.npy", "--out=o", "--dtype=int8"], "int8"),
+])  # fmt: skip
+def test_wrong_flags_of_extract_are_one_line(capsys, tmp_path, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.zeros((1000, 4)))
+    assert cli.main(["extract", *flags]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
