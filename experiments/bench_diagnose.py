@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
     tokens = sources.open_tokens(str(path))
     seconds = {}
     start = time.perf_counter()
-    severity, sample = diagnosis.first_pass(tokens)
+    severity, sample, _ = diagnosis.first_pass(tokens)
     median = outliers.geometric_median(lambda: [sample], severity.raw.mean)
     choices = remedies.preprocessings(severity, median)
     seconds["moments"] = time.perf_counter() - start

@@ -31,14 +31,14 @@ LAWS = ("paper", "finite_gamma", "token_integral", "two_gammas", "spectrum", "pr
 def cell(signal: np.ndarray, mu: np.ndarray, seed: int) -> dict[str, Any]:
     """All predictions and the count for tokens mu + signal."""
     tokens = sources.open_tokens((signal + mu).astype(np.float32))
-    severity, sample = diagnosis.first_pass(tokens)
+    severity, sample, _ = diagnosis.first_pass(tokens)
     summary = diagnosis.predictions(severity, sample, SIZE, K)
     plain = {"none": Preprocessing(shift=jnp.zeros(D, jnp.float32))}
     probes = remedies.forecast(tokens, plain, severity.raw.mean, N_PROBES.value, seed)["none"]
     band = probes.curve(np.array([K / SIZE]))
     found = remedies.measured_deaths(tokens, plain, SIZE, K, seed + 1)["none"]
     summary["probe"] = probes.deaths(SIZE, K)
-    row: dict[str, Any] = {**severity.gammas(), "rank_measured": outliers.effective_rank(severity.raw.spectrum()[0])}
+    row: dict[str, Any] = {**severity.gammas(), "rank_measured": outliers.effective_rank(severity.raw.eigenvalues)}
     for law in LAWS:
         row[law] = summary[law]["dead_total"]
         row[f"{law}_relu"] = summary[law]["dead_by_relu"]

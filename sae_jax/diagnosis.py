@@ -4,7 +4,9 @@ Two passes over the tokens: moments, then probes under every remedy at once. Mea
 every remedy, is a third pass and costs what the first two save.
 """
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,9 +59,9 @@ def diagnose(
       Refused: the activations cannot be diagnosed; nothing was written.
       RunFailed: activations made or extracted on the way are not finite.
     """
-    _check(n_features, k, n_probes, workdir)
-    tokens = open_tokens(activations)
-    severity, sample = first_pass(tokens)
+    _check(n_features, k, n_probes, seed, workdir)
+    tokens, scale = rescaled(open_tokens(activations))
+    severity, sample, n_zero = first_pass(tokens)
     median = outliers.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = remedies.preprocessings(severity, median)
     found = remedies.forecast_twice(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed)
@@ -77,10 +79,13 @@ def diagnose(
         for s, low, high in zip(band.share, band.low, band.high, strict=True)
     }
     result["remedies"] = {
-        name: {"probe": probe[name], "n_probes": len(found[name].best), "measured": measured.get(name)}
-        for name in choices
+        name: {
+            "probe": probe[name], "n_probes": len(found[name].best), "dimensions": found[name].rows.shape[1],
+            "measured": measured.get(name),
+        } for name in choices
     }
     result["recommended"] = remedies.recommended(probe)
+    result |= {"n_zero_tokens": n_zero, "scale": scale}
     result["advice"] = remedies.advice(probe, result["recommended"])
     result |= {"n_probes": n_probes, "seed": seed, "data": tokens.identity, "versions": report.versions()}
     result.figures = _figures(severity, sample, result, band, found["none"], measured)
@@ -93,24 +98,50 @@ def diagnose(
     return result
 
 
-def _check(n_features: int, k: int, n_probes: int, workdir: str | None) -> None:
+def _check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None) -> None:
     if n_features < 1:
         raise Refused("n_features", n_features, "an integer ≥ 1")
     if not 1 <= k <= n_features:
         raise Refused("k", k, f"1 to n_features = {n_features}")
     if n_probes < 16:
         raise Refused("n_probes", n_probes, "an integer ≥ 16")
-    if workdir and epath.Path(workdir).exists() and not epath.Path(workdir).is_dir():
-        raise Refused("--workdir", workdir, "a folder")
+    if not 0 <= seed < 2**31:
+        raise Refused("seed", seed, "0 to 2^31 - 1")
+    if workdir and "://" not in workdir:
+        there = Path(workdir).absolute()
+        while not there.exists():
+            there = there.parent
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise Refused("--workdir", workdir, f"a folder that can be written: {there} cannot")
 
 
-def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray]:
-    """Moments of all tokens, and evenly spaced ones of them kept aside. Refuses what cannot be diagnosed."""
+def rescaled(tokens: Tokens) -> tuple[Tokens, float]:
+    """The tokens times a power of two that brings their size near 1 where float32 could not square it.
+
+    No cosine changes, so no feature's fate does. Returns the factor too: 1 for all ordinary activations.
+    """
+    first = np.asarray(next(tokens.batches(), np.ones((1, 1))), np.float64)
+    size = np.abs(first[np.isfinite(first)]).max(initial=0.0)
+    if not size > 0 or 1e-3 < size < 1e6:
+        return tokens, 1.0
+    scale = float(2.0 ** -np.round(np.log2(size)))
+
+    def batches() -> Iterator[np.ndarray]:
+        return (np.asarray(x, np.float64) * scale for x in tokens.batches())
+
+    return tokens._replace(batches=batches), scale
+
+
+def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, int]:
+    """Moments of all tokens, evenly spaced ones of them kept aside, and how many are zero in every dimension.
+
+    Refuses what cannot be diagnosed.
+    """
     kept: list[np.ndarray] = []
-    stride, seen, n_bad, first_bad = 1, 0, 0, ""
+    stride, seen, n_bad, n_zero, first_bad = 1, 0, 0, 0, ""
 
     def watched() -> Iterator[np.ndarray]:
-        nonlocal kept, stride, seen, n_bad, first_bad
+        nonlocal kept, stride, seen, n_bad, n_zero, first_bad
         for x in report.tokens_bar(tokens.batches(), "moments"):
             finite = np.isfinite(x)
             if not finite.all():
@@ -119,6 +150,7 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray]:
                     first_bad = f"row {seen + row}, dimension {dimension} is {x[row, dimension]}"
                 n_bad += int((~finite).sum())
             if not n_bad:
+                n_zero += int((~x.any(axis=1)).sum())
                 kept.append(np.asarray(x[-seen % stride :: stride], np.float32))
                 if sum(map(len, kept)) > 2 * SAMPLE:
                     kept, stride = [np.concatenate(kept)[::2].copy()], 2 * stride
@@ -129,19 +161,23 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray]:
         severity = outliers.severity(watched(), covariance=True)
     except ValueError:
         severity = None
+    name = tokens.identity.get("path", "activations")
     if n_bad:
         message = f"{n_bad} values are not finite; the first: {first_bad}"
-        raise Refused("activations", "not finite", message) if tokens.given else RunFailed(message)
-    if severity is None or severity.raw.n_tokens < MIN_TOKENS:
-        raise Refused("activations", f"{seen} tokens", f"at least {MIN_TOKENS} tokens")
-    # Rounding leaves a variance of about 1e-14 of the mean's square where a dimension does not move.
-    constant = np.flatnonzero(severity.raw.sigma <= 1e-7 * np.abs(severity.raw.mean))
+        raise Refused("activations", name, message) if tokens.given else RunFailed(message)
+    needed = max(MIN_TOKENS, 2 * tokens.d_model)  # with fewer, whitening learns the tokens by heart
+    if severity is None or severity.raw.n_tokens < needed:
+        raise Refused("activations", name, f"at least {needed} tokens for {tokens.d_model} dimensions, not {seen}")
+    if tokens.d_model < 2:
+        raise Refused("activations", name, "at least 2 dimensions")
+    # Rounding leaves a deviation of about 1e-16 of the mean where a dimension does not move.
+    constant = np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
     if len(constant):
         which = ", ".join(map(str, constant[:5])) + (", …" if len(constant) > 5 else "")
         raise Refused(
-            "activations", f"{len(constant)} constant dimensions ({which})", "dimensions that vary: leave these out"
+            "activations", name, f"dimensions that vary: leave out the {len(constant)} that are constant ({which})"
         )
-    return severity, np.concatenate(kept)
+    return severity, np.concatenate(kept), n_zero
 
 
 # -- the report ------------------------------------------------------------------------------------------------------
@@ -160,7 +196,7 @@ def _summary(severity: Severity) -> dict[str, Any]:
     d_model = len(raw.mean)
     return {
         **severity.gammas(),
-        "effective_rank": outliers.effective_rank(normed.spectrum()[0]),
+        "effective_rank": outliers.effective_rank(normed.eigenvalues),
         "kurtosis": {"median": float(np.median(kurtosis)), "max": float(np.max(kurtosis))},
         "n_outlier_dimensions": len(standing),
         "outlier_dimensions": [
@@ -182,10 +218,9 @@ def predictions(severity: Severity, sample: Float[np.ndarray, "m d"], n_features
     d_model = len(severity.raw.mean)
     size = (severity.raw.n_tokens, n_features, k)
     gamma, gamma_raw, one = severity.gammas().values()
-    rank_normed = outliers.effective_rank(severity.layer_normed.spectrum()[0])
-    rank = outliers.effective_rank(severity.directions.spectrum()[0])
-    axis = severity.directions.mean / np.linalg.norm(severity.directions.mean)
-    cosines = outliers.direction(sample.astype(np.float64)) @ axis
+    rank_normed = outliers.effective_rank(severity.layer_normed.eigenvalues)
+    rank = outliers.effective_rank(severity.directions.eigenvalues)
+    cosines = outliers.direction(sample.astype(np.float64)) @ severity.directions.axis
     return {
         "paper": {
             "dead_by_relu": float(theory.dead_by_relu_paper(gamma, size[0])),
@@ -197,7 +232,7 @@ def predictions(severity: Severity, sample: Float[np.ndarray, "m d"], n_features
         },
         "token_integral": theory.token_integral(one, rank, d_model, *size),
         "two_gammas": theory.two_gammas(gamma, gamma_raw, rank_normed, d_model, *size),
-        "spectrum": theory.spectrum_law(severity.directions.across_mean(), cosines, *size),
+        "spectrum": theory.spectrum_law(severity.directions.across_mean, cosines, *size),
     }
 
 
@@ -209,11 +244,10 @@ def _figures(
     probes: remedies.Forecast,
     measured: dict[str, theory.Deaths],
 ) -> dict[str, Figure]:
-    values, vectors = severity.directions.spectrum()
-    unit = np.sqrt(values.sum() / len(values))
-    spread = np.sqrt((probes.rows @ vectors.T) ** 2 @ values)
+    unit = np.sqrt(severity.directions.square.mean() / severity.directions.n_tokens)
+    spread = np.sqrt(np.einsum("pd,pd->p", probes.rows @ severity.directions.covariance, probes.rows))
     bar = float(theory.alignment_threshold(result["k"] / result["n_features"], result["d_model"]))
-    spectra = {"as they are": severity.raw.spectrum()[0], "after LayerNorm": severity.layer_normed.spectrum()[0]}
+    spectra = {"as they are": severity.raw.eigen[0], "after LayerNorm": severity.layer_normed.eigenvalues}
     return {
         "landscape": figures.landscape(
             outliers.layer_norm(sample[np.linspace(0, len(sample) - 1, 200).astype(int)].astype(np.float64)),

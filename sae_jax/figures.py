@@ -142,49 +142,46 @@ def landscape(tokens: Float[np.ndarray, "T d"], outlier_dimensions: Sequence[dic
 def spectrum(spectra: dict[str, Float[np.ndarray, "d"]]) -> Figure:
     """Eigenvalues of the covariance as shares of the variance, largest first, with the effective rank of each."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.8, 3.0), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axis = figure.subplots()
         for (name, values), colour in zip(spectra.items(), (MEMBER_COLOURS[0], MEMBER_COLOURS[1]), strict=False):
-            share = values / values.sum()
+            share = values[values > 1e-9 * values[0]] / max(float(values.sum()), 1e-300)  # what is below is rounding
+            if not len(share):
+                continue
             rank = effective_rank(values)
             axis.plot(np.arange(1, len(share) + 1), share, color=colour, lw=1.3, label=f"{name}: {rank:.0f}")
         axis.set(
             xscale="log", yscale="log", xlabel="eigenvalue number", ylabel="share of the variance",
-            ylim=(max(1e-8, float(min(v[v > 0].min() / v.sum() for v in spectra.values())) / 2), 1.5),
         )  # fmt: skip
-        axis.legend(title="effective rank", loc="lower left")
+        axis.margins(y=0.1)
+        figure.legend(title="effective rank", loc="outside right upper")
     return figure
-
-
-LAWS = {
-    "paper": ("paper", "s"), "finite_gamma": ("finite gamma", "^"), "token_integral": ("token integral", "v"),
-    "two_gammas": ("two gammas", "<"), "spectrum": ("spectrum", "D"),
-}  # fmt: skip
 
 
 def death_curve(
     band: Band, share: float, predicted: dict[str, dict[str, float]], measured: dict[str, float] | None
 ) -> Figure:
-    """Death at initialisation forecast for every k/n at once, with the laws and, if there is one, the measurement."""
+    """Left: death at initialisation forecast for every k/n. Right: what each law says at the one asked about."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.4, 3.2), layout="constrained")
-        axis = figure.subplots()
-        axis.fill_between(band.share, 100 * band.low, 100 * band.high, color=ALIVE, alpha=0.25, lw=0, label="95 %")
+        figure = Figure(figsize=(6.8, 3.2), layout="constrained")
+        axis, laws = figure.subplots(1, 2, sharey=True, width_ratios=(1.5, 1))
+        axis.fill_between(band.share, 100 * band.low, 100 * band.high, color=ALIVE, alpha=0.3, lw=0, label="95 %")
         axis.plot(band.share, 100 * band.dead, color=ALIVE, lw=1.5, label="probes")
-        axis.axhline(100 * predicted["probe"]["dead_by_relu"], color=RELU, lw=1, ls="--", label="dead by ReLU, probes")
         axis.axvline(share, color="black", lw=0.6, ls=":")
-        # Laws stand beside the line they belong to, so that those that agree can be told apart.
-        for i, (name, (label, marker)) in enumerate(LAWS.items()):
-            if name in predicted:
-                axis.plot(
-                    share * 1.12 ** (i - 2), 100 * predicted[name]["dead_total"], marker, ms=4.5, mfc="none",
-                    color=MEMBER_COLOURS[i % len(MEMBER_COLOURS)], label=label,
-                )  # fmt: skip
         if measured:
             axis.plot(share, 100 * measured["dead_total"], "*", ms=9, color="black", label="measured", zorder=5)
+            for key, style in (("dead_total", "-"), ("dead_by_relu", "--")):
+                laws.axhline(100 * measured[key], color="black", lw=0.8, ls=style)
         axis.set_xscale("log")
-        axis.set(xlabel="k / n", ylabel="features dead at initialisation (%)", ylim=(-2, 102))
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.set(xlabel="k / n", ylabel="features dead at initialisation (%)", ylim=(-3, 103))
+        axis.legend(loc="lower left")
+        at = np.arange(len(predicted))
+        for key, colour, label in (("dead_total", TOPK, "total"), ("dead_by_relu", RELU, "by ReLU")):
+            laws.plot(at, [100 * found[key] for found in predicted.values()], "o", ms=6, color=colour, label=label)
+        laws.set_xticks(at, [name.replace("_", " ") for name in predicted], rotation=40, ha="right")
+        laws.set_xlim(-0.6, len(at) - 0.4)
+        laws.set_title(f"laws at k/n = {share:.2g}" + (", lines: measured" if measured else ""))
+        laws.legend(loc="center right")
     return figure
 
 
@@ -204,7 +201,8 @@ def shift_signal(
         for mask, colour, label in (
             (relu, RELU, "dead by ReLU"), (topk, TOPK, "dead by TopK"), (~relu & ~topk, ALIVE, "alive"),
         ):  # fmt: skip
-            axis.plot(shift[mask], signal[mask], "o", ms=3, mew=0, alpha=0.7, color=colour, label=label)
+            if mask.any():
+                axis.plot(shift[mask], signal[mask], "o", ms=3, mew=0, alpha=0.7, color=colour, label=label)
         top = 1.15 * float(signal.max())
         axis.plot([0, -reach * top], [0, top], color="black", lw=0.8, ls="--", label=f"shift = −{reach:.1f} signal")
         limit = 1.1 * max(float(np.abs(shift).max()), 1.0)
@@ -229,11 +227,14 @@ def remedies(found: dict[str, dict[str, Any]]) -> Figure:
         if counted:
             stars = [100 * m["dead_total"] for _, m in counted]
             axis.plot(stars, [at for at, _ in counted], "k*", ms=8, label="measured", clip_on=False, zorder=5)
-        for at, value in zip(y, total, strict=True):
-            axis.annotate(f"{value:.1f} %", (value, at), xytext=(7, 0), textcoords="offset points", va="center")
+        for at, name, value in zip(y, names, total, strict=True):
+            star = found[name]["measured"]
+            said = f"{value:.1f} %" + (f", measured {100 * star['dead_total']:.1f} %" if star else "")
+            right = max(value, 100 * star["dead_total"] if star else 0)
+            axis.annotate(said, (right, at), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
         axis.set_yticks(y, [name.replace("_", " ") for name in names])
         axis.grid(visible=False, axis="y")
-        axis.set(xlabel="features dead at initialisation (%), forecast", xlim=(0, 112))
+        axis.set(xlabel="features dead at initialisation (%), forecast", xlim=(0, 145 if counted else 115))
         axis.set_xticks(range(0, 101, 20))
         figure.legend(loc="outside lower center", ncols=3)
     return figure

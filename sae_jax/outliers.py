@@ -9,6 +9,8 @@ fate depends on the direction of a token only:
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,8 @@ LAYER_NORM_EPS = 1e-5
 OUTLIER = 3.0  # a dimension stands out where its mean is this many of its standard deviations from zero
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Sums over tokens, per dimension, of powers of the deviation from the mean; float64, mergeable in any order."""
 
     n_tokens: int
@@ -45,22 +48,37 @@ class Moments(NamedTuple):
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.n_tokens * self.fourth / self.square**2 - 3
 
-    def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
-        """Eigenvalues (d,) of the covariance, largest first, and its eigenvectors as rows (d, d)."""
+    @property
+    def covariance(self) -> np.ndarray:
+        """(d, d), ddof 0. Raises ValueError where it was not asked for."""
         if self.scatter is None:
             raise ValueError("moments were taken without the covariance")
-        values, vectors = np.linalg.eigh(self.scatter / self.n_tokens)
+        return self.scatter / self.n_tokens
+
+    @cached_property
+    def eigen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues (d,) of the covariance, largest first, and its eigenvectors as rows (d, d)."""
+        values, vectors = np.linalg.eigh(self.covariance)
         return np.maximum(values[::-1], 0), vectors.T[::-1]
 
+    @cached_property
+    def eigenvalues(self) -> np.ndarray:
+        """(d,) eigenvalues of the covariance, largest first."""
+        return np.maximum(np.linalg.eigvalsh(self.covariance)[::-1], 0)
+
+    @property
+    def axis(self) -> np.ndarray:
+        """(d,) direction of the mean; the first coordinate where the mean is zero."""
+        length = np.linalg.norm(self.mean)
+        return self.mean / length if length > 0 else np.eye(len(self.mean))[0]
+
+    @cached_property
     def across_mean(self) -> np.ndarray:
         """(d − 1,) eigenvalues of the covariance perpendicular to the mean, largest first."""
-        if self.scatter is None:
-            raise ValueError("moments were taken without the covariance")
-        length = np.linalg.norm(self.mean)
-        axis = self.mean / length if length > 0 else np.eye(len(self.mean))[0]
-        turned = self.scatter @ axis
-        across = self.scatter - np.outer(axis, turned) - np.outer(turned, axis) + (axis @ turned) * np.outer(axis, axis)
-        return np.maximum(np.linalg.eigvalsh(across / self.n_tokens)[:0:-1], 0)
+        turned, axis = self.covariance @ self.axis, self.axis
+        mixed = np.outer(axis, turned)
+        across = self.covariance - mixed - mixed.T + (axis @ turned) * np.outer(axis, axis)
+        return np.maximum(np.linalg.eigvalsh(across)[:0:-1], 0)
 
     @property
     def outlier_dimensions(self) -> np.ndarray:
@@ -70,7 +88,12 @@ class Moments(NamedTuple):
 
 
 def effective_rank(eigenvalues: Float[np.ndarray, "d"]) -> float:
-    """exp of the entropy of the normalised eigenvalues: 1 to d. Source: the paper; Roy and Vetterli 2007."""
+    """exp of the entropy of the normalised eigenvalues: 1 to d. Source: the paper; Roy and Vetterli 2007.
+
+    1 where nothing varies.
+    """
+    if not eigenvalues.sum() > 0:
+        return 1.0
     share = eigenvalues[eigenvalues > 0] / eigenvalues.sum()
     return float(np.exp(-np.sum(share * np.log(share))))
 
@@ -94,6 +117,8 @@ def moments(x: Float[np.ndarray, "N d"], covariance: bool = False) -> Moments:
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of both together (Chan, Golub and LeVeque 1983; third and fourth: Pébay 2008)."""
     na, nb = a.n_tokens, b.n_tokens
+    if not (na and nb):  # a host may have no rows
+        return a if na else b
     n = na + nb
     delta = b.mean - a.mean
     scatter = None
@@ -159,22 +184,30 @@ def geometric_median(
 ) -> Float[np.ndarray, "d"]:
     """The point with the least mean Euclidean distance to all tokens, by Weiszfeld's iteration.
 
+    Tokens on which an iterate lies pull it back as Vardi and Zhang (2000) show, so that it leaves them if it should.
+
     Args:
       batches: makes a fresh iterator over the tokens; called once an iteration, so nothing needs to fit in memory.
       start: where to begin (the mean).
-      tolerance: stop when a step is shorter than this times the mean distance.
+      tolerance: stop when a step is shorter than this times the mean distance. The iteration converges linearly, so
+        what is left to go is a small multiple of that.
       max_iterations: stop here at the latest.
     """
     centre = np.asarray(start, np.float64)
     for _ in range(max_iterations):
-        weighted, weights, distances, count = np.zeros_like(centre), 0.0, 0.0, 0
+        weighted, weights, distances, count, here = np.zeros_like(centre), 0.0, 0.0, 0, 0
         for x in batches():
             delta = np.asarray(x, np.float64) - centre
             distance = np.sqrt(np.einsum("nd,nd->n", delta, delta))
-            weight = 1 / np.maximum(distance, np.finfo(np.float32).tiny)
+            apart = distance > 0
+            weight = np.where(apart, 1 / np.where(apart, distance, 1), 0)
             weighted += weight @ delta
             weights, distances, count = weights + weight.sum(), distances + distance.sum(), count + len(x)
-        step = weighted / weights
+            here += int(len(x) - apart.sum())
+        pull = float(np.linalg.norm(weighted))
+        if not pull > here:
+            break  # this point is the median
+        step = (1 - here / pull) * weighted / weights
         centre = centre + step
         if np.linalg.norm(step) <= tolerance * distances / count:
             break

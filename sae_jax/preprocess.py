@@ -35,11 +35,12 @@ class Preprocessing(struct.PyTreeNode):
 
     def __call__(self, x: Float[Array, "B d"]) -> Float[Array, "B r"]:
         y = (per_token(x, self.norm) - self.shift) * self.scale
-        return y if self.matrix is None else y @ self.matrix.T
+        # Full float32, where a TPU would round its operands to bfloat16.
+        return y if self.matrix is None else jnp.matmul(y, self.matrix.T, precision="highest")
 
     def invert(self, y: Float[Array, "B r"]) -> Float[Array, "B d"]:
         """From y back to norm(x), and to x where there is no norm. What a rank cut has left out stays at the mean."""
-        x = y if self.matrix is None else y @ self.inverse.T
+        x = y if self.matrix is None else jnp.matmul(y, self.inverse.T, precision="highest")
         return x / self.scale + self.shift
 
 
@@ -64,7 +65,7 @@ def whitening(moments: Moments, shrinkage: float = 0.0, rank_cut: float = 1e-6) 
       rank_cut: directions whose variance is under this share of the largest are left out (a near-singular spectrum
         would blow up what is only rounding).
     """
-    values, vectors = moments.spectrum()
+    values, vectors = moments.eigen
     kept = values > rank_cut * values[0]
     values, vectors = values[kept], vectors[kept]
     values = (1 - shrinkage) * values + shrinkage * moments.square.mean() / moments.n_tokens
@@ -92,7 +93,7 @@ def fold(sae: SAE, before: Preprocessing) -> SAE:
             b_dec=before.shift + sae.b_dec / before.scale,
         )
     return sae.replace(
-        W_enc=(sae.W_enc @ before.matrix) * before.scale,
-        W_dec=(sae.W_dec @ before.inverse.T) / before.scale,
-        b_dec=before.shift + (before.inverse @ sae.b_dec) / before.scale,
+        W_enc=jnp.matmul(sae.W_enc, before.matrix, precision="highest") * before.scale,
+        W_dec=jnp.matmul(sae.W_dec, before.inverse.T, precision="highest") / before.scale,
+        b_dec=before.shift + jnp.matmul(before.inverse, sae.b_dec, precision="highest") / before.scale,
     )

@@ -20,6 +20,7 @@ from sae_jax.sae import SAE
 from sae_jax.sources import BATCH, Tokens
 
 HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
+STREAM = 2605_31518  # keeps probes apart from activations that somebody made with the same seed
 CLOSER = 4  # times as many probes where the first forecast cannot tell which side of that a remedy is on
 # In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
 # another loss (every direction counts alike) and a matrix folded into the weights.
@@ -76,7 +77,7 @@ def _improve(
     def one(best: Array, before: Preprocessing, w: Array) -> Array:
         y = before(x)
         length = jnp.linalg.norm(y, axis=1, keepdims=True)
-        cosines = (y @ w.T) / jnp.where(length > 0, length, 1)
+        cosines = jnp.matmul(y, w.T, precision="highest") / jnp.where(length > 0, length, 1)
         return jnp.maximum(best, jnp.max(jnp.where(valid[:, None], cosines, -1.0), axis=0))
 
     return {name: one(best[name], before, probes[name]) for name, before in choices.items()}
@@ -86,11 +87,12 @@ def forecast(
     tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_probes: int, seed: int
 ) -> dict[str, Forecast]:
     """One pass over the tokens with n_probes probes for every remedy; `mean` is that of the tokens."""
-    rng = np.random.default_rng(seed)
     rows = {}
     for name, before in choices.items():
-        # Fates hang on what a remedy leaves of the mean; behind a per-token norm nothing is left of it.
+        # Fates hang on what a remedy leaves of the mean; behind a per-token norm nothing is left of it. Every remedy
+        # gets the same random numbers, so that they differ by what they do and not by luck.
         left = np.asarray(before(jnp.asarray(mean, jnp.float32)[None])[0], np.float64)
+        rng = np.random.default_rng([seed, STREAM])
         rows[name] = theory.stratified_rows(n_probes, left * (before.norm == "none"), rng)
     probes = {name: jnp.asarray(w, jnp.float32) for name, w in rows.items()}
     best = {name: jnp.full(n_probes, -1.0, jnp.float32) for name in choices}
@@ -156,13 +158,20 @@ def _padded(tokens: Tokens, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]
 # -- which to take ---------------------------------------------------------------------------------------------------
 
 
+ALIKE = 0.02  # forecasts that differ by less are not told apart
+
+
 def recommended(probe: dict[str, theory.Deaths]) -> str:
-    """The cheapest remedy forecast to leave under 1 % dead; failing that, the one with the fewest dead by ReLU, then
-    in total."""
+    """The cheapest remedy forecast to leave under 1 % dead; failing that, the cheapest of those that leave as few dead
+    by ReLU, then in total, as any."""
     for name, deaths in probe.items():
         if deaths["dead_total"] < HARMLESS:
             return name
-    return min(probe, key=lambda name: (round(probe[name]["dead_by_relu"], 2), probe[name]["dead_total"]))
+    rest = dict(probe)
+    for key in ("dead_by_relu", "dead_total"):
+        least = min(deaths[key] for deaths in rest.values())
+        rest = {name: deaths for name, deaths in rest.items() if deaths[key] <= least + ALIKE}
+    return next(iter(rest))
 
 
 def advice(probe: dict[str, theory.Deaths], chosen: str) -> str:
@@ -172,21 +181,26 @@ def advice(probe: dict[str, theory.Deaths], chosen: str) -> str:
         f"Untreated, {_percent(none['dead_total'])} of the features are forecast to be dead at initialisation, "
         f"{_percent(none['dead_by_relu'])} by ReLU."
     ]
-    if chosen == "none":
-        return lines[0] + " No remedy is needed."
-    lines.append(
-        "Death by ReLU stays until the bias has learned the mean; death by TopK mostly recovers in training: "
-        "this is a risk, not a verdict."
-    )
-    verb = "is forecast to leave" if then["dead_total"] < HARMLESS else "is the best found, and still leaves"
-    lines.append(
-        f"{REMEDIES[chosen].capitalize().replace('Pca', 'PCA')} {verb} {_percent(then['dead_total'])} dead."
-    )
-    if probe["mean"]["dead_total"] > max(none["dead_total"], HARMLESS):
+    if none["dead_total"] >= HARMLESS:
         lines.append(
-            f"Beware of the arithmetic mean: centring by it makes things worse, {_percent(probe['mean']['dead_total'])}"
-            " dead, because tokens of very large norm pull it away from the others."
+            "Death by ReLU stays until the bias has learned the mean; death by TopK mostly recovers in training: "
+            "this is a risk, not a verdict."
         )
+    what = REMEDIES[chosen][0].upper() + REMEDIES[chosen][1:]
+    if none["dead_total"] < HARMLESS:
+        lines.append("No remedy is needed.")
+    elif chosen == "none":
+        lines.append("No remedy is forecast to leave clearly fewer: the mean is not what they die of.")
+    elif then["dead_total"] < HARMLESS:
+        lines.append(f"{what} is forecast to leave {_percent(then['dead_total'])} dead.")
+    else:
+        lines.append(f"{what} is the best found, and still leaves {_percent(then['dead_total'])} dead.")
+    worse = [name for name in probe if probe[name]["dead_total"] > none["dead_total"] + ALIKE]
+    if worse:
+        found = ", ".join(f"{name.replace('_', ' ')} {_percent(probe[name]['dead_total'])}" for name in worse)
+        lines.append(f"Beware, these make it worse: {found}.")
+    if "mean" in worse:
+        lines.append("A mean that a few tokens of very large norm make does that; the geometric median ignores them.")
     return " ".join(lines)
 
 

@@ -68,6 +68,8 @@ def diagnosis_table(report: dict[str, Any]) -> str:
         f"{report['n_tokens']} tokens of {report['d_model']} dimensions; {_gammas(report)}",
         f"effective rank {report['effective_rank']:.0f}, excess kurtosis {report['kurtosis']['median']:.1f} (median), "
         f"{report['n_outlier_dimensions']} outlier dimensions" + (": " + ", ".join(standing) if standing else ""),
+        *([f"{report['n_zero_tokens']} tokens are zero in every dimension: padding, perhaps"] if
+          report["n_zero_tokens"] else []),
         f"a bias that starts at 0 has 90 % of mu after {report['bias_learning_time'] / 3e-4:,.0f} steps of Adam at "
         "3e-4 (data scaled to ‖sigma‖ = √d), at the earliest",
         f"\ndead at initialisation, n = {report['n_features']}, k = {report['k']}",

@@ -26,8 +26,11 @@ Deaths = dict[str, float]  # dead_by_relu, dead_total: fractions of n
 
 
 def top_k_threshold(n_features: int, k: int) -> float:
-    """t_k = Φ⁻¹(1 − k/n): where the k-th largest of n standard normals lies (2.418 at 64/8192)."""
-    return float(norm.isf(k / n_features))
+    """t_k = Φ⁻¹(1 − k/n): where the k-th largest of n standard normals lies (2.418 at 64/8192).
+
+    ReLU comes first, so it is at least 0.
+    """
+    return max(0.0, float(norm.isf(k / n_features)))
 
 
 def alignment_threshold(share: ArrayLike, d_model: int) -> NDArray[np.float64]:
@@ -91,7 +94,7 @@ def dead_total_finite_gamma(gamma: ArrayLike, n_tokens: int, n_features: int, k:
 # of a normal vector, independent of cos; the laws differ in where they get the two distributions from.
 
 
-class Rows(NamedTuple):
+class EncoderRows(NamedTuple):
     """Encoder rows, scaled to length √d; arrays of equal length."""
 
     along: np.ndarray  # w·c
@@ -99,14 +102,14 @@ class Rows(NamedTuple):
     share: np.ndarray  # variance of s in the direction that covaries with w·s: (w'Λ²w) / (w'Λw)
 
 
-class Tokens(NamedTuple):
+class Cosines(NamedTuple):
     """Nodes for the cosine of a token with the mean direction; weights add up to 1."""
 
     cosine: np.ndarray
     weight: np.ndarray
 
 
-def _deaths(rows: Rows, tokens: Tokens, rest: np.ndarray, bar: float, n_tokens: int) -> Deaths:
+def _deaths(rows: EncoderRows, tokens: Cosines, rest: np.ndarray, bar: float, n_tokens: int) -> Deaths:
     """Rows that pass 0 (the ReLU) or the bar on none of N independent tokens.
 
     With z standard normal, w·v = b·z / √(share·z² + rest), which grows with z: a row passes where z exceeds a value
@@ -126,7 +129,9 @@ def _deaths(rows: Rows, tokens: Tokens, rest: np.ndarray, bar: float, n_tokens: 
             per_root = np.where(room > 0, needed / np.sqrt(np.maximum(room, 0)), np.copysign(np.inf, needed))
         chance = np.zeros(len(rows.along))
         for node, weight in zip(rest, REST_LEVELS[1], strict=True):
-            chance += weight * (ndtr(-per_root * np.sqrt(node)[:, None]) @ tokens.weight)
+            # Where there is no rest (rank 1), w·v has two values only: the floor leaves the infinities as they are.
+            root = np.sqrt(np.maximum(node, 1e-12))[:, None]
+            chance += weight * (ndtr(-per_root * root) @ tokens.weight)
         with np.errstate(divide="ignore"):
             found.append(float(np.mean(np.exp(n_tokens * np.log1p(-np.minimum(chance, 1.0))))))
     return {"dead_by_relu": found[0], "dead_total": found[1]}
@@ -135,6 +140,14 @@ def _deaths(rows: Rows, tokens: Tokens, rest: np.ndarray, bar: float, n_tokens: 
 def _midpoints(count: int) -> np.ndarray:
     """Midpoints of `count` equal shares of probability."""
     return (np.arange(count) + 0.5) / count
+
+
+def _along(level: np.ndarray, d_model: int) -> np.ndarray:
+    """√d times the component along a given axis of a random direction in d dimensions, at levels of probability."""
+    if d_model == 1:
+        return np.where(level < 0.5, -1.0, 1.0)
+    side = 2 * level - 1
+    return np.sign(side) * np.sqrt(d_model * beta.ppf(np.abs(side), 0.5, (d_model - 1) / 2))
 
 
 def _levels(count: int, per_octave: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -148,10 +161,11 @@ REST_LEVELS = _levels(1 << 12, per_octave=2)
 
 def _rest(freedom: ArrayLike, mean: ArrayLike) -> np.ndarray:
     """Nodes of a gamma variable, finest where it is small and w·v large."""
-    return gamma_distribution.ppf(1 - REST_LEVELS[0][:, None], freedom, scale=np.asarray(mean) / freedom)
+    freedom = np.maximum(freedom, 1e-3)  # at rank 1 there is no rest
+    return gamma_distribution.ppf(1 - REST_LEVELS[0][:, None], freedom) * (np.asarray(mean) / freedom)
 
 
-def _condensed(cosine: np.ndarray, weight: np.ndarray) -> Tokens:
+def _condensed(cosine: np.ndarray, weight: np.ndarray) -> Cosines:
     """Few nodes for many: means over bins that get finer towards both ends."""
     order = np.argsort(cosine)
     cosine, weight = cosine[order], weight[order]
@@ -160,7 +174,7 @@ def _condensed(cosine: np.ndarray, weight: np.ndarray) -> Tokens:
     number = np.searchsorted(np.unique(np.concatenate([tail, 1 - tail, middle])), np.cumsum(weight) - weight / 2)
     _, bins = np.unique(number, return_inverse=True)
     total = np.bincount(bins, weight)
-    return Tokens(np.bincount(bins, weight * cosine) / total, total / total.sum())
+    return Cosines(np.bincount(bins, weight * cosine) / total, total / total.sum())
 
 
 def token_integral(
@@ -168,25 +182,31 @@ def token_integral(
 ) -> Deaths:
     """Death where the signal is normal with equal variance in `rank` random dimensions, and mu lies outside them.
 
-    Row: shift a ~ N(0, 1), signal b² ~ d·Beta(r/2, (d−r)/2). Token: z ~ N(0, 1), q ~ chi²_{r−1}.
+    Row: shift a ~ N(0, 1), signal b² ~ d·Beta(r/2, (d−r)/2), as d is large (here: exactly). Token: z ~ N(0, 1),
+    q ~ chi²_{r−1}.
     p(a, b) = P( gamma·a + b·z/√r > t·√(gamma² + (z² + q)/r) );  dead = E[(1 − p)^N], with t = 0 for dead-by-ReLU.
     With `tau_log_variance` the signal (z and √q) is multiplied by a lognormal tau of E tau² = 1, Var log tau² as given.
     """
-    share = beta.ppf(_midpoints(24), rank / 2, (d_model - rank) / 2) if rank < d_model else np.ones(1)
-    along, spread = (grid.ravel() for grid in np.meshgrid(norm.ppf(_midpoints(200)), np.sqrt(share * d_model / rank)))
-    rest = _rest(max(rank - 1, 1e-9) / 2, 1 - 1 / rank)
+    rank = min(rank, max(d_model - 1, 1))
+    a, b = (grid.ravel() for grid in np.meshgrid(_along(_midpoints(200), d_model), _midpoints(32)))
+    within = beta.ppf(b, rank / 2, (d_model - 1 - rank) / 2) if rank < d_model - 1 else np.ones_like(a)
+    along, spread = a, np.sqrt(np.maximum(d_model - a**2, 0) * within / rank)
+    rest = _rest((rank - 1) / 2, 1 - 1 / rank)
     level, weight = _levels(n_tokens)
     square = gamma_distribution.ppf(level, rank / 2, scale=2 / rank)  # ‖s‖², which no direction of it depends on
     if tau_log_variance > 0:
         tau_square = np.exp(np.sqrt(tau_log_variance) * norm.ppf(level))
         square = np.outer(tau_square / (weight @ tau_square), square).ravel()
         weight = np.outer(weight, weight).ravel()
+    gamma = min(gamma, 1e8)
     tokens = _condensed(gamma / np.sqrt(np.maximum(gamma**2 + square, 1e-300)), weight)
     bar = float(alignment_threshold(k / n_features, d_model))
-    return _deaths(Rows(along, spread, np.full_like(along, 1 / rank)), tokens, rest, bar, n_tokens)
+    return _deaths(EncoderRows(along, spread, np.full_like(along, 1 / rank)), tokens, rest, bar, n_tokens)
 
 
-MASSIVE = 0.5  # share of the variance of x that has to be excess before it is laid to a few massive tokens
+# Share of the variance of x that has to be excess before it is laid to a few massive tokens: a convention ("most of
+# it"), not a measurement. The law jumps there; experiments/README.md shows how much hangs on it.
+MASSIVE = 0.5
 
 
 def two_gammas(
@@ -240,19 +260,19 @@ def spectrum_law(
       cosines: of tokens with that mean.
     """
     d = len(eigenvalues) + 1
-    eigenvalues = eigenvalues / eigenvalues.sum()
-    rng = np.random.default_rng(0)
+    eigenvalues = eigenvalues / eigenvalues.sum() if eigenvalues.sum() > 0 else np.full(d - 1, 1 / max(d - 1, 1))
+    rng = np.random.default_rng([0, 2605_31518])
     square = rng.chisquare(1, size=(N_ROWS, d - 1))
-    along = norm.ppf(_midpoints(N_ROWS))
+    along = _along(_midpoints(N_ROWS), d)
     # A row of length √d: what is not along the mean lies in a random direction perpendicular to it.
-    square *= (np.maximum(d - along**2, 0) / square.sum(axis=1))[:, None]
+    square *= (np.maximum(d - along**2, 1e-12) / square.sum(axis=1))[:, None]
     spread = np.sqrt(square @ eigenvalues)
-    share = square @ eigenvalues**2 / spread**2
-    left = np.maximum(np.sum(eigenvalues**2) - share**2, np.finfo(np.float64).tiny)
-    freedom = np.minimum((1 - share) ** 2 / (2 * left), 1e6)
+    share = np.minimum(square @ eigenvalues**2 / spread**2, 1)
+    left = np.maximum(np.sum(eigenvalues**2) - share**2, 1e-12)
+    freedom = np.clip((1 - share) ** 2 / (2 * left), 1e-6, 1e6)
     tokens = _condensed(cosines, np.full(len(cosines), 1 / len(cosines)))
     bar = float(alignment_threshold(k / n_features, d))
-    return _deaths(Rows(along, spread, share), tokens, _rest(freedom, 1 - share), bar, n_tokens)
+    return _deaths(EncoderRows(along, spread, share), tokens, _rest(freedom, 1 - share), bar, n_tokens)
 
 
 # -- probes ----------------------------------------------------------------------------------------------------------
@@ -266,14 +286,14 @@ def stratified_rows(count: int, mean: Float[np.ndarray, "d"], rng: np.random.Gen
     """
     d = len(mean)
     rows = rng.normal(size=(count, d))
+    level = (np.arange(count) + rng.uniform(size=count)) / count
     length = np.linalg.norm(mean)
     if d == 1 or not length > 0:
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
     axis = mean / length
     rows -= np.outer(rows @ axis, axis)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    level = 2 * (np.arange(count) + rng.uniform(size=count)) / count - 1
-    along = np.sign(level) * np.sqrt(beta.ppf(np.abs(level), 0.5, (d - 1) / 2))
+    along = _along(level, d) / np.sqrt(d)
     return along[:, None] * axis + np.sqrt(1 - along**2)[:, None] * rows
 
 

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from safetensors.flax import save_file
 from test_theory import count_deaths
 
 import sae_jax
@@ -77,10 +79,14 @@ def test_the_cheapest_harmless_remedy_is_recommended(report):
     fine = {"dead_by_relu": 0.0, "dead_total": 0.004}
     bad = {"dead_by_relu": 0.2, "dead_total": 0.9}
     topk_only = {"dead_by_relu": 0.0, "dead_total": 0.5}
+    hopeless = {"dead_by_relu": 0.0, "dead_total": 0.51}
     names = list(remedies.REMEDIES)
     assert remedies.recommended({name: fine for name in names}) == "none"
     assert remedies.recommended({**{name: bad for name in names}, "whitening": fine}) == "whitening"
     assert remedies.recommended({**{name: bad for name in names}, "mean": topk_only}) == "mean"
+    no_help = {name: topk_only if name == "whitening" else hopeless for name in names}
+    assert remedies.recommended(no_help) == "none"  # a point is not worth a matrix
+    assert "No remedy is forecast to leave clearly fewer" in remedies.advice(no_help, "none")
 
 
 def test_a_second_look_is_taken_only_where_the_choice_hangs_on_it():
@@ -98,16 +104,48 @@ def test_a_mean_that_a_few_tokens_make_is_warned_of(rng):
     found = sae_jax.diagnose(x, **SIZE)
     assert found["remedies"]["mean"]["probe"]["dead_total"] > found["remedies"]["none"]["probe"]["dead_total"] + 0.1
     assert found["remedies"]["geometric_median"]["probe"]["dead_total"] < 0.02
-    assert "makes things worse" in found["advice"] or found["recommended"] == "none"
+    assert "make it worse: mean" in found["advice"]
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e25])
+def test_scale_changes_no_fate(activations, report, factor):
+    found = sae_jax.diagnose(activations.astype(np.float64) * factor, **SIZE)
+    assert found["gamma"] == pytest.approx(report["gamma"], rel=1e-3)
+    assert found["remedies"]["none"]["probe"] == report["remedies"]["none"]["probe"]
+    assert found["recommended"] == report["recommended"]
+
+
+def test_probes_are_not_the_activations_of_the_same_seed():
+    x = np.random.default_rng(0).normal(size=(600, 24))
+    found = sae_jax.diagnose(x, n_probes=512, seed=0, measure=True, **SIZE)
+    best = remedies.forecast(
+        sources.open_tokens(x), {"none": remedies.Preprocessing(shift=np.zeros(24, np.float32))}, np.zeros(24), 512, 0
+    )["none"].best
+    assert best.max() < 0.99 * np.sqrt(24)
+    assert found["remedies"]["none"]["measured"]["dead_total"] < 0.05
+
+
+def test_padding_is_counted(activations):
+    found = sae_jax.diagnose(np.vstack([activations, np.zeros((40, 24), np.float32)]), **SIZE)
+    assert found["n_zero_tokens"] == 40
+    assert "40 tokens are zero" in diagnosis.report.diagnosis_table(found)
+
+
+def test_few_directions_that_no_remedy_helps_are_not_called_harmless(rng):
+    x = rng.normal(size=(20, 64))[rng.integers(20, size=4000)] + 1e-3 * rng.normal(size=(4000, 64))
+    found = sae_jax.diagnose(x, **SIZE)
+    assert found["remedies"]["none"]["probe"]["dead_total"] > 0.3
+    assert "No remedy is needed" not in found["advice"]
 
 
 def test_array_file_and_dataset_give_the_same_report(tmp_path, activations):
     np.save(tmp_path / "x.npy", activations)
     folder = store.import_file(str(tmp_path / "x.npy"), str(tmp_path))
     whole = 3000 // 2 * 2  # a dataset holds whole chunks, two rows each in a file this small
-    given = [activations[:whole], str(tmp_path / "x.npy"), folder]
+    save_file({"x": jnp.asarray(activations)}, tmp_path / "x.safetensors")
+    given = [activations[:whole], str(tmp_path / "x.npy"), folder, str(tmp_path / "x.safetensors")]
     reports = [sae_jax.diagnose(source, **SIZE) for source in given]
-    assert [r["n_tokens"] for r in reports] == [whole, 3000, whole]
+    assert [r["n_tokens"] for r in reports] == [whole, 3000, whole, 3000]
     for key in ("gamma", "predicted", "remedies", "death_curve"):
         assert reports[0][key] == reports[2][key]
     assert reports[0]["gamma"] == pytest.approx(reports[1]["gamma"], rel=0.02)
@@ -125,7 +163,7 @@ def test_more_tokens_than_a_batch_and_a_sample_are_all_seen(rng, monkeypatch):
         for key in ("probe", "measured"):
             for pathway, value in plain["remedies"][name][key].items():
                 assert cut["remedies"][name][key][pathway] == pytest.approx(value, abs=0.005)
-    _, sample = diagnosis.first_pass(sources.open_tokens(x))
+    _, sample, _ = diagnosis.first_pass(sources.open_tokens(x))
     rows = np.flatnonzero((x[:, None, 0] == sample[None, :, 0]).any(axis=1))
     assert 100 <= len(sample) <= 200
     assert len(set(np.diff(rows))) == 1  # evenly spaced, over the seams of batches too
@@ -175,7 +213,7 @@ NOISE = np.random.default_rng(0).normal(size=(6000, 4))
     (np.zeros((0, 4)), "tokens, d_model", 2),
     (NOISE[:100], "at least 256 tokens", 2),
     (NOISE.astype(int), "floating point", 2),
-    (np.hstack([NOISE, np.full((6000, 2), 7.0)]), "2 constant dimensions (4, 5)", 2),
+    (np.hstack([NOISE, np.full((6000, 2), 7.0)]), "leave out the 2 that are constant (4, 5)", 2),
     (np.where(np.arange(6000)[:, None] // 7 == 700, np.nan, NOISE),
      "28 values are not finite; the first: row 4900, dimension 0 is nan", 2),
 ])  # fmt: skip
@@ -197,6 +235,8 @@ def test_what_cannot_be_diagnosed_is_one_line(capsys, tmp_path, array, said, cod
     (["--activations={x}", "--workdir={w}", "--n_features=-1"], "n_features = -1"),
     (["--activations={x}", "--workdir={w}", "--n_probes=3"], "n_probes = 3"),
     (["--activations={x}", "--workdir={x}"], "--workdir"),
+    (["--activations={x}", "--workdir={x}/inside"], "--workdir"),
+    (["--activations={x}", "--workdir={w}", "--seed=-1"], "seed = -1"),
     (["--activations={x}", "--workdir={w}", "--config.sae.k=3"], "--config=FILE before its overrides"),
 ])  # fmt: skip
 def test_wrong_flags_are_one_line(capsys, tmp_path, flags, said):

@@ -93,6 +93,32 @@ def test_laws_on_a_spectrum_and_probes_against_a_count(rng, rank, gamma, tail):
         assert probe[key] == pytest.approx(counted[key], abs=0.03 + 2 * np.sqrt(0.25 / 1024))
 
 
+@pytest.mark.parametrize("d", [2, 8, 64])
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 1e3, np.inf])
+@pytest.mark.parametrize("size", [(8, 1), (64, 40), (1, 1)])
+def test_laws_are_fractions_in_order_in_every_corner(d, gamma, size):
+    found = [theory.token_integral(gamma, rank, d, 1000, *size) for rank in (1, 1.5, min(d, 3))]
+    found.append(theory.two_gammas(gamma, gamma, 2, d, 1000, *size))
+    for cosines in (np.ones(20), np.zeros(20), np.linspace(-1, 1, 20)):
+        for eigenvalues in (np.ones(d - 1), np.eye(d - 1)[0], np.zeros(d - 1)):
+            found.append(theory.spectrum_law(eigenvalues, cosines, 1000, *size))
+    found.append({
+        "dead_by_relu": float(theory.dead_by_relu_finite_gamma(gamma, 1000)),
+        "dead_total": float(theory.dead_total_finite_gamma(gamma, 1000, *size)),
+    })
+    for deaths in found:
+        assert 0 <= deaths["dead_by_relu"] <= deaths["dead_total"] + 1e-12 <= 1 + 1e-9
+
+
+def test_laws_at_small_width_against_a_count(rng):
+    x = tokens(rng, 6000, 8, 7, 1.0)
+    counted = count_deaths(x, 2000, 20)["dead_total"]
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    axis = unit.mean(axis=0) / np.linalg.norm(unit.mean(axis=0))
+    values = np.linalg.eigvalsh(np.cov((unit - np.outer(unit @ axis, axis)).T, ddof=0))[1:]
+    assert theory.spectrum_law(values, unit @ axis, 6000, 2000, 20)["dead_total"] == pytest.approx(counted, abs=0.05)
+
+
 def test_two_gammas_falls_back_where_the_gap_has_another_cause():
     def integral(gamma):
         return theory.token_integral(gamma, 100, 768, 100_000, 8192, 64)

@@ -46,11 +46,12 @@ def open_chunks(path: str) -> pipeline.Chunks:
 def open_array(path: str) -> Any:
     """The one two-dimensional floating point array in a file; rows are read when they are asked for."""
     try:
-        arrays = dict(_arrays(Path(path)))
+        arrays = {name: array for name, array in _arrays(Path(path)) if hasattr(array, "shape")}
     except Refused:
         raise
     except Exception as error:  # readers of damaged files raise what they like
-        raise Refused("data.path", path, f"{FORMATS}, complete and without objects ({error})") from error
+        reason = "" if "pickle" in str(error) else f" ({error})"  # NumPy's advice would be to unpickle
+        raise Refused("data.path", path, f"{FORMATS}, complete and without objects{reason}") from error
     fitting = {name: array for name, array in arrays.items() if array.ndim == 2} if len(arrays) > 1 else arrays
     if len(fitting) != 1:
         shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in list(arrays.items())[:8])

@@ -63,7 +63,7 @@ class ArrayChunks:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop; those after the last whole chunk too."""
-        block = self._array[start:stop]
+        block = self._array[start : min(stop, self.n_tokens)]
         if block.dtype.kind == "f":
             return np.ascontiguousarray(block, dtype=block.dtype.newbyteorder("="))
         return np.asarray(block, np.float32)
