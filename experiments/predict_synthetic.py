@@ -35,7 +35,7 @@ def cell(signal: np.ndarray, mu: np.ndarray, seed: int) -> dict[str, Any]:
     summary = diagnosis.predictions(severity, sample, SIZE, K)
     plain = {"none": Preprocessing(shift=jnp.zeros(D, jnp.float32))}
     probes = remedies.forecast(tokens, plain, severity.raw.mean, N_PROBES.value, seed)["none"]
-    band = probes.curve(np.array([K / SIZE]))
+    band = probes.curve(np.array([K / SIZE]), SIZE)
     found = remedies.measured_deaths(tokens, plain, SIZE, K, seed + 1)["none"]
     summary["probe"] = probes.deaths(SIZE, K)
     row: dict[str, Any] = {**severity.gammas(), "rank_measured": outliers.effective_rank(severity.raw.eigenvalues)}
@@ -85,7 +85,7 @@ def errors(rows: list[dict[str, Any]]) -> str:
                                                for law, e in zip(LAWS, found, strict=True)))  # fmt: skip
     p = np.array([row["measured"] for row in rows])
     miss = np.abs(np.array([row["probe"] for row in rows]) - p)
-    allowed = 0.03 + 2 * np.sqrt(p * (1 - p) / SIZE) + 2 * np.sqrt(p * (1 - p) / N_PROBES.value)
+    allowed = 0.03 + 2 * np.sqrt(p * (1 - p) * (1 / SIZE + 1 / N_PROBES.value))
     inside = np.mean([row["low"] <= row["measured"] <= row["high"] for row in rows])
     bias = np.mean([row["probe"] - row["measured"] for row in rows])
     lines.append(f"probe: mean of (forecast − count) {100 * bias:+.2f} points; within 3 points + 2 sd of both counts "

@@ -67,7 +67,7 @@ def diagnose(
     found = remedies.forecast_twice(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed)
     measured = remedies.measured_deaths(tokens, choices, n_features, k, seed + 1) if measure else {}
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
-    band = found["none"].curve(_shares(n_features, k))
+    band = found["none"].curve(_shares(n_features, k), n_features)
 
     result = Report(_summary(severity), n_features=n_features, k=k)
     result["predicted"] = predictions(severity, sample, n_features, k)

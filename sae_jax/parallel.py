@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sae_jax.errors import Refused
 from sae_jax.objective import AllSum
@@ -63,6 +64,22 @@ class Devices:
             return mapped(numbers, *folded)
 
         return call
+
+    def shared(self, tree: Any) -> Any:
+        """The same values as arrays that all processes own together: what a checkpoint of a pod is made of."""
+        if jax.process_count() == 1:
+            return tree
+        everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), (DATA,)), PartitionSpec())
+
+        def one(leaf: jax.Array) -> jax.Array:
+            values = np.asarray(leaf)
+            return jax.make_array_from_callback(values.shape, everywhere, lambda index: values[index])
+
+        return jax.tree.map(one, tree)
+
+    def own(self, tree: Any) -> Any:
+        """`shared` undone: this process's copy."""
+        return tree if jax.process_count() == 1 else jax.tree.map(lambda a: jnp.asarray(a.addressable_data(0)), tree)
 
     def _fold(self, array: np.ndarray, axis: int) -> np.ndarray:
         """(…, B, …) → (…, devices, B / devices, …)."""

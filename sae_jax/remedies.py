@@ -60,9 +60,9 @@ class Forecast(NamedTuple):
         """Forecast for one SAE."""
         return theory.probe_deaths(self.best, self.rows.shape[1], n_features, k)
 
-    def curve(self, share: Float[np.ndarray, "S"]) -> theory.Band:
-        """Forecast for every k/n, with its band."""
-        return theory.death_curve(self.best, self.rows.shape[1], share)
+    def curve(self, share: Float[np.ndarray, "S"], n_features: int | None = None) -> theory.Band:
+        """Forecast for every k/n, with its band (see `theory.death_curve`)."""
+        return theory.death_curve(self.best, self.rows.shape[1], share, n_features)
 
 
 def _width(before: Preprocessing) -> int:

@@ -56,7 +56,8 @@ class Run:
         self.states = self.initial_states()
         self.step, self.data = 0, source.train(0)
         if self.checkpoints.latest is not None:
-            self.states, self.history, position = self.checkpoints.restore(self.states)
+            self.states, self.history, position = self.checkpoints.restore(devices.shared(self.states))
+            self.states = devices.own(self.states)
             self.step = self.checkpoints.latest
             self.data.set_state(position)
         self._advance = devices.compile(
@@ -217,7 +218,8 @@ class Run:
                 if board:
                     board.scalars(self.step, f"{name}/held_out", values)
         if self.checkpoints.latest != self.step:
-            self.checkpoints.save(self.step, self.states, self.statistics, self.history, self.data.get_state())
+            states = self.devices.shared(self.states)
+            self.checkpoints.save(self.step, states, self.statistics, self.history, self.data.get_state())
 
     def _record(self) -> dict[str, Any]:
         """Held-out metrics and the bias of every member at this step."""
@@ -258,15 +260,16 @@ class Run:
             "config": config_lib.identity(self.config),
             "versions": report.versions(),
         }
+        kept = checkpoint.history(self.workdir)  # all processes together open the checkpoints
         if jax.process_index() == 0:
-            self._draw()
+            self._draw(kept)
             report.write_json(self.workdir, result)
         return result
 
-    def _draw(self) -> None:
+    def _draw(self, kept: list[dict[str, Any]]) -> None:
         folder = epath.Path(self.workdir)
         figures.save(figures.deaths(self.history), folder / "deaths.png")
-        figures.save(figures.bias_convergence(checkpoint.history(self.workdir)), folder / "bias.png")
+        figures.save(figures.bias_convergence(kept), folder / "bias.png")
         tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), self.config.eval.batch_size))
         shifts: dict[str, list[tuple[str, evaluation.Shift]]] = {name: [] for name in self.members}
         for when, states in (("at init", self.initial_states()), (f"step {self.step}", self.states)):

@@ -316,21 +316,23 @@ class Band(NamedTuple):
     high: np.ndarray
 
 
-def death_curve(best: Float[np.ndarray, "P"], d_model: int, share: Float[np.ndarray, "S"]) -> Band:
+def death_curve(
+    best: Float[np.ndarray, "P"], d_model: int, share: Float[np.ndarray, "S"], n_features: int | None = None
+) -> Band:
     """Death against k/n from one set of probes, in the order of their strata.
 
-    The band is Wilson's for as many independent rows as would give the variance between neighbouring strata.
+    The band is Wilson's for as many independent rows as would give the variance between neighbouring strata. Where
+    that is estimated from few deaths it is drawn towards what independent rows would give. With n_features it is a band
+    for the count in one SAE of that size, whose rows are random too.
     """
     bars = alignment_threshold(share, d_model)
     dead_probe = (best <= 0) | (best < bars[:, None])  # (S, P)
     count = dead_probe.shape[1]
     dead = dead_probe.mean(axis=1)
     pairs = dead_probe[:, : count // 2 * 2].reshape(len(share), -1, 2)
-    stratified = np.sum(pairs[..., 0] != pairs[..., 1], axis=1) / count**2
-    plain = dead * (1 - dead) / count
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gain = np.where(stratified > 0, np.clip(plain / stratified, 1, 10), 1.0)
-    n_effective, z = count * gain, norm.ppf(0.975)
+    differ = np.sum(pairs[..., 0] != pairs[..., 1], axis=1)
+    gain = np.maximum((count * dead * (1 - dead) + 4) / (differ + 4), 1)
+    n_effective, z = 1 / (1 / (count * gain) + (1 / n_features if n_features else 0)), norm.ppf(0.975)
     middle = (dead + z**2 / (2 * n_effective)) / (1 + z**2 / n_effective)
     half = z / (1 + z**2 / n_effective) * np.sqrt(dead * (1 - dead) / n_effective + z**2 / (4 * n_effective**2))
     return Band(share, dead, middle - half, middle + half)
