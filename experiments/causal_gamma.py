@@ -8,7 +8,6 @@ them the layer whose mean is made by a few tokens of very large norm. 30,000 tok
 causal_gamma.csv and causal_gamma.png. Expect death to follow g both ways; about five minutes on 2 CPU cores.
 """
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from sae_jax import diagnosis, figures, remedies, sources
+from sae_jax import diagnosis, figures, remedies, report, sources
 from sae_jax.activations import bundled
 from sae_jax.preprocess import Preprocessing
 
@@ -46,8 +45,7 @@ def layer_rows(model: str, layer: int) -> list[dict[str, Any]]:
             "probe_relu": probe["dead_by_relu"], "probe_total": probe["dead_total"],
             "spectrum_relu": law["dead_by_relu"], "spectrum_total": law["dead_total"],
         })  # fmt: skip
-        print("  ".join(f"{key} {value if isinstance(value, str) else format(value, '.3f')}"
-                        for key, value in rows[-1].items()), flush=True)  # fmt: skip
+        print(report.one_line(rows[-1]), flush=True)
     return rows
 
 
@@ -79,11 +77,7 @@ def main(_: list[str]) -> None:
     """Goes through the layers; writes the table and the figure."""
     rows = [row for model, layer in LAYERS for row in layer_rows(model, layer)]
     folder = Path(WORKDIR.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "causal_gamma.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    report.write_csv(folder / "causal_gamma.csv", rows)
     (folder / "causal_gamma.png").write_bytes(figures.png(picture(rows)))
 
 

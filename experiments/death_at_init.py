@@ -7,12 +7,12 @@ cores. The normal signal meets the theory's assumptions, so measured and predict
 five active features a token in a wide space give signals with heavier tails and a lower effective rank.
 """
 
-import csv
 from pathlib import Path
 
 from absl import app, flags, logging
 
 from sae_jax import config as config_lib
+from sae_jax import report as report_lib
 from sae_jax import running, theory
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/death_at_init", "folder for the table and the runs")
@@ -42,12 +42,8 @@ def main(_: list[str]) -> None:
                 "finite_gamma": float(theory.dead_total_finite_gamma(gamma, tokens, *shape)),
                 "paper_total": float(theory.dead_total_paper(gamma, tokens, *shape)),
             })
-            print("  ".join(f"{key} {value if isinstance(value, str) else format(value, '.3f')}"
-                            for key, value in rows[-1].items()), flush=True)  # fmt: skip
-    with (Path(WORKDIR.value) / "death_at_init.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+            print(report_lib.one_line(rows[-1]), flush=True)
+    report_lib.write_csv(Path(WORKDIR.value) / "death_at_init.csv", rows)
 
 
 if __name__ == "__main__":

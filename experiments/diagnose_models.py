@@ -9,7 +9,6 @@ recommendations that were wrong, and which of the three gammas goes with which p
 kill it and run it again, it goes on.
 """
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from sae_jax import diagnosis, figures, remedies
+from sae_jax import report as report_lib
 from sae_jax.activations import bundled
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/diagnose_models", "folder for the reports, the table and the figure")
@@ -67,10 +67,7 @@ def main(_: list[str]) -> None:
                 "recommended": report["recommended"],
                 "right": right,
             })  # fmt: skip
-    with (Path(WORKDIR.value) / "diagnose_models.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    report_lib.write_csv(Path(WORKDIR.value) / "diagnose_models.csv", rows)
     (Path(WORKDIR.value) / "diagnose_models.png").write_bytes(figures.png(picture(rows)))
     print(summary(found, rows))
 

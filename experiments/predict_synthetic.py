@@ -7,7 +7,6 @@ equal variance in `rank` dimensions. Writes predict_synthetic.csv and prints eac
 on 2 CPU cores.
 """
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from absl import app, flags
 
 from sae_jax import config as config_lib
-from sae_jax import diagnosis, outliers, remedies, sources
+from sae_jax import diagnosis, outliers, remedies, report, sources
 from sae_jax.preprocess import Preprocessing
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/predict_synthetic", "folder for the table")
@@ -63,12 +62,7 @@ def main(_: list[str]) -> None:
                 rows.append(row)
                 print(f"rank {rank:3d} tail {tail:.0f} gamma {gamma:4.1f}  measured {100 * row['measured']:5.1f}  "
                       + "  ".join(f"{law} {100 * row[law]:5.1f}" for law in LAWS), flush=True)  # fmt: skip
-    folder = Path(WORKDIR.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "predict_synthetic.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    report.write_csv(Path(WORKDIR.value) / "predict_synthetic.csv", rows)
     print("\n" + errors(rows))
 
 

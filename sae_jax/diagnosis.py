@@ -71,7 +71,7 @@ def diagnose(
 
     result = Report(_summary(severity), n_features=n_features, k=k)
     result["predicted"] = predictions(severity, sample, n_features, k)
-    here = int(np.argmin(np.abs(np.log(band.share * n_features / k))))
+    here = int(np.searchsorted(band.share, k / n_features))
     result["predicted"]["probe"] = {**probe["none"], "low": float(band.low[here]), "high": float(band.high[here])}
     result["death_curve"] = {repr(float(s)): float(dead) for s, dead in zip(band.share, band.dead, strict=True)}
     result["death_curve_band"] = {
@@ -85,9 +85,9 @@ def diagnose(
         } for name in choices
     }
     result["recommended"] = remedies.recommended(probe)
-    result |= {"n_zero_tokens": n_zero, "scale": scale}
     result["advice"] = remedies.advice(probe, result["recommended"])
-    result |= {"n_probes": n_probes, "seed": seed, "data": tokens.identity, "versions": report.versions()}
+    result |= {"n_zero_tokens": n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
+    result |= {"data": tokens.identity, "versions": report.versions()}
     result.figures = _figures(severity, sample, result, band, found["none"], measured)
     if workdir:
         folder = epath.Path(workdir)

@@ -18,8 +18,6 @@ from jaxtyping import Array, Float
 from sae_jax.outliers import LAYER_NORM_EPS, Moments
 from sae_jax.sae import SAE
 
-NORMS = ("none", "layer_norm", "layer_norm_unit", "unit")
-
 
 class Preprocessing(struct.PyTreeNode):
     """y = matrix · (norm(x) − shift) · scale; `matrix` (r, d) or None for the identity.

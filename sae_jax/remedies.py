@@ -20,7 +20,6 @@ from sae_jax.sae import SAE
 from sae_jax.sources import BATCH, Tokens
 
 HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
-STREAM = 2605_31518  # keeps probes apart from activations that somebody made with the same seed
 CLOSER = 4  # times as many probes where the first forecast cannot tell which side of that a remedy is on
 # In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
 # another loss (every direction counts alike) and a matrix folded into the weights.
@@ -92,7 +91,7 @@ def forecast(
         # Fates hang on what a remedy leaves of the mean; behind a per-token norm nothing is left of it. Every remedy
         # gets the same random numbers, so that they differ by what they do and not by luck.
         left = np.asarray(before(jnp.asarray(mean, jnp.float32)[None])[0], np.float64)
-        rng = np.random.default_rng([seed, STREAM])
+        rng = np.random.default_rng([seed, theory.STREAM])
         rows[name] = theory.stratified_rows(n_probes, left * (before.norm == "none"), rng)
     probes = {name: jnp.asarray(w, jnp.float32) for name, w in rows.items()}
     best = {name: jnp.full(n_probes, -1.0, jnp.float32) for name in choices}

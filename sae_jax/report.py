@@ -1,6 +1,8 @@
 """What a run leaves for people and programs: report.json, TensorBoard events, a table, a progress bar."""
 
+import csv
 import importlib.metadata
+import io
 import json
 import math
 import platform
@@ -47,6 +49,22 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
+    """A table of rows that have the same keys, with its folder."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_bytes(text.getvalue().encode())
+
+
+def one_line(row: dict[str, Any]) -> str:
+    """A row of a table to be seen while the next one is made."""
+    return "  ".join(f"{key} {value if isinstance(value, str) else format(value, '.3f')}" for key, value in row.items())
 
 
 def table(report: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from scipy.stats import beta, norm
 from scipy.stats import gamma as gamma_distribution
 
 Deaths = dict[str, float]  # dead_by_relu, dead_total: fractions of n
+STREAM = 2605_31518  # keeps random rows apart from activations that somebody made with the same seed
 
 
 def top_k_threshold(n_features: int, k: int) -> float:
@@ -188,9 +189,9 @@ def token_integral(
     With `tau_log_variance` the signal (z and √q) is multiplied by a lognormal tau of E tau² = 1, Var log tau² as given.
     """
     rank = min(rank, max(d_model - 1, 1))
-    a, b = (grid.ravel() for grid in np.meshgrid(_along(_midpoints(200), d_model), _midpoints(32)))
-    within = beta.ppf(b, rank / 2, (d_model - 1 - rank) / 2) if rank < d_model - 1 else np.ones_like(a)
-    along, spread = a, np.sqrt(np.maximum(d_model - a**2, 0) * within / rank)
+    along, level = (grid.ravel() for grid in np.meshgrid(_along(_midpoints(200), d_model), _midpoints(32)))
+    within = beta.ppf(level, rank / 2, (d_model - 1 - rank) / 2) if rank < d_model - 1 else np.ones_like(along)
+    spread = np.sqrt(np.maximum(d_model - along**2, 0) * within / rank)
     rest = _rest((rank - 1) / 2, 1 - 1 / rank)
     level, weight = _levels(n_tokens)
     square = gamma_distribution.ppf(level, rank / 2, scale=2 / rank)  # ‖s‖², which no direction of it depends on
@@ -261,7 +262,7 @@ def spectrum_law(
     """
     d = len(eigenvalues) + 1
     eigenvalues = eigenvalues / eigenvalues.sum() if eigenvalues.sum() > 0 else np.full(d - 1, 1 / max(d - 1, 1))
-    rng = np.random.default_rng([0, 2605_31518])
+    rng = np.random.default_rng([0, STREAM])
     square = rng.chisquare(1, size=(N_ROWS, d - 1))
     along = _along(_midpoints(N_ROWS), d)
     # A row of length √d: what is not along the mean lies in a random direction perpendicular to it.

@@ -116,9 +116,12 @@ class Writer:
         self._held += len(rows.x)
         size = self._chunks_per_shard * self._chunk
         while self._held >= size:
-            joined = Rows(*map(np.concatenate, zip(*self._buffer, strict=True)))
+            joined = self._joined()
             self._write_shard(joined.cut(0, size))
             self._buffer, self._held = [joined.cut(size)], self._held - size
+
+    def _joined(self) -> Rows:
+        return Rows(*map(np.concatenate, zip(*self._buffer, strict=True)))
 
     def _write_shard(self, rows: Rows) -> None:
         number, n_chunks = len(self._manifest["shards"]), len(rows.x) // self._chunk
@@ -152,10 +155,9 @@ class Writer:
 
     def finish(self) -> str:
         """Writes what is left in whole chunks, then makes the dataset visible. Returns its folder."""
-        rest = Rows(*map(np.concatenate, zip(*self._buffer, strict=True))) if self._buffer else None
-        self._buffer, dropped = [], self._held % self._chunk
-        if rest is not None and len(rest.x) >= self._chunk:
-            self._write_shard(rest)
+        dropped = self._held % self._chunk
+        if self._held >= self._chunk:
+            self._write_shard(self._joined())
         if not self._manifest["shards"] or self._severity is None:
             raise RunFailed(f"fewer than {self._chunk} tokens: nothing to store")
         self._manifest |= {"n_tokens": self.n_tokens, "dropped_tokens": dropped, **self._severity.gammas()}
@@ -240,7 +242,7 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     array = pipeline.ArrayChunks(files.open_array(path), path)
     name = epath.Path(path).stem
     folder = folder_of(data_dir, name)
-    if (folder / MANIFEST).exists():
+    if find(data_dir, name):
         raise Refused("--out", str(folder), "a dataset that is not there yet")
 
     def rows(start: int) -> Iterator[tuple[int, dict[int, Rows]]]:
@@ -298,12 +300,15 @@ class StoredChunks:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.example(index).x
 
+    def _intact(self, number: int) -> bool:
+        return hashlib.sha256(self._path(number).read_bytes()).hexdigest() == self._shards[number]["sha256"]
+
     def _culprit(self, index: int) -> str:
         ends = np.cumsum([shard["chunks"] for shard in self._shards])
         number = int(np.searchsorted(ends, index, side="right"))
         path = self._path(number)
         with contextlib.suppress(OSError):
-            if hashlib.sha256(path.read_bytes()).hexdigest() == self._shards[number]["sha256"]:
+            if self._intact(number):
                 return f"{path} (its checksum is right)"
         return f"{path} is damaged: its checksum is not the one in {MANIFEST}"
 
@@ -315,7 +320,4 @@ class StoredChunks:
 
     def damaged(self) -> list[str]:
         """Shards whose checksum is not the recorded one; reads everything."""
-        return [
-            self._path(number).name for number, shard in enumerate(self._shards)
-            if hashlib.sha256(self._path(number).read_bytes()).hexdigest() != shard["sha256"]
-        ]  # fmt: skip
+        return [self._path(number).name for number in range(len(self._shards)) if not self._intact(number)]
