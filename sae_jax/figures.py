@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sae_jax.evaluation import Shift
 from sae_jax.outliers import effective_rank
-from sae_jax.theory import Band
+from sae_jax.probes import Band
 
 RELU, TOPK, ALIVE = "#b2182b", "#ef8a62", "#4393c3"
 MEMBER_COLOURS = ("#4d4d4d", "#2166ac", "#1b7837", "#b35806", "#762a83", "#c51b7d", "#01665e", "#8c510a")

@@ -4,8 +4,7 @@ A forecast sends a few hundred random directions (probes) past all tokens under 
 sends a real untrained SAE behind each.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,11 @@ from sae_jax import death, report, theory
 from sae_jax import sae as sae_lib
 from sae_jax.outliers import Severity
 from sae_jax.preprocess import Preprocessing, whitening
+from sae_jax.probes import Forecast, stratified_rows
 from sae_jax.sae import SAE
 from sae_jax.sources import BATCH, Tokens
 
 HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
-CLOSER = 4  # times as many probes where the first forecast cannot tell which side of that a remedy is on
 # In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
 # another loss (every direction counts alike) and a matrix folded into the weights.
 REMEDIES = {
@@ -47,21 +46,6 @@ def preprocessings(severity: Severity, median: Float[np.ndarray, "d"]) -> dict[s
         "unit_norm_centred": shifted(severity.directions.mean, "unit"),
         "whitening": whitening(severity.raw),
     }
-
-
-class Forecast(NamedTuple):
-    """What probes saw of the tokens under one remedy."""
-
-    rows: np.ndarray  # (P, r) unit vectors, in the order of their strata
-    best: np.ndarray  # (P,) largest √r·cos with any token
-
-    def deaths(self, n_features: int, k: int) -> theory.Deaths:
-        """Forecast for one SAE."""
-        return theory.probe_deaths(self.best, self.rows.shape[1], n_features, k)
-
-    def curve(self, share: Float[np.ndarray, "S"], n_features: int | None = None) -> theory.Band:
-        """Forecast for every k/n, with its band (see `theory.death_curve`)."""
-        return theory.death_curve(self.best, self.rows.shape[1], share, n_features)
 
 
 def _width(before: Preprocessing) -> int:
@@ -92,7 +76,7 @@ def forecast(
         # gets the same random numbers, so that they differ by what they do and not by luck.
         left = np.asarray(before(jnp.asarray(mean, jnp.float32)[None])[0], np.float64)
         rng = np.random.default_rng([seed, theory.STREAM])
-        rows[name] = theory.stratified_rows(n_probes, left * (before.norm == "none"), rng)
+        rows[name] = stratified_rows(n_probes, left * (before.norm == "none"), rng)
     probes = {name: jnp.asarray(w, jnp.float32) for name, w in rows.items()}
     best = {name: jnp.full(n_probes, -1.0, jnp.float32) for name in choices}
     for x, valid in _padded(tokens, "forecast"):
@@ -102,22 +86,26 @@ def forecast(
     }
 
 
-def forecast_twice(
+def forecast_closely(
     tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_features: int, k: int,
     n_probes: int, seed: int,
 ) -> dict[str, Forecast]:  # fmt: skip
-    """`forecast`, and a second look at the remedies that could be on either side of 1 %, with more probes."""
+    """`forecast`, then again and again with four times as many probes for the remedies that `undecided` names.
+
+    It ends where there are as many probes as features: more would tell nothing more about one SAE.
+    """
     found = forecast(tokens, choices, mean, n_probes, seed)
-    bands = {name: one.curve(np.array([k / n_features])) for name, one in found.items()}
-    if doubtful := undecided(bands):
-        found |= forecast(tokens, {name: choices[name] for name in doubtful}, mean, CLOSER * n_probes, seed + 2)
+    while n_probes < n_features and (doubtful := undecided(found, n_features, k)):
+        n_probes, seed = 4 * n_probes, seed + 2
+        found |= forecast(tokens, {name: choices[name] for name in doubtful}, mean, n_probes, seed)
     return found
 
 
-def undecided(bands: dict[str, theory.Band]) -> list[str]:
-    """Remedies that the recommendation hangs on, and that may leave more or less than 1 % dead as far as is known."""
+def undecided(found: dict[str, Forecast], n_features: int, k: int) -> list[str]:
+    """Remedies that the recommendation hangs on and that may leave more or less than 1 % dead, as far as is known."""
     doubtful = []
-    for name, band in bands.items():
+    for name, one in found.items():
+        band = one.curve(np.array([k / n_features]))
         if band.high[0] < HARMLESS:
             break  # good enough for certain: what costs more does not matter
         if band.low[0] < HARMLESS:
@@ -173,8 +161,8 @@ def recommended(probe: dict[str, theory.Deaths]) -> str:
     return next(iter(rest))
 
 
-def advice(probe: dict[str, theory.Deaths], chosen: str) -> str:
-    """The report in a few sentences."""
+def advice(probe: dict[str, theory.Deaths], chosen: str, doubtful: Collection[str] = ()) -> str:
+    """The report in a few sentences; `doubtful` are the remedies that `undecided` names."""
     none, then = probe["none"], probe[chosen]
     lines = [
         f"Untreated, {_percent(none['dead_total'])} of the features are forecast to be dead at initialisation, "
@@ -194,6 +182,9 @@ def advice(probe: dict[str, theory.Deaths], chosen: str) -> str:
         lines.append(f"{what} is forecast to leave {_percent(then['dead_total'])} dead.")
     else:
         lines.append(f"{what} is the best found, and still leaves {_percent(then['dead_total'])} dead.")
+    if doubtful:
+        found = ", ".join(f"{name.replace('_', ' ')} {_percent(probe[name]['dead_total'])}" for name in doubtful)
+        lines.append(f"On which side of 1 % it is, the forecast cannot tell: {found}.")
     worse = [name for name in probe if probe[name]["dead_total"] > none["dead_total"] + ALIKE]
     if worse:
         found = ", ".join(f"{name.replace('_', ' ')} {_percent(probe[name]['dead_total'])}" for name in worse)

@@ -1,4 +1,4 @@
-"""Feature death at initialisation, predicted: closed forms, a law on the measured spectrum, and probes.
+"""Feature death at initialisation, predicted by closed forms and by a law on the measured spectrum.
 
 Setting: random unit encoder rows w, zero biases, N tokens, dictionary size n, k kept. For a row the shift is w·mu and
 the signal w·(x − mu). Nothing in here is fitted. All laws return fractions of n.
@@ -9,7 +9,8 @@ the signal w·(x − mu). Nothing in here is fitted. All laws return fractions o
     token_integral      gamma, effective rank                         normal signal, equal variance in `rank` dimensions
     two_gammas          gamma, gamma_raw, effective rank              the same, with a signal that varies between tokens
     spectrum            eigenvalues, cosines with the mean            elliptical signal of any spectrum and tail
-    probe               a second pass over the tokens                 any data; n not tiny
+
+`probes.py` assumes nothing of the data and takes a second pass over it.
 """
 
 from typing import NamedTuple
@@ -143,7 +144,7 @@ def _midpoints(count: int) -> np.ndarray:
     return (np.arange(count) + 0.5) / count
 
 
-def _along(level: np.ndarray, d_model: int) -> np.ndarray:
+def along_axis(level: np.ndarray, d_model: int) -> np.ndarray:
     """√d times the component along a given axis of a random direction in d dimensions, at levels of probability."""
     if d_model == 1:
         return np.where(level < 0.5, -1.0, 1.0)
@@ -189,7 +190,7 @@ def token_integral(
     With `tau_log_variance` the signal (z and √q) is multiplied by a lognormal tau of E tau² = 1, Var log tau² as given.
     """
     rank = min(rank, max(d_model - 1, 1))
-    along, level = (grid.ravel() for grid in np.meshgrid(_along(_midpoints(200), d_model), _midpoints(32)))
+    along, level = (grid.ravel() for grid in np.meshgrid(along_axis(_midpoints(200), d_model), _midpoints(32)))
     within = beta.ppf(level, rank / 2, (d_model - 1 - rank) / 2) if rank < d_model - 1 else np.ones_like(along)
     spread = np.sqrt(np.maximum(d_model - along**2, 0) * within / rank)
     rest = _rest((rank - 1) / 2, 1 - 1 / rank)
@@ -264,7 +265,7 @@ def spectrum_law(
     eigenvalues = eigenvalues / eigenvalues.sum() if eigenvalues.sum() > 0 else np.full(d - 1, 1 / max(d - 1, 1))
     rng = np.random.default_rng([0, STREAM])
     square = rng.chisquare(1, size=(N_ROWS, d - 1))
-    along = _along(_midpoints(N_ROWS), d)
+    along = along_axis(_midpoints(N_ROWS), d)
     # A row of length √d: what is not along the mean lies in a random direction perpendicular to it.
     square *= (np.maximum(d - along**2, 1e-12) / square.sum(axis=1))[:, None]
     spread = np.sqrt(square @ eigenvalues)
@@ -274,69 +275,6 @@ def spectrum_law(
     tokens = _condensed(cosines, np.full(len(cosines), 1 / len(cosines)))
     bar = float(alignment_threshold(k / n_features, d))
     return _deaths(EncoderRows(along, spread, share), tokens, _rest(freedom, 1 - share), bar, n_tokens)
-
-
-# -- probes ----------------------------------------------------------------------------------------------------------
-
-
-def stratified_rows(count: int, mean: Float[np.ndarray, "d"], rng: np.random.Generator) -> Float[np.ndarray, "P d"]:
-    """Random unit vectors whose components along `mean` take one value from each of `count` equally likely strata.
-
-    The rest of each is uniform. Fate hangs on the component along mu more than on anything else, so the share that
-    dies is known better than from as many independent rows. Rows are in the order of the strata.
-    """
-    d = len(mean)
-    rows = rng.normal(size=(count, d))
-    level = (np.arange(count) + rng.uniform(size=count)) / count
-    length = np.linalg.norm(mean)
-    if d == 1 or not length > 0:
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    axis = mean / length
-    rows -= np.outer(rows @ axis, axis)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    along = _along(level, d) / np.sqrt(d)
-    return along[:, None] * axis + np.sqrt(1 - along**2)[:, None] * rows
-
-
-def probe_deaths(best: Float[np.ndarray, "P"], d_model: int, n_features: int, k: int) -> Deaths:
-    """Death forecast by probes: `best` is max over tokens of √d·cos(w_i, x) for each probe w_i.
-
-    A probe would be dead for (n, k) where its best is under the threshold that k/n of all directions pass, whatever
-    the data: nothing is assumed of them. Dead by ReLU: best ≤ 0.
-    """
-    bar = alignment_threshold(k / n_features, d_model)
-    return {"dead_by_relu": float(np.mean(best <= 0)), "dead_total": float(np.mean((best <= 0) | (best < bar)))}
-
-
-class Band(NamedTuple):
-    """A forecast over several k/n with its 95 % confidence band; arrays of equal length."""
-
-    share: np.ndarray  # k/n
-    dead: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-def death_curve(
-    best: Float[np.ndarray, "P"], d_model: int, share: Float[np.ndarray, "S"], n_features: int | None = None
-) -> Band:
-    """Death against k/n from one set of probes, in the order of their strata.
-
-    The band is Wilson's for as many independent rows as would give the variance between neighbouring strata. Where
-    that is estimated from few deaths it is drawn towards what independent rows would give. With n_features it is a band
-    for the count in one SAE of that size, whose rows are random too.
-    """
-    bars = alignment_threshold(share, d_model)
-    dead_probe = (best <= 0) | (best < bars[:, None])  # (S, P)
-    count = dead_probe.shape[1]
-    dead = dead_probe.mean(axis=1)
-    pairs = dead_probe[:, : count // 2 * 2].reshape(len(share), -1, 2)
-    differ = np.sum(pairs[..., 0] != pairs[..., 1], axis=1)
-    gain = np.maximum((count * dead * (1 - dead) + 4) / (differ + 4), 1)
-    n_effective, z = 1 / (1 / (count * gain) + (1 / n_features if n_features else 0)), norm.ppf(0.975)
-    middle = (dead + z**2 / (2 * n_effective)) / (1 + z**2 / n_effective)
-    half = z / (1 + z**2 / n_effective) * np.sqrt(dead * (1 - dead) / n_effective + z**2 / (4 * n_effective**2))
-    return Band(share, dead, middle - half, middle + half)
 
 
 # -- how long the bias takes ------------------------------------------------------------------------------------------

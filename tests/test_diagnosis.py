@@ -11,9 +11,10 @@ from safetensors.flax import save_file
 from test_theory import count_deaths
 
 import sae_jax
-from sae_jax import cli, diagnosis, remedies, sources, theory
+from sae_jax import cli, diagnosis, remedies, sources
 from sae_jax.activations import store
 from sae_jax.errors import RunFailed
+from sae_jax.probes import Forecast
 
 SIZE = {"n_features": 512, "k": 8}
 ROOT = Path(__file__).parents[1]
@@ -90,12 +91,26 @@ def test_the_cheapest_harmless_remedy_is_recommended(report):
 
 
 def test_a_second_look_is_taken_only_where_the_choice_hangs_on_it():
-    def band(low, high):
-        return theory.Band(np.array([0.01]), np.array([low]), np.array([low]), np.array([high]))
+    def forecast(n_dead):
+        return Forecast(np.zeros((512, 64)), np.r_[-np.ones(n_dead), np.full(512 - n_dead, 9.0)])
 
-    sure, bad, close = band(0, 0.007), band(0.3, 0.4), band(0.005, 0.02)
-    assert remedies.undecided({"none": bad, "mean": sure, "whitening": close}) == []
-    assert remedies.undecided({"none": close, "mean": bad, "median": close, "whitening": sure}) == ["none", "median"]
+    def undecided(**found):
+        return remedies.undecided({name: forecast(n_dead) for name, n_dead in found.items()}, 4096, 32)
+
+    assert undecided(none=200, mean=0, whitening=5) == []
+    assert undecided(none=5, mean=200, median=4, whitening=0) == ["none", "median"]
+
+
+def test_a_close_call_is_looked_at_again_until_it_is_decided_or_said_to_be_close(rng):
+    signal, axis = rng.normal(size=(3000, 24)), np.sqrt(24) * np.eye(24)[3]
+    clear = sae_jax.diagnose(signal + 2 * axis, n_features=4096, k=64, n_probes=64)
+    assert clear["remedies"]["none"]["n_probes"] == 64
+    close = sae_jax.diagnose(signal + 0.5 * axis, n_features=4096, k=64, n_probes=64, measure=True)
+    none = close["remedies"]["none"]
+    assert none["n_probes"] == 1024  # after two closer looks it is clear
+    assert none["probe"]["dead_total"] == pytest.approx(none["measured"]["dead_total"], abs=0.012)
+    said = {"none": none["probe"], "mean": close["remedies"]["mean"]["probe"]}
+    assert "cannot tell: none 1.8 %" in remedies.advice(said, "mean", ["none"])
 
 
 def test_a_mean_that_a_few_tokens_make_is_warned_of(rng):

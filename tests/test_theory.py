@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from scipy.stats import beta, norm
+from scipy.stats import norm
 
 from sae_jax import theory
+from sae_jax.probes import Forecast, stratified_rows
 
 
 def count_deaths(x, n, k, seed=0):
@@ -85,9 +86,8 @@ def test_laws_on_a_spectrum_and_probes_against_a_count(rng, rank, gamma, tail):
     across = unit - np.outer(unit @ axis, axis)
     values = np.maximum(np.linalg.eigvalsh(np.cov(across.T, ddof=0))[1:], 0)
     law = theory.spectrum_law(values, unit @ axis, n_tokens, n, k)
-    w = theory.stratified_rows(1024, axis, rng)
-    best = np.sqrt(d) * np.max(unit @ w.T, axis=0)
-    probe = theory.probe_deaths(best, d, n, k)
+    w = stratified_rows(1024, axis, rng)
+    probe = Forecast(w, np.sqrt(d) * np.max(unit @ w.T, axis=0)).deaths(n, k)
     for key in ("dead_by_relu", "dead_total"):
         assert law[key] == pytest.approx(counted[key], abs=0.06)
         assert probe[key] == pytest.approx(counted[key], abs=0.03 + 2 * np.sqrt(0.25 / 1024))
@@ -142,40 +142,6 @@ def test_two_gammas_finds_the_spread_it_assumes(rng):
     plain = theory.token_integral(gamma, d, d, n_tokens, n, k)["dead_total"]
     both = theory.two_gammas(gamma, raw, d, d, n_tokens, n, k)["dead_total"]
     assert abs(both - counted) < 0.03 < abs(plain - counted)
-
-
-def test_probes_are_unit_rows_spread_evenly_along_the_mean(rng):
-    mean = rng.normal(size=32)
-    w = theory.stratified_rows(500, mean, rng)
-    np.testing.assert_allclose(np.linalg.norm(w, axis=1), 1)
-    along = w @ mean / np.linalg.norm(mean)
-    assert (np.diff(along) > 0).all()
-    level = 0.5 * (1 + np.sign(along) * beta.cdf(along**2, 0.5, 31 / 2))  # uniform for random directions
-    np.testing.assert_allclose(level, (np.arange(500) + 0.5) / 500, atol=1 / 500)
-    np.testing.assert_allclose(np.linalg.norm(theory.stratified_rows(5, np.zeros(8), rng), axis=1), 1)
-
-
-def test_stratified_probes_scatter_less_than_independent_ones(rng):
-    x = tokens(rng, 3000, 128, 128, 2.0)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    found = {True: [], False: []}
-    for _ in range(30):
-        for stratified, values in found.items():
-            w = theory.stratified_rows(128, x.mean(axis=0) if stratified else np.zeros(128), rng)
-            values.append(theory.probe_deaths(np.sqrt(128) * (x @ w.T).max(axis=0), 128, 4096, 32)["dead_total"])
-    assert np.std(found[True]) < 0.7 * np.std(found[False])
-    assert np.mean(found[True]) == pytest.approx(np.mean(found[False]), abs=0.03)
-
-
-def test_the_death_curve_falls_with_k_and_its_band_holds_it(rng):
-    best = rng.normal(size=512) + 1.5
-    band = theory.death_curve(best, 256, np.array([0.001, 0.01, 0.1, 0.5]))
-    assert (np.diff(band.dead) <= 0).all()
-    assert ((band.low <= band.dead) & (band.dead <= band.high)).all()
-    assert band.dead[1] == theory.probe_deaths(best, 256, 1000, 10)["dead_total"]
-    assert band.dead[-1] == np.mean(best <= 0)
-    clear = theory.death_curve(np.full(512, 9.0), 256, np.array([0.01]))
-    assert (clear.dead[0], round(clear.high[0], 4)) == (0, 0.0074)  # no death in 512 is not proof of none
 
 
 def test_bias_learning_time_by_direction_of_the_mean():

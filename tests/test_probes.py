@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+from scipy.stats import beta
+
+from sae_jax.probes import Forecast, stratified_rows
+
+
+def test_probes_are_unit_rows_spread_evenly_along_the_mean(rng):
+    mean = rng.normal(size=32)
+    w = stratified_rows(500, mean, rng)
+    np.testing.assert_allclose(np.linalg.norm(w, axis=1), 1)
+    along = w @ mean / np.linalg.norm(mean)
+    assert (np.diff(along) > 0).all()
+    level = 0.5 * (1 + np.sign(along) * beta.cdf(along**2, 0.5, 31 / 2))  # uniform for random directions
+    np.testing.assert_allclose(level, (np.arange(500) + 0.5) / 500, atol=1 / 500)
+    np.testing.assert_allclose(np.linalg.norm(stratified_rows(5, np.zeros(8), rng), axis=1), 1)
+
+
+def test_stratified_probes_scatter_less_than_independent_ones(rng):
+    x = rng.normal(size=(3000, 128)) + 2 * np.sqrt(128) * np.eye(128)[5]
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    found = {True: [], False: []}
+    for _ in range(30):
+        for stratified, values in found.items():
+            w = stratified_rows(128, x.mean(axis=0) if stratified else np.zeros(128), rng)
+            values.append(Forecast(w, np.sqrt(128) * (x @ w.T).max(axis=0)).deaths(4096, 32)["dead_total"])
+    assert np.std(found[True]) < 0.7 * np.std(found[False])
+    assert np.mean(found[True]) == pytest.approx(np.mean(found[False]), abs=0.03)
+
+
+def test_the_death_curve_falls_with_k_and_its_band_holds_it(rng):
+    best = rng.normal(size=512) + 1.5
+    found = Forecast(np.zeros((512, 256)), best)
+    band = found.curve(np.array([0.001, 0.01, 0.1, 0.5]))
+    assert (np.diff(band.dead) <= 0).all()
+    assert ((band.low <= band.dead) & (band.dead <= band.high)).all()
+    assert band.dead[1] == found.deaths(1000, 10)["dead_total"]
+    assert band.dead[-1] == np.mean(best <= 0)
+    clear = found._replace(best=np.full(512, 9.0)).curve(np.array([0.01]))
+    assert (clear.dead[0], round(clear.high[0], 4)) == (0, 0.0074)  # no death in 512 is not proof of none
