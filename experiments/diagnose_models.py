@@ -77,7 +77,7 @@ def main(_: list[str]) -> None:
 def contradicted(recommended: str, counted: dict[str, dict[str, float]]) -> bool:
     """Whether counts in one untrained SAE rule a recommendation out, two standard deviations of a count allowed.
 
-    They do where it promised under 1 % and more are dead, and where something cheaper leaves clearly under 1 %. With n =
+    They do where it promised under 1 % and more are dead, and where something cheaper leaves clearly under 1 %. At n
     4096 a count of 1 % is known to 0.31 points.
     """
     noise = 2 * np.sqrt(remedies.HARMLESS * (1 - remedies.HARMLESS) / SIZE)
