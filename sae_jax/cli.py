@@ -35,8 +35,20 @@ def main(argv: list[str]) -> int:
             raise Refused("verb", argv[0], "one of " + ", ".join(VERBS))
         return verb(argv)
     except (Refused, RunFailed, Preempted) as error:
-        print(f"sae_jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        return _say(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _say("stopped from the keyboard; run again to go on", 130)
+    except (OSError, MemoryError) as error:
+        return _say(f"{type(error).__name__}: {error}", RunFailed.exit_code)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _say(f"out of memory: fewer sae.n_features or a smaller batch may fit ({error})", RunFailed.exit_code)
+
+
+def _say(message: str, exit_code: int) -> int:
+    print(f"sae_jax: {' '.join(message.split())}", file=sys.stderr)
+    return exit_code
 
 
 def train(argv: list[str]) -> int:
@@ -46,7 +58,7 @@ def train(argv: list[str]) -> int:
         raise Refused("--config", None, "a configuration file, as configs/synthetic.py")
     from sae_jax import report, running
 
-    logging.set_verbosity(logging.ERROR)  # the libraries below narrate every save
+    logging.set_verbosity(logging.FATAL)  # the libraries below narrate every save, and what they raise a second time
     print(report.table(running.train(config, given.workdir)))
     print(f"report, figures, checkpoints: {given.workdir}")
     return 0

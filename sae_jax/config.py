@@ -12,6 +12,7 @@ from sae_jax.objective import PRESETS
 FREE_KEYS = ("train.devices", "checkpoint.keep")
 # Keys that all members of a run share: they see the same batches for the same number of steps.
 SHARED_KEYS = ("train.steps", "train.batch_size", "train.steps_per_dispatch", "train.devices")
+MOST = 2**31 - 1  # steps, features and seeds are 32-bit integers on the device
 MEMBER_SECTIONS = ("seed", "sae", "auxk", "train")
 
 
@@ -136,14 +137,27 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 
 def check(config: ConfigDict) -> None:
     """Refuses values that cannot be run, each with its field, value and what is allowed."""
+    _check_keys(config)
     _check_data(config.data)
-    for key in ("train.steps", "train.warmup_steps", "train.devices", "checkpoint.every", "seed"):
+    for key in ("train.steps", "train.devices", "checkpoint.every"):
         _at_least(config, key, 0)
     for key in ("train.batch_size", "train.steps_per_dispatch", "eval.n_tokens", "eval.batch_size", "checkpoint.keep"):
         _at_least(config, key, 1)
     _check_member(config, "")
     for name, member in members(config).items():
         _check_member(member, f"members.{name}." if config.members else "")
+
+
+def _check_keys(config: ConfigDict) -> None:
+    """All keys of the schema and no others, each of the type of its default: files are free to do what flags cannot."""
+    known, given = flatten(base()), flatten(config)
+    for key, value in given.items():
+        if key not in known and not key.startswith("members."):
+            raise Refused(key, value, "a key of sae_jax.config.base(), or members.NAME.KEY")
+    for key, default in known.items():
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(given.get(key), kinds) or isinstance(given[key], bool) != isinstance(default, bool):
+            raise Refused(key, given.get(key), f"a value of type {type(default).__name__}")
 
 
 def _check_data(data: ConfigDict) -> None:
@@ -169,6 +183,8 @@ def _check_data(data: ConfigDict) -> None:
 
 def _check_member(config: ConfigDict, prefix: str) -> None:
     _at_least(config, "sae.n_features", 1, prefix)
+    for key in ("seed", "train.warmup_steps"):
+        _at_least(config, key, 0, prefix)
     if not 1 <= config.sae.k <= config.sae.n_features:
         raise Refused(f"{prefix}sae.k", config.sae.k, f"1 to sae.n_features = {config.sae.n_features}")
     _one_of(f"{prefix}sae.center", config.sae.center, ("none", "mean", "geometric_median"))
@@ -191,6 +207,8 @@ def _at_least(config: ConfigDict, key: str, low: int, prefix: str = "") -> None:
     value = flatten(config)[key]
     if value < low:
         raise Refused(prefix + key, value, f"an integer ≥ {low}")
+    if value > MOST:
+        raise Refused(prefix + key, value, "an integer up to 2^31 - 1")
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -101,8 +101,8 @@ def diagnose(
 
 
 def _check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None) -> None:
-    if n_features < 1:
-        raise Refused("n_features", n_features, "an integer ≥ 1")
+    if not 1 <= n_features < 2**31:
+        raise Refused("n_features", n_features, "1 to 2^31 - 1")
     if not 1 <= k <= n_features:
         raise Refused("k", k, f"1 to n_features = {n_features}")
     if n_probes < 16:

@@ -1,10 +1,80 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Files that nobody sees half written, JSON that may have been damaged, folders that one process at a time works in."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from etils import epath
 
+from sae_jax.errors import Refused
 
-def write_text(path: epath.Path, text: str) -> None:
+LOCK = ".lock"
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes beside the file, then puts the new one in its place."""
     partial = path.parent / (path.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(data)
     partial.replace(path)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def read_json(field: str, path: epath.Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A JSON object that has the given keys.
+
+    Raises:
+      Refused: the file is damaged; `field` is how the user named the folder it lies in.
+    """
+    try:
+        found = json.loads(path.read_text())
+        missing = [key for key in keys if key not in found]
+        if not isinstance(found, dict) or missing:
+            raise ValueError(f"no {', '.join(missing)}" if missing else "not an object")
+        return found
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise Refused(field, str(path), f"a whole file, as it was written; this one is damaged ({error})") from error
+
+
+def check_free(folder: epath.PathLike, field: str) -> None:
+    """Refuses a folder that another process works in; `sole_user` without staying."""
+    if (epath.Path(folder) / LOCK).exists():
+        with contextlib.suppress(OSError), sole_user(folder, field):
+            pass
+
+
+@contextlib.contextmanager
+def sole_user(folder: epath.PathLike, field: str) -> Iterator[None]:
+    """Keeps everybody else out of a local folder that exists, for as long as the context lasts.
+
+    The kernel lets go of the lock when its process ends, however it ends: the file that a killed one leaves behind does
+    no harm. Object stores (paths with ://) and file systems without locks are not guarded.
+
+    Raises:
+      Refused: somebody works in the folder; says which process on which host.
+    """
+    if "://" in str(folder):
+        yield
+        return
+    with (Path(folder) / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read() or "another process"
+            raise Refused(field, str(folder), f"a folder that nobody works in: {holder} does") from error
+        except OSError:  # no locks on this file system
+            yield
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

@@ -11,6 +11,7 @@ from etils import epath
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
+from sae_jax.disk import write_bytes
 from sae_jax.evaluation import Shift
 from sae_jax.outliers import effective_rank
 from sae_jax.probes import Band
@@ -32,7 +33,7 @@ def png(figure: Figure) -> bytes:
 
 def save(figure: Figure, path: epath.Path) -> None:
     """Writes a PNG, wherever the path leads."""
-    path.write_bytes(png(figure))
+    write_bytes(path, png(figure))
 
 
 def deaths(history: list[dict[str, Any]]) -> Figure:

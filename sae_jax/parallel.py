@@ -1,6 +1,10 @@
 """The only file that knows about devices: one program for one device (jit) or several (pmap, batch split over them)."""
 
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sae_jax.errors import Refused
+from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.objective import AllSum
 
 DATA = "data"  # name of the axis over which batches are split
@@ -85,6 +89,30 @@ class Devices:
         """(…, B, …) → (…, devices, B / devices, …)."""
         n = len(self.local)
         return array.reshape(*array.shape[:axis], n, array.shape[axis] // n, *array.shape[axis + 1 :])
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Several processes go on together or not at all: one that fails ends at once, and the others notice and follow.
+
+    The ordinary way out, past open checkpoints and an interpreter that shuts down, waits for all processes to take
+    leave of each other, and one that is gone never comes. To stop on request is no failure: all do so in the same turn.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Preempted) or not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, Refused | RunFailed):
+            message, code = str(error), error.exit_code
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            message, code = f"another process of this run has ended or cannot be reached, so all stop ({error})", 3
+        else:
+            traceback.print_exception(error)
+            message, code = f"process {jax.process_index()} has failed, so all stop", 1
+        print(f"sae_jax: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)
 
 
 _psum: AllSum = lambda tree: jax.lax.psum(tree, DATA)  # noqa: E731

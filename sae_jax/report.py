@@ -7,12 +7,15 @@ import json
 import math
 import platform
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
 from sae_jax.disk import write_text
@@ -59,7 +62,7 @@ def write_csv(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
     writer.writerows(rows)
-    path.write_bytes(text.getvalue().encode())
+    write_text(path, text.getvalue())
 
 
 def one_line(row: dict[str, Any]) -> str:
@@ -130,15 +133,19 @@ class Board:
     """TensorBoard scalars under WORKDIR/tensorboard, `member/metric`; a resumed run writes a second events file."""
 
     def __init__(self, workdir: str):
-        self._writer = SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
+        folder = epath.Path(workdir) / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Written by this thread: tensorboardX's own blocks for ever once it has met a full disk.
+        self._events = EventsWriter(str(folder / "events"))
 
     def scalars(self, step: int, member: str, values: dict[str, Any]) -> None:
-        for key, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(f"{member}/{key}", float(value), step)
+        found = [summary.scalar(f"{member}/{key}", value) for key, value in values.items() if value is not None]
+        for one in found:
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=one))
+        self._events.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
 
 
 def progress(total: int, initial: int) -> "tqdm[Any]":

@@ -1,8 +1,6 @@
 """`train`: from a configuration to a workdir with checkpoints, figures and report.json. Resumes where it was."""
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ from sae_jax import config as config_lib
 from sae_jax.errors import Preempted, RunFailed
 from sae_jax.objective import AllSum
 from sae_jax.sources import Source, open_source
+from sae_jax.stopping import StopRequest
 
 BOARD_POINTS = 1000  # TensorBoard gets about this many points over a run
 
@@ -32,15 +31,15 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       RunFailed: activations or the loss are not finite; the last good checkpoint is kept.
       Preempted: SIGTERM came; the state was saved.
     """
-    config_lib.check(config)
-    devices = parallel.Devices(config.train.devices)
-    devices.check_batch("train.batch_size", config.train.batch_size)
-    devices.check_batch("eval.batch_size", config.eval.batch_size)
-    checkpoint.check_workdir(workdir, config_lib.identity(config))
-    source = open_source(config)
-    if jax.process_index() == 0:
-        checkpoint.claim_workdir(workdir, config_lib.identity(config))
-    return Run(config, workdir, devices, source).to_the_end()
+    with parallel.together():
+        config_lib.check(config)
+        devices = parallel.Devices(config.train.devices)
+        devices.check_batch("train.batch_size", config.train.batch_size)
+        devices.check_batch("eval.batch_size", config.eval.batch_size)
+        checkpoint.check_workdir(workdir, config_lib.identity(config))
+        source = open_source(config)
+        with checkpoint.claimed(workdir, config_lib.identity(config)):
+            return Run(config, workdir, devices, source).to_the_end()
 
 
 class Run:
@@ -155,16 +154,17 @@ class Run:
         pending: tuple[int, int, Any] | None = None
         board = report.Board(self.workdir) if jax.process_index() == 0 else None
         try:
-            with report.progress(total, self.step) as bar, _StopRequest() as stop:
+            with parallel.together(), report.progress(total, self.step) as bar, StopRequest(self.devices) as stop:
                 while True:
                     due = self.step % every == 0 or self.step == total
-                    if due or stop.requested:
+                    stopping = stop.requested()
+                    if due or stopping:
                         self._settle(pending, board)
                         pending = None
                         self._record_and_save(evaluate=due, board=board)
                     if self.step == total:
                         break
-                    if stop.requested:
+                    if stopping:
                         raise Preempted(f"stopped on request at step {self.step} of {total}; run again to go on")
                     count = min(self.config.train.steps_per_dispatch, every - self.step % every, total - self.step)
                     self.states, metrics = self._advance(self.states, self._next_inputs(count), np.int32(count))
@@ -190,9 +190,14 @@ class Run:
             return
         first, count, metrics = pending
         metrics = jax.device_get(metrics)
-        bad = [np.flatnonzero(~np.isfinite(group["loss"][:count]).all(axis=1)) for group in metrics]
-        if any(len(steps) for steps in bad):
-            raise self._failure(first + min(int(steps[0]) for steps in bad if len(steps)))
+        finite = [np.isfinite(group["loss"][:count]) & np.isfinite(group["grad_norm"][:count]) for group in metrics]
+        bad = [t for t in range(count) if not all(group[t].all() for group in finite)]
+        if bad:
+            names = [
+                name for group, good in zip(self.groups, finite, strict=True)
+                for name, fine in zip(group.names, good[bad[0]], strict=True) if not fine
+            ]  # fmt: skip
+            raise self._failure(first + bad[0], names)
         spacing = max(1, self.config.train.steps // BOARD_POINTS)
         for t in range(count):
             if board and (first + t) % spacing == 0:
@@ -200,7 +205,7 @@ class Run:
                     for i, name in enumerate(group.names):
                         board.scalars(first + t + 1, name, {key: float(v[t, i]) for key, v in found.items()})
 
-    def _failure(self, step: int) -> RunFailed:
+    def _failure(self, step: int, names: list[str]) -> RunFailed:
         kept = self.checkpoints.latest
         where, rest = f"step {step}, batch {step}: ", f"; the last good checkpoint is that of step {kept}"
         if self.source.split_axis is not None:
@@ -209,7 +214,8 @@ class Run:
             data.close()
             if not np.isfinite(x).all():
                 return RunFailed(where + _culprit(x) + rest)
-        return RunFailed(f"{where}the loss is not finite: a lower train.learning_rate may help{rest}")
+        what = f"the loss or its gradient is not finite in {', '.join(names)}"
+        return RunFailed(f"{where}{what}: a lower train.learning_rate may help{rest}")
 
     def _record_and_save(self, evaluate: bool, board: report.Board | None) -> None:
         if evaluate and (not self.history or self.history[-1]["step"] < self.step):
@@ -235,6 +241,10 @@ class Run:
         for group, sae, values in zip(self.groups, groups, results, strict=True):
             biases = jax.device_get(sae.b_dec)
             for i, name in enumerate(group.names):
+                if not np.isfinite(biases[i]).all() or not np.isfinite(values[i]["fve_about_zero"] or 0):
+                    kept = self.checkpoints.latest
+                    what = f"step {self.step}: {name} no longer reconstructs anything finite"
+                    raise RunFailed(f"{what}; the last good checkpoint is that of step {kept}")
                 found[name] = {**values[i], **evaluation.bias_state(biases[i], shift)}
                 if self.source.truth is not None:
                     found[name]["mmcs"] = float(truth.mmcs(self.source.truth, sae.W_dec[i]))
@@ -270,7 +280,8 @@ class Run:
         folder = epath.Path(self.workdir)
         figures.save(figures.deaths(self.history), folder / "deaths.png")
         figures.save(figures.bias_convergence(kept), folder / "bias.png")
-        tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), self.config.eval.batch_size))
+        share = self.config.eval.batch_size // jax.process_count()
+        tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), share))
         shifts: dict[str, list[tuple[str, evaluation.Shift]]] = {name: [] for name in self.members}
         for when, states in (("at init", self.initial_states()), (f"step {self.step}", self.states)):
             for group, state in zip(self.groups, states, strict=True):
@@ -283,22 +294,3 @@ class Run:
 def _culprit(x: np.ndarray) -> str:
     row, dimension = np.argwhere(~np.isfinite(x))[0]
     return f"activations that are not finite (row {row}, dimension {dimension} is {x[row, dimension]})"
-
-
-class _StopRequest:
-    """Notes SIGTERM instead of dying of it, while the loop runs in the main thread."""
-
-    requested = False
-
-    def __enter__(self) -> "_StopRequest":
-        self._before: Callable[..., Any] | int | None = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_: object) -> None:
-        self.requested = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)

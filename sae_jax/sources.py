@@ -28,7 +28,7 @@ class Source(Protocol):
         """Iterator over the inputs of training batches from number `start`; has `get_state` and `close`."""
 
     def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
-        """Inputs of the held-out batches, each with its valid-row mask (eval batch,)."""
+        """Inputs of the held-out batches, each with the valid-row mask of this process's share."""
 
     def statistics(self) -> Iterator[np.ndarray]:
         """Training tokens to take moments of, (rows, d_model) at a time; a fresh iterator each call."""
@@ -46,6 +46,12 @@ def open_source(config: ConfigDict) -> Source:
 
         return StoredSource(config, store.StoredChunks(models.extracted(config.data.model)))
     return SyntheticSource(config)
+
+
+def _own(batch_size: int) -> slice:
+    """This process's rows of a batch."""
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
 class SyntheticSource:
@@ -68,7 +74,7 @@ class SyntheticSource:
 
     def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
         for number, done in enumerate(range(0, self.n_eval_tokens, self._eval_batch)):
-            yield np.int32(number), np.arange(self._eval_batch) < self.n_eval_tokens - done
+            yield np.int32(number), (np.arange(self._eval_batch) < self.n_eval_tokens - done)[_own(self._eval_batch)]
 
     def statistics(self) -> Iterator[np.ndarray]:
         size = 2000
@@ -127,8 +133,7 @@ class StoredSource:
 
     def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
         size = self._config.eval.batch_size
-        share = size // jax.process_count()
-        mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        mine = _own(size)
         for x in pipeline.read(self._chunks, self._held_out, size, self.n_eval_tokens):
             padding = ((0, size - len(x)), (0, 0))
             yield np.pad(x, padding)[mine], (np.arange(size) < len(x))[mine]
@@ -170,6 +175,8 @@ def open_tokens(activations: np.ndarray | str | ConfigDict) -> Tokens:
         )  # fmt: skip
     except Refused as error:
         raise Refused("activations", error.value, error.allowed) from error
+    except ValueError as error:  # lists of rows that are not equally long
+        raise Refused("activations", "array", f"an array of shape (tokens, d_model) ({error})") from error
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, chunks.n_tokens, BATCH):

@@ -12,6 +12,7 @@ from etils import epath
 from sae_jax.activations import pipeline
 from sae_jax.errors import Refused, missing_extra
 
+MOST = 100  # fold: whatever a compressed file grows by more than this is no activations
 FORMATS = "a .npy, .npz, .safetensors or .pt file, or a dataset folder"
 
 
@@ -34,12 +35,21 @@ class SafeTensor:
 def open_chunks(path: str) -> pipeline.Chunks:
     """A file or a dataset folder, as chunks of rows."""
     where = epath.Path(path)
-    if not where.exists():
+    try:
+        found = where.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or is none
+        raise Refused("data.path", path, f"a path: {FORMATS} ({error})") from error
+    if not found:
         raise Refused("data.path", path, f"an existing path: {FORMATS}")
     if where.is_dir():
         from sae_jax.activations import store
 
-        return store.StoredChunks(path)
+        try:
+            return store.StoredChunks(path)
+        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, Refused):
+                raise
+            raise Refused("data.path", path, f"a dataset folder as it was written ({error})") from error
     return pipeline.ArrayChunks(open_array(path), path)
 
 
@@ -82,7 +92,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for name, tensor in (found if isinstance(found, dict) else {path.stem: found}).items():
         if isinstance(tensor, torch.Tensor):
-            half = tensor.dtype == torch.bfloat16  # NumPy itself has no such type
+            tensor, half = tensor.detach(), tensor.dtype == torch.bfloat16  # NumPy itself has no such type
             yield str(name), tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if half else tensor.numpy()
 
 
@@ -92,6 +102,8 @@ def _members(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
             if info.compress_type != zipfile.ZIP_STORED:
+                if info.file_size > MOST * max(info.compress_size, 4096):
+                    raise ValueError(f"{name} is {info.file_size} bytes packed into {info.compress_size}")
                 with archive.open(info) as member:
                     yield name, np.lib.format.read_array(member, allow_pickle=False)
                 continue

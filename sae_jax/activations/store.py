@@ -21,9 +21,10 @@ from etils import epath
 from sae_jax import outliers
 from sae_jax.activations import pipeline
 from sae_jax.activations.pipeline import CHUNK
-from sae_jax.disk import write_text
-from sae_jax.errors import Refused, RunFailed
+from sae_jax.disk import read_json, write_text
+from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.outliers import Moments, Severity
+from sae_jax.stopping import StopRequest
 
 NAME, SPLIT, VERSION = "activations", "tokens", "1.0.0"
 MANIFEST = "activations.json"
@@ -97,7 +98,7 @@ class Writer:
         self._buffer: list[Rows] = []
         self._held = 0
         if (self._partial / MANIFEST).exists():
-            found = json.loads((self._partial / MANIFEST).read_text())
+            found = _read_manifest("--out", self._partial)
             if found["facts"] == self._facts:
                 self._manifest, self._severity = found, _severity_from(found.get("moments"))
         self._partial.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,11 @@ class Writer:
         self._manifest["shards"].append(shard)
         self._manifest["moments"] = _severity_to(self._severity)
         # The shard counts from here on: killed before, the next run writes it again.
-        write_text(self._partial / MANIFEST, json.dumps(self._manifest))
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        sealed = {**self._manifest, "checksum": _checksum(self._manifest)}
+        write_text(self._partial / MANIFEST, json.dumps(sealed))
 
     def finish(self) -> str:
         """Writes what is left in whole chunks, then makes the dataset visible. Returns its folder."""
@@ -161,7 +166,7 @@ class Writer:
         if not self._manifest["shards"] or self._severity is None:
             raise RunFailed(f"fewer than {self._chunk} tokens: nothing to store")
         self._manifest |= {"n_tokens": self.n_tokens, "dropped_tokens": dropped, **self._severity.gammas()}
-        write_text(self._partial / MANIFEST, json.dumps(self._manifest))
+        self._write_manifest()
         identity = tfds.core.dataset_info.DatasetIdentity(
             name=NAME, version=tfds.core.Version(VERSION), data_dir=str(self._partial), module_name=__name__,
             config_name=self.folder.parent.name,
@@ -224,9 +229,12 @@ def write(
       RunFailed: activations are not finite, or the disk is full; whole shards stay, and the next run goes on.
     """
     try:
-        for start, parts in rows(min(writer.n_tokens for writer in writers.values())):
-            for layer, part in parts.items():
-                writers[layer].add(start, part)
+        with StopRequest() as stop:
+            for start, parts in rows(min(writer.n_tokens for writer in writers.values())):
+                for layer, part in parts.items():
+                    writers[layer].add(start, part)
+                if stop.requested():
+                    raise Preempted(f"stopped on request after token {start}; run again to go on after the last shard")
         return {layer: writer.finish() for layer, writer in writers.items()}
     except OSError as error:
         raise RunFailed(f"cannot write activations ({error}); shards that are complete stay") from error
@@ -255,6 +263,18 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     return write({0: writer}, rows)[0]
 
 
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(field: str, folder: epath.Path) -> dict[str, Any]:
+    """activations.json, refused if a bit of it is not as it was written."""
+    found = read_json(field, folder / MANIFEST, ("facts", "shards"))
+    if found.pop("checksum", None) not in (None, _checksum(found)):
+        raise Refused(field, str(folder / MANIFEST), "a file as it was written; this one's checksum is another")
+    return found
+
+
 class StoredChunks:
     """Reads a dataset folder chunk by chunk.
 
@@ -268,7 +288,7 @@ class StoredChunks:
             inside = sorted(str(path.parent) for path in root.glob(f"{NAME}/*/{VERSION}/{MANIFEST}"))
             there = f"; there is {', '.join(inside[:5])}" if inside else ""
             raise Refused("data.path", folder, f"a dataset folder (one with {MANIFEST}) or a .npy file{there}")
-        self._root, self._manifest = root, json.loads((root / MANIFEST).read_text())
+        self._root, self._manifest = root, _read_manifest("data.path", root)
         self._shards = self._manifest["shards"]
         for number, shard in enumerate(self._shards):
             path = self._path(number)
