@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -45,10 +45,9 @@ def read_json(field: str, path: epath.Path, keys: tuple[str, ...] = ()) -> dict[
 
 
 def check_free(folder: epath.PathLike, field: str) -> None:
-    """Refuses a folder that another process works in; `sole_user` without staying."""
-    if (epath.Path(folder) / LOCK).exists():
-        with contextlib.suppress(OSError), sole_user(folder, field):
-            pass
+    """Refuses a folder that another process works in, and leaves no trace."""
+    with contextlib.suppress(OSError), (Path(folder) / LOCK).open() as file:
+        _take(file, folder, field)
 
 
 @contextlib.contextmanager
@@ -65,16 +64,19 @@ def sole_user(folder: epath.PathLike, field: str) -> Iterator[None]:
         yield
         return
     with (Path(folder) / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read() or "another process"
-            raise Refused(field, str(folder), f"a folder that nobody works in: {holder} does") from error
-        except OSError:  # no locks on this file system
-            yield
-            return
+        _take(file, folder, field)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _take(file: IO[str], folder: epath.PathLike, field: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read() or "another process"
+        raise Refused(field, str(folder), f"a folder that nobody works in: {holder} does") from error
+    except OSError:
+        pass  # no locks on this file system

@@ -93,8 +93,9 @@ def shifts(members: dict[str, list[tuple[str, Shift]]]) -> Figure:
             for axis, (when, shift) in zip(row, moments, strict=True):
                 alive = ~(shift.dead_by_relu | shift.dead_by_topk)
                 ratio = shift.mean / np.where(shift.std > 0, shift.std, np.nan)
-                limit = max(1.0, float(np.nanpercentile(np.abs(ratio), 99.5)))
-                parts = [np.clip(ratio[mask & np.isfinite(ratio)], -limit, limit)
+                finite = np.isfinite(ratio)
+                limit = max(1.0, float(np.percentile(np.abs(ratio[finite]), 99.5))) if finite.any() else 1.0
+                parts = [np.clip(ratio[mask & finite], -limit, limit)
                          for mask in (shift.dead_by_relu, shift.dead_by_topk, alive)]  # fmt: skip
                 axis.hist(
                     parts, bins=np.linspace(-limit, limit, 61), stacked=True, color=(RELU, TOPK, ALIVE),

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 
 from sae_jax import outliers
 from sae_jax.activations import pipeline
 from sae_jax.activations.pipeline import CHUNK
-from sae_jax.disk import read_json, write_text
+from sae_jax.disk import LOCK, read_json, sole_user, write_text
 from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.outliers import Moments, Severity
 from sae_jax.stopping import StopRequest
@@ -101,7 +101,14 @@ class Writer:
             found = _read_manifest("--out", self._partial)
             if found["facts"] == self._facts:
                 self._manifest, self._severity = found, _severity_from(found.get("moments"))
-        self._partial.mkdir(parents=True, exist_ok=True)
+        try:
+            self._partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused("--out", str(self._partial), f"a folder that can be written ({error.strerror})") from error
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from writing the same dataset."""
+        return sole_user(self._partial, "--out")
 
     @property
     def n_tokens(self) -> int:
@@ -182,6 +189,7 @@ class Writer:
             num_bytes=sum(shard["bytes"] for shard in shards), filename_template=_template(self._partial),
         )]))  # fmt: skip
         info.write_to_directory(self._partial)
+        (self._partial / LOCK).unlink(missing_ok=True)
         self._partial.rename(self.folder)
         return str(self.folder)
 
@@ -229,13 +237,16 @@ def write(
       RunFailed: activations are not finite, or the disk is full; whole shards stay, and the next run goes on.
     """
     try:
-        with StopRequest() as stop:
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            for writer in writers.values():
+                stack.enter_context(writer.alone())
             for start, parts in rows(min(writer.n_tokens for writer in writers.values())):
                 for layer, part in parts.items():
                     writers[layer].add(start, part)
                 if stop.requested():
                     raise Preempted(f"stopped on request after token {start}; run again to go on after the last shard")
-        return {layer: writer.finish() for layer, writer in writers.items()}
+            return {layer: writer.finish() for layer, writer in writers.items()}
     except OSError as error:
         raise RunFailed(f"cannot write activations ({error}); shards that are complete stay") from error
 
@@ -295,10 +306,14 @@ class StoredChunks:
             size = path.stat().length if path.exists() else None
             if size != shard["bytes"]:
                 raise Refused("data.path", str(path), f"a shard of {shard['bytes']} bytes, not {size or 'none'}")
-        builder = tfds.builder_from_directory(folder)
-        self._source = builder.as_data_source(split=SPLIT)
         facts = self._manifest["facts"]
         self._dtype, self.rows, self.d_model = facts["dtype"], facts["chunk"], facts["d_model"]
+        # What TFDS would make of features.json it would import by name, from a folder that may be anybody's.
+        self._features = _features(self.d_model, self._dtype, self.rows)
+        paths = [str(self._path(number)) for number in range(len(self._shards))]
+        self._records = array_record_data_source.ArrayRecordDataSource(paths)
+        if len(self._records) != len(self):
+            raise Refused("data.path", folder, f"shards of {len(self)} chunks together, not {len(self._records)}")
         self.n_tokens: int = self._manifest["n_tokens"]
         checksum = hashlib.sha256("".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
         self.identity = {"path": str(folder), "tokens": self.n_tokens, "sha256": checksum, **facts}
@@ -312,7 +327,7 @@ class StoredChunks:
     def example(self, index: int) -> Rows:
         """One chunk, with where each row comes from."""
         try:
-            found = self._source[int(index)]
+            found = self._features.deserialize_example_np(self._records[int(index)])
         except Exception as error:  # the reader of a damaged file raises what it likes
             raise RunFailed(f"chunk {index} cannot be read: {self._culprit(int(index))} ({error})") from error
         return Rows(_decode(found["x"], self._dtype, self._manifest), *(found[name] for name in Rows._fields[1:]))
