@@ -18,7 +18,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from sae_jax import diagnosis, figures, remedies, report, sources
-from sae_jax.activations import bundled
+from sae_jax.activations import models
 from sae_jax.preprocess import Preprocessing
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/causal_gamma", "folder for the table and the figure")
@@ -29,7 +29,7 @@ N, SIZE, K = 30_000, 4096, 32
 
 def layer_rows(model: str, layer: int) -> list[dict[str, Any]]:
     """Deaths counted, forecast by probes and by the spectrum law, at every scale of the mean."""
-    x = bundled.activations(model, [layer], N)[layer].astype(np.float64)
+    x = models.activations(model, [layer], N)[layer].astype(np.float64)
     mu = x.mean(axis=0)
     plain = {"none": Preprocessing(shift=jnp.zeros(x.shape[1], jnp.float32))}
     rows = []

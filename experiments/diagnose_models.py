@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from sae_jax import diagnosis, figures, remedies
 from sae_jax import report as report_lib
-from sae_jax.activations import bundled
+from sae_jax.activations import models
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/diagnose_models", "folder for the reports, the table and the figure")
 LAYERS = {"gemma-3-270m": 17, "minilm-l6": 6, "antiberty": 8, "efficientnet-lite0": 16}
@@ -39,7 +39,7 @@ def reports() -> list[dict[str, Any]]:
         folders = {layer: Path(WORKDIR.value) / f"{model}_{layer:02d}" for layer in range(1, depth + 1)}
         missing = [layer for layer, folder in folders.items() if not (folder / "report.json").exists()]
         if missing:
-            for layer, x in bundled.activations(model, missing, N).items():
+            for layer, x in models.activations(model, missing, N).items():
                 report = diagnosis.diagnose(x, str(folders[layer]), n_features=SIZE, k=K, measure=True)
                 print(f"{model} {layer}: {report['advice']}", flush=True)
         for layer, folder in folders.items():

