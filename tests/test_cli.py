@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from sae_jax import cli
-from sae_jax.activations import models
 
 ROOT = Path(__file__).parents[1]
 SYNTHETIC = f"--config={ROOT}/configs/synthetic.py"
@@ -108,7 +107,6 @@ def test_a_missing_dependency_names_its_extra(capsys, tmp_path, monkeypatch):
     assert code == 2
     assert "sae-jax[demo]" in streams.err
     assert not (tmp_path / "w").exists()
-    assert models.EXTRA == "demo"
 
 
 def test_a_width_that_is_not_two_dimensional_is_refused(capsys, tmp_path):

@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,10 +311,10 @@ def test_the_diffusion_transformer_gives_its_image_stream(settings, monkeypatch,
 
 def test_esm3_gives_residues_only_and_padding_does_not_leak(settings, tmp_path, monkeypatch):
     esm3 = pytest.importorskip("esm.models.esm3", reason="needs the extra esm3, in an environment of its own")
-    from esm.tokenization import get_esm3_model_tokenizers
+    from esm.tokenization import EsmSequenceTokenizer
 
     torch.manual_seed(0)
-    network = esm3.ESM3(WIDTH, 2, 2, DEPTH, None, None, None, get_esm3_model_tokenizers("esm3_sm_open_v1")).eval()
+    network = esm3.ESM3(WIDTH, 2, 2, DEPTH, None, None, None, SimpleNamespace(sequence=EsmSequenceTokenizer())).eval()
     monkeypatch.setattr(adapters, "load", lambda model: adapters.esm3_network(network, model))
     proteins(settings, tmp_path)
     words = network.tokenizers.sequence
