@@ -1,5 +1,6 @@
 """The one schema of a run: every key, its default and its meaning; the checks; and what members may change."""
 
+import functools
 import math
 from typing import Any
 
@@ -157,9 +158,14 @@ def check(config: ConfigDict) -> None:
         _check_member(member, f"members.{name}." if config.members else "")
 
 
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flatten(base())
+
+
 def _check_keys(config: ConfigDict) -> None:
     """All keys of the schema and no others, each of the type of its default: files are free to do what flags cannot."""
-    known, given = flatten(base()), flatten(config)
+    known, given = _defaults(), flatten(config)
     for key, value in given.items():
         if key not in known and not key.startswith("members."):
             raise Refused(key, value, "a key of sae_jax.config.base(), or members.NAME.KEY")
@@ -215,7 +221,9 @@ def _check_member(config: ConfigDict, prefix: str) -> None:
 
 
 def _at_least(config: ConfigDict, key: str, low: int, prefix: str = "") -> None:
-    value = flatten(config)[key]
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
     if value < low:
         raise Refused(prefix + key, value, f"an integer ≥ {low}")
     if value > MOST:

@@ -1,0 +1,303 @@
+"""Everything that may befall a run, many times, at random moments: is anything lost, is the end the same?
+
+    python experiments/fault_campaign.py --workdir=runs/faults            # about 1 h on 2 CPU cores; goes on
+    python experiments/fault_campaign.py --workdir=runs/smoke --tries=1   # two minutes
+
+Every activity (train, extract, sweep, export) is first done undisturbed. Then it is killed with SIGKILL or SIGTERM at
+moments drawn uniformly over the time it takes or over its work, started again, killed again, up to `KILLS` times, and
+left to end. After each kill every visible file has to be whole; the end has to be the undisturbed one bit by bit. Other
+faults follow: full disks, read-only folders, damage, two runs in one workdir, one of two processes killed.
+
+A try is a row of fault_campaign.csv in the workdir, and is not done again; the moments follow from --seed.
+"""
+
+from faults import SETTINGS, Child, Ended, damage, files, in_child, make_model, not_whole, steps, tokens, trained
+
+# isort: split
+# What faults.py sets in the environment has to be there before these are imported.
+import argparse
+import ast
+import csv
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from sae_jax import checkpoint, cli, disk, report
+from sae_jax.activations import models, store
+
+KILLS = 5  # of one try
+Row = dict[str, Any]
+# -- activities --------------------------------------------------------------------------------------------------------
+
+
+class Activity(NamedTuple):
+    """Something that is killed: its command, the folder it leaves, and how much of its work is safe there."""
+
+    argv: Callable[[Path, Path], list[str]]  # (root, folder)
+    kept: Callable[[Path], int]  # steps or tokens that the next start need not do again
+    end: Callable[[Path], dict[str, str]]  # what has to be bit-identical: name → digest
+
+
+ACTIVITIES = {
+    "train": Activity(
+        lambda root, folder: ["train", f"--config={root}/c.py", "--config.data.signal=sparse", f"--workdir={folder}"],
+        steps, trained,
+    ),
+    "extract": Activity(
+        lambda root, folder: ["extract", f"--config={root}/c.py", f"--config.data.model.id={root}/model",
+                              f"--config.data.model.text={root}/text.txt", "--layers=1,2", f"--out={folder}"],
+        tokens, lambda folder: files(folder, ("dataset_info.json",)),
+    ),
+    "export": Activity(
+        lambda root, folder: ["export", f"--workdir={root}/undisturbed/train", "--format=saelens", f"--out={folder}"],
+        lambda folder: 0, files,
+    ),
+}  # fmt: skip
+
+
+def killed_at_random(argv: list[str], log: Path, name: str, folder: Path, by: int, whole: Ended, rng: Any) -> Row:
+    """One try: kills, restarts, the end. Moments are uniform in time, and in progress, by turns."""
+    row: Row = {"kills": 0, "saved_first": 0, "too_late": 0, "half_visible": 0, "lost": 0, "slowest_stop": 0.0}
+    while row["kills"] < KILLS:
+        moment = float(rng.random())
+        if row["kills"] % 2 and whole.reached:
+            ended = Child(argv, log).end(at=moment * whole.reached, by=by)
+        else:
+            ended = Child(argv, log).end(after=moment * whole.seconds, by=by)
+        row["half_visible"] += len(not_whole(folder)) if folder.exists() else 0
+        if ended.code == 0:
+            row["too_late"] = 1
+            break
+        if ended.code not in (-by, 143 if by == signal.SIGTERM else -by):
+            raise SystemExit(f"{argv}: exit {ended.code}\n{ended.said}")
+        row["kills"] += 1
+        row["saved_first"] += ended.code == 143
+        row["lost"] = max(row["lost"], ended.reached - (ACTIVITIES[name].kept(folder) if folder.exists() else 0))
+        row["slowest_stop"] = max(row["slowest_stop"], round(ended.dying, 2))
+    last = Child(argv, log).end()
+    return row | {"resumed": int(last.code == 0), "exits": last.code}
+
+
+# -- other faults ------------------------------------------------------------------------------------------------------
+
+
+def full_disk(root: Path, tries: int, rng: Any) -> list[Row]:
+    """Training on a file system that fills up at another point each time, then has room again."""
+    rows, place = [], root / "small"
+    place.mkdir(exist_ok=True)
+    for _ in range(tries):
+        size = int(rng.integers(150, 900))
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", place]).returncode:
+            return []
+        argv = ACTIVITIES["train"].argv(root, place / "w")
+        first = Child(argv, root / "log").end()
+        half = not_whole(place / "w")
+        subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
+        last = Child(argv, root / "log").end()
+        rows.append(_row("full disk", first, last, half, root, place / "w"))
+        subprocess.run(["umount", place], check=True)
+    return rows
+
+
+def read_only(root: Path, tries: int, rng: Any) -> list[Row]:
+    """Commands on a file system that may not be written."""
+    place = root / "small"
+    place.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place]).returncode:
+        return []
+    rows = [_row(f"read-only: {name}", Child(activity.argv(root, place / "w"), root / "log").end())
+            for name, activity in ACTIVITIES.items() if name in cli.VERBS]  # fmt: skip
+    subprocess.run(["umount", place], check=True)
+    return rows
+
+
+def damaged(root: Path, tries: int, rng: Any) -> list[Row]:
+    """A file of the newest checkpoint, of both, the settings, the report, the dataset: a bit flipped, or cut short."""
+    rows, whole = [], root / "undisturbed" / "train"
+    for _ in range(tries):
+        for what in ("newest checkpoint", "all checkpoints", checkpoint.CONFIG, "report.json"):
+            folder = root / "work" / "damaged"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(whole, folder)
+            every = checkpoint._steps(epath.Path(folder / checkpoint.FOLDER))
+            chosen = {"newest checkpoint": every[-1:], "all checkpoints": every}.get(what, [])
+            for place in [folder / checkpoint.FOLDER / str(step) for step in chosen] or [folder / what]:
+                damage(place, rng)
+            met = Child(ACTIVITIES["train"].argv(root, folder), root / "log").end()
+            rows.append(_row(f"damaged: {what}", met, met, not_whole(folder) if met.code == 0 else [], root, folder))
+        folder = root / "work" / "damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(root / "undisturbed" / "extract", folder)
+        dataset = next(folder.glob(f"{store.NAME}/*/{store.VERSION}"))
+        shard = store._template(epath.Path(dataset)).sharded_filepath(shard_index=int(rng.integers(3)), num_shards=None)
+        damage(Path(shard) if rng.random() < 0.5 else dataset / store.MANIFEST, rng)
+        argv = ["train", f"--config={root}/c.py", f"--config.data.path={dataset}", f"--workdir={folder}/w"]
+        rows.append(_row("damaged: dataset", Child(argv, root / "log").end()))
+    return rows
+
+
+def two_runs(root: Path, tries: int, rng: Any) -> list[Row]:
+    """A second run in a workdir that is in use."""
+    rows = []
+    for number in range(tries):
+        folder = root / "work" / f"shared{number}"
+        first = Child(ACTIVITIES["train"].argv(root, folder), root / "log")
+        while not (folder / disk.LOCK).exists() or not (folder / disk.LOCK).read_text():
+            time.sleep(0.01)
+        second = Child(ACTIVITIES["train"].argv(root, folder), root / "log2").end()
+        rows.append(_row("two runs in one workdir", second, first.end(), not_whole(folder), root, folder))
+    return rows
+
+
+def one_of_two(root: Path, tries: int, rng: Any) -> list[Row]:
+    """One process of two is killed: the other one has to stop by itself, and both go on from the last checkpoint."""
+    rows: list[Row] = []
+    for number in range(tries + 1):  # the first one is left in peace
+        folder = root / "work" / f"pair{number}"
+
+        def pair(folder: Path = folder) -> list[Child]:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            argv = ACTIVITIES["train"].argv(root, folder)
+            return [Child(argv, root / f"log{i}", (port, 2, i)) for i in range(2)]
+
+        processes = pair()
+        if number:
+            victim = number % 2
+            while not steps(folder):
+                time.sleep(0.01)
+            processes[victim].end(after=float(rng.uniform(0, 1)))
+            other = processes[1 - victim].end(after=60)
+            half = not_whole(folder)
+            processes = pair()
+        last = [process.end() for process in processes]
+        if number:
+            row = _row(f"process {victim} of two killed", other, last[0], half)
+            row |= compared(root, folder, root / "work" / "pair0")
+            rows.append(row | {"slowest_stop": round(other.seconds, 2)})
+    return rows
+
+
+OTHERS = {"full disk": full_disk, "read-only": read_only, "damage": damaged, "two runs": two_runs, "pair": one_of_two}
+
+
+def _row(
+    what: str, first: Ended, last: Ended | None = None, half: list[str] | None = None, root: Path | None = None,
+    folder: Path | None = None,
+) -> Row:  # fmt: skip
+    """What the fault led to: exit code and line of the process that met it, and how the one after it ended."""
+    row: Row = {"what": what, "exits": first.code, "half_visible": len(half or [])}
+    lines = [line for line in first.said.splitlines() if line.startswith("sae_jax: ")]
+    row |= {"lines": len(lines), "tracebacks": first.said.count("Traceback"), "said": lines[0][:200] if lines else ""}
+    if last and last.code == 0:
+        row["resumed"] = 1
+        if root and folder:
+            row |= compared(root, folder, root / "undisturbed" / "train")
+    return row
+
+
+def compared(root: Path, ours: Path, theirs: Path, name: str = "train") -> Row:
+    """Whether two ends are the same bit by bit, and what is not."""
+    def read(folder: Path) -> dict[str, str]:
+        return ast.literal_eval(in_child(lambda: ACTIVITIES[name].end(folder), root / "digest"))
+
+    a, b = read(ours), read(theirs)
+    differs = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    return {"identical": int(not differs), "differs": ", ".join(differs)[:200]}
+
+
+# -- the campaign ------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("what", "try", "kills", "saved_first", "too_late", "exits", "resumed", "identical", "differs",
+           "half_visible", "lost", "slowest_stop", "lines", "tracebacks", "said")  # fmt: skip
+
+
+def main() -> None:
+    """Does the tries that are not in the table yet, then prints the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--tries", type=int, default=8, help="of every activity and signal, and of every other fault")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[*ACTIVITIES, *OTHERS], help="activities and other faults to do")
+    given = parser.parse_args()
+    root: Path = given.workdir.absolute()
+    (root / "work").mkdir(parents=True, exist_ok=True)
+    (root / "c.py").write_text(SETTINGS)
+    (root / "text.txt").write_text(" ".join(str(number) for number in np.random.default_rng(0).integers(0, 60, 40_000)))
+    jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    for name in ("torch", "transformers"):
+        models._module(name)
+    if not (root / "model").exists():
+        in_child(lambda: make_model(root / "model"), root / "digest")
+    table = root / "fault_campaign.csv"
+    rows = list(csv.DictReader(table.open())) if table.exists() else []
+
+    def note(new: list[Row]) -> None:
+        rows.extend({column: str(row.get(column, "")) for column in COLUMNS} for row in new)
+        report.write_csv(table, rows)
+        for row in new:
+            print(report.one_line({key: str(value) for key, value in row.items()}), flush=True)
+
+    known = {(row["what"], row["try"]) for row in rows}
+    for number, (name, activity) in enumerate(ACTIVITIES.items()):
+        if name not in cli.VERBS or name not in given.only:
+            continue
+        plain, whole = root / "undisturbed" / name, undisturbed(root, name)
+        for by in (signal.SIGKILL, signal.SIGTERM):
+            for attempt in range(given.tries):
+                what = f"{name}: {by.name}"
+                if (what, str(attempt)) in known:
+                    continue
+                folder = root / "work" / f"{name}{by.name}{attempt}"
+                shutil.rmtree(folder, ignore_errors=True)
+                rng = np.random.default_rng([given.seed, number, by, attempt])
+                row = killed_at_random(activity.argv(root, folder), root / "log", name, folder, by, whole, rng)
+                note([{"what": what, "try": attempt, **row, **compared(root, folder, plain, name)}])
+                shutil.rmtree(folder)
+    for number, (name, fault) in enumerate(OTHERS.items()):
+        if name in given.only and name not in {row["try"] for row in rows}:
+            found = fault(root, given.tries, np.random.default_rng([given.seed, 100 + number]))
+            note([{**row, "try": name} for row in found] or [{"what": f"{name}: mount is not permitted", "try": name}])
+    print(summary(rows))
+
+
+def undisturbed(root: Path, name: str) -> Ended:
+    """Does an activity without a fault, twice: once to compile, once to take the time."""
+    plain = root / "undisturbed" / name
+    for _ in range(2):
+        shutil.rmtree(plain, ignore_errors=True)
+        plain.parent.mkdir(exist_ok=True)
+        ended = Child(ACTIVITIES[name].argv(root, plain), root / "log").end()
+        if ended.code:
+            raise SystemExit(f"{name}: exit {ended.code}\n{ended.said}")
+    return ended
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """A line for every fault, in Markdown."""
+    lines = ["| fault | tries | kills | resumed | identical | half visible | most lost | slowest stop, s | exits |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for what in dict.fromkeys(row["what"] for row in rows):
+        mine = [row for row in rows if row["what"] == what]
+        keys = ("kills", "resumed", "identical", "half_visible")
+        total = {key: sum(int(row[key] or 0) for row in mine) for key in keys}
+        most = {key: max(float(row[key] or 0) for row in mine) for key in ("lost", "slowest_stop")}
+        exits = ", ".join(sorted({row["exits"] for row in mine}))
+        counts = f"{total['kills']} | {total['resumed']} | {total['identical']} | {total['half_visible']}"
+        lines.append(f"| {what} | {len(mine)} | {counts} | {most['lost']:.0f} | {most['slowest_stop']:.1f} | {exits} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

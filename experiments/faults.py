@@ -1,0 +1,230 @@
+"""Processes to be killed, and what to look at when they are dead: the tools of fault_campaign.py.
+
+Children are forked from a process that has imported JAX but not started it: real processes that really die, without
+four seconds of imports each.
+"""
+
+import hashlib
+import mmap
+import os
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from sae_jax import checkpoint, cli, disk, report
+from sae_jax.activations import store
+
+SETTINGS = """
+from ml_collections import ConfigDict
+from sae_jax.config import base
+def get_config():
+    config = base()
+    config.sae.n_features, config.sae.k, config.seed = 128, 4, 3
+    config.data.d_model, config.data.gamma, config.data.n_true_features, config.data.n_active = 16, 4.0, 32, 3
+    config.data.statistics_tokens, config.eval.n_tokens, config.eval.batch_size = 1000, 400, 200
+    config.train.steps, config.train.batch_size, config.train.steps_per_dispatch = 3000, 32, 10
+    config.checkpoint.every = 100
+    config.data.model.layer, config.data.model.n_tokens, config.data.model.context = 1, 24000, 32
+    config.data.model.batch_size = 8
+    config.members = ConfigDict({"baseline": {}, "centred": {"sae": {"center": "mean"}}})
+    return config
+"""
+done = mmap.mmap(-1, 8)  # how far the running child has come: shared with it, and there when it is dead
+
+
+class Ended(NamedTuple):
+    """How a child ended."""
+
+    code: int  # minus the signal's number where a signal ended it
+    said: str
+    reached: int  # step or token it had come to
+    seconds: float  # up to the signal, or the end
+    dying: float  # seconds from the signal to the end
+
+
+class Child:
+    """`python -m sae_jax ARGV`, forked; `join` makes it one process of several."""
+
+    def __init__(self, argv: list[str], log: Path, join: tuple[int, int, int] | None = None):
+        assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
+        done[:] = struct.pack("q", 0)
+        self._log, self._pid = log, os.fork()
+        if self._pid == 0:
+            self._run(argv, join)
+
+    def _run(self, argv: list[str], join: tuple[int, int, int] | None) -> None:
+        code = 70
+        try:
+            file = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            _count_progress()
+            store.SHARD_BYTES = 64 * 2**10
+            if join:
+                jax.distributed.initialize(f"127.0.0.1:{join[0]}", join[1], join[2])
+            code = cli.main(argv)
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+
+    def alive(self) -> bool:
+        return os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def end(self, after: float = np.inf, at: float = np.inf, by: int = signal.SIGKILL) -> Ended:
+        """Waits for the end; sends the signal after some seconds or at some progress, if it is still alive then."""
+        start = time.monotonic()
+        while self.alive() and time.monotonic() - start < after and struct.unpack("q", done)[0] < at:
+            time.sleep(0.002)
+        sent = time.monotonic()
+        if self.alive():
+            os.kill(self._pid, by)
+        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        seconds, reached = time.monotonic() - sent, struct.unpack("q", done)[0]
+        return Ended(code, self._log.read_text(errors="replace"), reached, sent - start, seconds)
+
+
+def _count_progress() -> None:
+    """In the child: steps trained and tokens given to a writer are counted where the parent sees them."""
+
+    class Bar:
+        def __init__(self, total: int, initial: int):
+            self.at = initial
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def update(self, count: int) -> None:
+            self.at += count
+            done[:] = struct.pack("q", self.at)
+
+    report.progress = Bar  # type: ignore[assignment,misc]
+    add = store.Writer.add
+
+    def counted(self: store.Writer, start: int, rows: store.Rows) -> None:
+        done[:] = struct.pack("q", start + len(rows.x))
+        add(self, start, rows)
+
+    store.Writer.add = counted  # type: ignore[method-assign]
+
+
+# -- what is looked at ------------------------------------------------------------------------------------------------
+
+
+def sha(data: bytes) -> str:
+    """Of some bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def trained(folder: Path) -> dict[str, str]:
+    """Digests of report, figures and the arrays of the last checkpoint, whose files hold times and random names."""
+    found = {path.name: sha(path.read_bytes()) for path in folder.iterdir() if path.suffix in (".json", ".png")}
+    newest, here = folder / checkpoint.FOLDER / str(steps(folder)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for item in ("state", "statistics"):
+        reader = ocp.StandardCheckpointer()
+        shapes = reader.metadata(newest / item).item_metadata
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
+        for where, leaf in jax.tree_util.tree_leaves_with_path(reader.restore(newest / item, dict(like))):
+            found[item + jax.tree_util.keystr(where)] = sha(np.asarray(leaf).tobytes())
+    return found | {"step": newest.name, "history": sha(repr(checkpoint.history(str(folder))).encode())}
+
+
+def steps(folder: Path) -> int:
+    """Step of the newest complete checkpoint."""
+    return max(checkpoint._steps(epath.Path(folder / checkpoint.FOLDER)), default=0)
+
+
+def tokens(folder: Path) -> int:
+    """Tokens in whole shards, of the layer that has the fewest."""
+    manifests = sorted(folder.glob(f"{store.NAME}/*/*/{store.MANIFEST}"))
+    held = [disk.read_json("", epath.Path(path)) for path in manifests]
+    return min((m["facts"]["chunk"] * sum(s["chunks"] for s in m["shards"]) for m in held), default=0)
+
+
+def files(folder: Path, ignore: tuple[str, ...] = ()) -> dict[str, str]:
+    """Digest of every file but those of the names to be ignored."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in (disk.LOCK, *ignore)]
+    return {str(path.relative_to(folder)): sha(path.read_bytes()) for path in sorted(paths)}
+
+
+def not_whole(folder: Path) -> list[str]:
+    """Visible files that are not as they should be. Names with .partial or tmp are not there to be seen."""
+    bad = []
+    for path in folder.rglob("*"):
+        hidden = any(".partial" in part or "orbax-checkpoint-tmp" in part for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file():
+            continue
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            try:
+                disk.read_json("", epath.Path(path))
+            except ValueError:
+                bad.append(str(path))
+        if path.suffix == ".png" and not data.endswith(b"IEND\xaeB`\x82"):
+            bad.append(str(path))
+        if path.suffix == ".safetensors" and len(data) < 8 + struct.unpack("<Q", data[:8])[0]:
+            bad.append(str(path))
+        if path.name == store.MANIFEST:
+            for number, shard in enumerate(store._read_manifest("", epath.Path(path.parent))["shards"]):
+                file = store._template(epath.Path(path.parent)).sharded_filepath(shard_index=number, num_shards=None)
+                bad += [] if sha(file.read_bytes()) == shard["sha256"] else [str(file)]
+    for step in checkpoint._steps(epath.Path(folder / checkpoint.FOLDER)):
+        wrong = checkpoint.damage(epath.Path(folder / checkpoint.FOLDER / str(step)))
+        bad += [f"checkpoint {step}: {wrong}"] if wrong else []
+    return bad
+
+
+def in_child(work: Callable[[], Any], to: Path) -> str:
+    """The result of some work done in a process of its own, so that this one stays without threads."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            to.write_text(repr(work()))
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(pid, 0)[1] != 0:
+        raise SystemExit("a helper process failed")
+    return to.read_text()
+
+
+def make_model(folder: Path) -> None:
+    """A GPT-2 of random weights with a tokenizer of words."""
+    import tokenizers
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", *map(str, range(60))])}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = transformers.GPT2Config(vocab_size=62, n_embd=16, n_layer=3, n_head=2, bos_token_id=1, eos_token_id=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+
+
+def damage(place: Path, rng: Any) -> None:
+    """Flips a bit of a file, or cuts it short; of a file of a folder, where it is one."""
+    if place.is_dir():
+        inside = [p for p in sorted(place.rglob("*")) if p.is_file() and p.name != checkpoint.COMMITTED]
+        place = inside[rng.integers(len(inside))]
+    data = bytearray(place.read_bytes())
+    if rng.random() < 0.5 and data:
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    else:
+        data = data[: rng.integers(max(1, len(data)))]
+    place.write_bytes(data)
