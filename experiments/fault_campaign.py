@@ -32,7 +32,7 @@ import numpy as np
 from etils import epath
 
 from sae_jax import checkpoint, cli, disk, report
-from sae_jax.activations import models, store
+from sae_jax.activations import models, optional, store  # noqa: F401 (models: imported once, for all children)
 
 KILLS = 5  # of one try
 Row = dict[str, Any]
@@ -237,7 +237,7 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     for name in ("torch", "transformers"):
-        models._module(name)
+        optional.module(name, "hf")
     if not (root / "model").exists():
         in_child(lambda: make_model(root / "model"), root / "digest")
     table = root / "fault_campaign.csv"
