@@ -76,8 +76,8 @@ def loss(
       anywhere: makes a flag true for all members of an ensemble if it is true for one, so that a branch stays a branch.
     """
     d = x.shape[1]
-    codes = sae_lib.encode(sae, x)
-    e = x - sae_lib.decode(sae, codes)
+    x_hat, codes = sae_lib.reconstruct(sae, x)
+    e = x - x_hat
     fixed_e = jax.lax.stop_gradient(e)
 
     n_tokens = allsum(jnp.asarray(x.shape[0], x.dtype))

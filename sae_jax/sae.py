@@ -69,6 +69,12 @@ def decode(sae: SAE, codes: Codes) -> Float[Array, "B d"]:
     return topk.decode(codes.values, codes.indices, sae.W_dec) + sae.b_dec
 
 
+def reconstruct(sae: SAE, x: Float[Array, "B d"]) -> tuple[Float[Array, "B d"], Codes]:
+    """x̂ and the kept features it is made of: `decode` of `encode`, with the cheaper gradient."""
+    x_hat, kept = topk.reconstruct(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
+    return x_hat, Codes(*kept)
+
+
 def fired(codes: Codes, n_features: int) -> Int[Array, "n"]:
     """How often each feature fired in the batch: kept **and** > 0. An index kept with value 0 has not fired."""
     return jnp.zeros(n_features, jnp.int32).at[codes.indices.ravel()].add((codes.values > 0).ravel().astype(jnp.int32))

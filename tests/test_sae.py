@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae_jax import death, objective
@@ -141,8 +141,8 @@ PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 def assert_naive(mine, sae, x, dead, weight, preset):
     """Value and gradient of every parameter are those of the naive formula; returns the gradients."""
-    value, grads = jax.value_and_grad(mine)(sae)
-    expected, expected_grads = jax.value_and_grad(lambda s: naive_loss(s, x, dead, weight, preset))(sae)
+    value, grads = jax.jit(jax.value_and_grad(mine))(sae)
+    expected, expected_grads = jax.jit(jax.value_and_grad(lambda s: naive_loss(s, x, dead, weight, preset)))(sae)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     for name in PARAMETERS:
         np.testing.assert_allclose(getattr(grads, name), getattr(expected_grads, name), atol=1e-10, err_msg=name)
@@ -212,12 +212,20 @@ def test_fve_is_about_the_mean_and_exact_at_high_gamma(rng):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("k", [1, 3, 24])
-@pytest.mark.parametrize("preset", ["none", "dictionary_learning"])
-def test_sparse_kernels_of_large_shapes_equal_the_naive_formula(rng, monkeypatch, k, preset):
-    monkeypatch.setattr("sae_jax.topk.LARGE", 0)
-    monkeypatch.setattr("sae_jax.topk.SPARSE", 1.0)
-    sae, x = a_sae(rng, k=k), jnp.asarray(rng.normal(size=(10, 6)))
-    dead, weight = jnp.arange(24) < 4, jnp.asarray(0.7)
+@pytest.mark.parametrize("form", ["dense", "rows", "compressed"])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(1, 24), k=st.sampled_from([1, 3, 24]), d=st.integers(2, 8),
+    tied=st.booleans(), preset=st.sampled_from(["none", "dictionary_learning"]),
+)  # fmt: skip
+def test_every_form_has_the_gradients_of_the_naive_formula(monkeypatch, form, seed, n, k, d, tied, preset):
+    """Any shape, k = 1 and k = n; ties between features; tokens with fewer than k positive pre-activations."""
+    monkeypatch.setattr("sae_jax.topk.form", lambda k, n, d: form)
+    rng = np.random.default_rng(seed)
+    sae, x = a_sae(rng, n=n, d=d, k=min(k, n)), jnp.asarray(rng.normal(size=(10, d)))
+    if tied:  # every feature has a twin: equal pre-activations, of which the first is kept
+        twin = lambda a: a.at[n // 2 : 2 * (n // 2)].set(a[: n // 2])  # noqa: E731
+        sae = sae.replace(W_enc=twin(sae.W_enc), b_enc=twin(sae.b_enc))
+    dead, weight = jnp.arange(n) < n // 4, jnp.asarray(0.7)
     mine = lambda sae: objective.loss(sae, x, dead, weight, preset=preset)[0]  # noqa: E731
     assert_naive(mine, sae, x, dead, weight, preset)
