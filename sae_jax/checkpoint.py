@@ -217,9 +217,12 @@ class Checkpoints:
             message = f"step {self._saving}: the checkpoint cannot be written ({error})"
             raise RunFailed(f"{message}; the last good checkpoint is that of step {kept}") from error
 
-    def statistics(self, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The statistics that the run started from."""
-        return self._restored(statistics=ocp.args.StandardRestore(like)).statistics
+    def statistics(self) -> dict[str, np.ndarray] | None:
+        """The statistics that the run started from; None where nothing is saved yet."""
+        if self.latest is None:
+            return None
+        found = self._restored(statistics=ocp.args.StandardRestore()).statistics
+        return {key: np.asarray(value) for key, value in found.items()}
 
     def restore(self, like: Any) -> tuple[Any, list[Any], Any]:
         """(states, history, data position) of the newest checkpoint; `like` has the shapes and devices."""

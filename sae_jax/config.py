@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax.activations import facts
@@ -16,6 +17,7 @@ FREE_KEYS = ("train.devices", "checkpoint.keep")
 SHARED_KEYS = ("train.steps", "train.batch_size", "train.steps_per_dispatch", "train.devices")
 MOST = 2**31 - 1  # steps, features and seeds are 32-bit integers on the device
 MEMBER_SECTIONS = ("seed", "sae", "auxk", "train")
+MEMBER_DATA = "data.gamma"  # synthetic data: the members share the signal and differ in how far the mean is
 
 
 def base() -> ConfigDict:
@@ -82,6 +84,7 @@ def base() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.n_tokens = 100_000  # held-out tokens (at most a fifth of a stored data set)
     config.eval.batch_size = 2000
+    config.eval.points = 0  # evaluations spread evenly over log(step), besides those at checkpoints
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 0  # steps; 0: 5 % of the run
@@ -94,6 +97,13 @@ def base() -> ConfigDict:
 def checkpoint_every(config: ConfigDict) -> int:
     """Steps between checkpoints."""
     return config.checkpoint.every or max(1, config.train.steps // 20)
+
+
+def evaluation_steps(config: ConfigDict) -> list[int]:
+    """Steps at which the held-out set is gone through: every checkpoint, and `eval.points` of even spacing in log."""
+    steps, every = config.train.steps, checkpoint_every(config)
+    spread = np.geomspace(1, max(steps, 1), config.eval.points) if config.eval.points else np.zeros(0)
+    return sorted({*range(0, steps, every), steps, *(min(round(step), steps) for step in spread.tolist())})
 
 
 def dead_after_tokens(config: ConfigDict) -> int:
@@ -119,8 +129,12 @@ def members(config: ConfigDict) -> dict[str, ConfigDict]:
             raise Refused(f"members.{name}", overrides, "a dictionary of overrides, as {'sae': {'center': 'mean'}}")
         for key, value in flatten(overrides).items():
             field = f"members.{name}.{key}"
-            if key not in flatten(config) or key in SHARED_KEYS or key.split(".")[0] not in MEMBER_SECTIONS:
-                raise Refused(field, value, "an existing key of " + ", ".join(MEMBER_SECTIONS) + " that is not shared")
+            own = key.split(".")[0] in MEMBER_SECTIONS and key not in SHARED_KEYS
+            if key not in flatten(config) or not (own or key == MEMBER_DATA):
+                allowed = ", ".join(MEMBER_SECTIONS)
+                raise Refused(field, value, f"an existing key of {allowed} that is not shared, or {MEMBER_DATA}")
+            if key == MEMBER_DATA and (config.data.path or config.data.model.id):
+                raise Refused(field, value, "nothing: stored activations have the mean that they have")
             try:
                 member.update_from_flattened_dict({key: value})
             except (TypeError, ValueError) as error:
@@ -149,13 +163,15 @@ def check(config: ConfigDict) -> None:
     """Refuses values that cannot be run, each with its field, value and what is allowed."""
     _check_keys(config)
     _check_data(config.data)
-    for key in ("train.steps", "train.devices", "checkpoint.every"):
+    for key in ("train.steps", "train.devices", "checkpoint.every", "eval.points"):
         _at_least(config, key, 0)
     for key in ("train.batch_size", "train.steps_per_dispatch", "eval.n_tokens", "eval.batch_size", "checkpoint.keep"):
         _at_least(config, key, 1)
     _check_member(config, "")
     for name, member in members(config).items():
-        _check_member(member, f"members.{name}." if config.members else "")
+        prefix = f"members.{name}." if config.members else ""
+        _check_member(member, prefix)
+        _check_gamma(f"{prefix}data.gamma", member.data.gamma)
 
 
 @functools.cache
@@ -184,8 +200,7 @@ def _check_data(data: ConfigDict) -> None:
         facts.check(data.model, [data.model.layer])
     _one_of("data.model.dtype", data.model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("data.mean_direction", data.mean_direction, ("one", "few", "spread"))
-    if not (math.isfinite(data.gamma) and data.gamma >= 0):
-        raise Refused("data.gamma", data.gamma, "a finite number ≥ 0")
+    _check_gamma("data.gamma", data.gamma)
     for key in ("d_model", "n_true_features", "n_active", "statistics_tokens", "model.n_tokens", "model.batch_size"):
         _at_least(root, f"data.{key}", 1)
     _at_least(root, "data.model.layer", 0)
@@ -196,6 +211,11 @@ def _check_data(data: ConfigDict) -> None:
         raise Refused("data.n_active", data.n_active, f"at most n_true_features = {data.n_true_features} (at least 2)")
     if data.tail_df != 0 and not 2 < data.tail_df < math.inf:
         raise Refused("data.tail_df", data.tail_df, "0 (normal) or a number > 2 (the variance has to exist)")
+
+
+def _check_gamma(field: str, gamma: float) -> None:
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise Refused(field, gamma, "a finite number ≥ 0")
 
 
 def _check_member(config: ConfigDict, prefix: str) -> None:

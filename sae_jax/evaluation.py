@@ -38,7 +38,7 @@ def evaluate_batch(
         return seen, Sums(jnp.sum(error**2), jnp.sum(codes.values > 0, dtype=x.dtype))
 
     about = jnp.where(valid[:, None], x - shift, 0.0)
-    data = (about.sum(axis=0), jnp.sum(about**2), jnp.sum(jnp.where(valid[:, None], x, 0.0) ** 2))
+    data = (about.sum(axis=0), jnp.sum(about**2))
     members = tuple(sae_lib.each_member(one, sae) for sae in groups)
     seen = tuple(jax.tree.map(lambda flag: allsum(flag.astype(jnp.int32)) > 0, s) for s, _ in members)
     return seen, allsum((tuple(sums for _, sums in members), data))
@@ -50,15 +50,17 @@ def evaluate(
     batches: Iterator[tuple[Any, np.ndarray]],
     n_tokens: int,
     shift: Float[np.ndarray, "d"],
-) -> list[list[dict[str, float | None]]]:
-    """Held-out metrics of every member of every group: deaths, `fve`, `fve_about_zero`, `l0`.
+    mean_shifts: list[Float[np.ndarray, "_ d"]],
+) -> list[list[dict[str, Any]]]:
+    """Held-out metrics of every member of every group: deaths, `fve`, `fve_about_zero`, `l0`; and its `Sightings`.
 
     Args:
       run: the compiled `evaluate_batch` as run(groups, input, valid).
-      groups: stacked SAEs.
+      groups: stacked SAEs, in the frame of the tokens that all share.
       batches: inputs and valid-row masks.
       n_tokens: tokens in all batches together.
       shift: a point near the mean; sums of squares are taken about it, so that float32 keeps the variance at any gamma.
+      mean_shifts: what each member of each group had its own tokens moved by.
 
     Raises:
       RunFailed: an activation is not finite.
@@ -68,21 +70,25 @@ def evaluate(
     for number, (given, valid) in enumerate(batches):
         part_seen, sums = jax.device_get(run(groups, given, valid))
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
-        if not np.isfinite(sums[1][2]):
+        if not np.isfinite(sums[1][1]):
             raise RunFailed(f"held-out batch {number}: activations that are not finite")
         seen = part_seen if seen is None else tuple(a | b for a, b in zip(seen, part_seen, strict=True))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
-    member_sums, (about_sum, about_square, square) = total
+    member_sums, (about_sum, about_square) = total
     variance = float(about_square - np.sum(about_sum**2) / n_tokens)
+    mean = shift + about_sum / n_tokens
     results = []
-    for group_seen, sums in zip(seen, member_sums, strict=True):
-        group: list[dict[str, float | None]] = []
+    for group_seen, sums, moved in zip(seen, member_sums, mean_shifts, strict=True):
+        group: list[dict[str, Any]] = []
         for i, error in enumerate(sums.error_square):
+            sightings = Sightings(group_seen.positive[i], group_seen.fired[i])
+            square = variance + n_tokens * float(np.sum((mean + moved[i]) ** 2))
             group.append({
-                **death.pathways(Sightings(group_seen.positive[i], group_seen.fired[i])),
+                **death.pathways(sightings),
                 "fve": 1 - float(error) / variance if variance > 0 else None,
                 "fve_about_zero": 1 - float(error) / float(square) if square > 0 else None,
                 "l0": float(sums.n_fired[i]) / n_tokens,
+                "seen": sightings,
             })
         results.append(group)
     return results

@@ -1,6 +1,5 @@
 """`train`: from a configuration to a workdir with checkpoints, figures and report.json. Resumes where it was."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,8 +9,9 @@ from etils import epath
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from sae_jax import checkpoint, evaluation, figures, outliers, parallel, report, training, truth
+from sae_jax import checkpoint, evaluation, figures, parallel, report, training
 from sae_jax import config as config_lib
+from sae_jax.ensemble import Ensemble, culprit
 from sae_jax.errors import Preempted, RunFailed
 from sae_jax.objective import AllSum
 from sae_jax.sources import Source, open_source
@@ -47,13 +47,13 @@ class Run:
 
     def __init__(self, config: ConfigDict, workdir: str, devices: parallel.Devices, source: Source):
         self.config, self.workdir, self.source, self.devices = config, workdir, source, devices
-        self.members = config_lib.members(config)
-        self.groups = training.group_members(self.members, source.d_model)
         self.checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
         self.history: list[dict[str, Any]] = []
-        self.statistics = self._statistics()
-        self.states = self.initial_states()
+        self.ensemble = Ensemble(config, source, self.checkpoints.statistics())
+        self.groups = self.ensemble.groups
+        self.states = self.ensemble.initial_states()
         self.step, self.data = 0, source.train(0)
+        self._evaluation_steps = config_lib.evaluation_steps(config)
         if self.checkpoints.latest is not None:
             self.states, self.history, position = self.checkpoints.restore(devices.shared(self.states))
             self.states = devices.own(self.states)
@@ -64,57 +64,12 @@ class Run:
         )
         self._evaluate = devices.compile(self._evaluate_batch, split=(None, source.split_axis, 0))
 
-    # -- what the run starts from --------------------------------------------------------------------------------
-
-    def _statistics(self) -> dict[str, np.ndarray]:
-        """mu, the median where a member needs it, the scale that makes ‖sigma‖ = √d, and the three gammas."""
-        d = self.source.d_model
-        like = {"mu": np.zeros(d), "geometric_median": np.zeros(d), "scale": np.zeros(()), "gammas": np.zeros(3)}
-        if self.checkpoints.latest is not None:
-            return self.checkpoints.statistics(like)
-
-        def batches() -> Iterator[np.ndarray]:
-            for number, x in enumerate(self.source.statistics()):
-                if not np.isfinite(x).all():
-                    raise RunFailed(f"step 0, statistics batch {number}: {_culprit(x)}")
-                yield x
-
-        severity = outliers.severity(batches())
-        spread = float(np.linalg.norm(severity.raw.sigma))
-        if not spread > 0:
-            raise RunFailed("step 0: the activations do not vary at all")
-        median = np.full(d, np.nan)
-        if any(member.sae.center == "geometric_median" for member in self.members.values()):
-            median = outliers.geometric_median(batches, severity.raw.mean)
-        return {
-            "mu": severity.raw.mean,
-            "geometric_median": median,
-            "scale": np.asarray(np.sqrt(d) / spread),
-            "gammas": np.asarray(list(severity.gammas().values())),
-        }
-
-    def initial_states(self) -> tuple[training.TrainState, ...]:
-        """The untrained members, group by group; a pure function of the configuration and the statistics."""
-        scale, d = self.statistics["scale"], self.source.d_model
-        centers = {
-            "none": np.zeros(d),
-            "mean": self.statistics["mu"] * scale,
-            "geometric_median": self.statistics["geometric_median"] * scale,
-        }
-        states = []
-        for group in self.groups:
-            configs = [self.members[name] for name in group.names]
-            states.append(
-                training.init_group(configs, jnp.asarray(np.stack([centers[c.sae.center] for c in configs]), float))
-            )
-        return tuple(states)
-
     # -- what is compiled ----------------------------------------------------------------------------------------
 
     def _tokens(self, split: str, given: Array, device: Int[Array, ""], share: int) -> Array:
         """This device's `share` of the rows of a batch, scaled."""
         rows = device * share + jnp.arange(share)
-        return self.source.tokens(split, given, rows) * float(self.statistics["scale"])
+        return self.source.tokens(split, given, rows) * self.ensemble.scale
 
     def _steps(
         self, allsum: AllSum, device: Int[Array, ""], states: Any, inputs: Any, count: Int[Array, ""]
@@ -143,7 +98,7 @@ class Run:
         self, allsum: AllSum, device: Int[Array, ""], groups: Any, given: Any, valid: Any
     ) -> Any:
         x = self._tokens("eval", given, device, self.config.eval.batch_size // self.devices.count)
-        shift = jnp.asarray(self.statistics["mu"] * self.statistics["scale"], x.dtype)
+        shift = jnp.asarray(self.ensemble.shared_mu, x.dtype)
         return evaluation.evaluate_batch(groups, x, valid, shift, allsum)
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -157,16 +112,20 @@ class Run:
             with parallel.together(), report.progress(total, self.step) as bar, StopRequest(self.devices) as stop:
                 while True:
                     due = self.step % every == 0 or self.step == total
-                    stopping = stop.requested()
-                    if due or stopping:
+                    evaluate, stopping = self.step in self._evaluation_steps, stop.requested()
+                    if evaluate or stopping:
                         self._settle(pending, board)
                         pending = None
-                        self._record_and_save(evaluate=due, board=board)
+                        if evaluate:
+                            self._evaluate_once(board)
+                        if due or stopping:
+                            self._save()
                     if self.step == total:
                         break
                     if stopping:
                         raise Preempted(f"stopped on request at step {self.step} of {total}; run again to go on")
-                    count = min(self.config.train.steps_per_dispatch, every - self.step % every, total - self.step)
+                    ahead = next(step for step in self._evaluation_steps if step > self.step) - self.step
+                    count = min(self.config.train.steps_per_dispatch, ahead)
                     self.states, metrics = self._advance(self.states, self._next_inputs(count), np.int32(count))
                     self._settle(pending, board)  # metrics of the dispatch before: the device never waits for us
                     pending = (self.step, count, metrics)
@@ -213,59 +172,52 @@ class Run:
             x = next(data)
             data.close()
             if not np.isfinite(x).all():
-                return RunFailed(where + _culprit(x) + rest)
+                return RunFailed(where + culprit(x) + rest)
         what = f"the loss or its gradient is not finite in {', '.join(names)}"
         return RunFailed(f"{where}{what}: a lower train.learning_rate may help{rest}")
 
-    def _record_and_save(self, evaluate: bool, board: report.Board | None) -> None:
-        if evaluate and (not self.history or self.history[-1]["step"] < self.step):
-            self.history.append(self._record())
-            for name, values in self.history[-1]["members"].items():
-                if board:
-                    board.scalars(self.step, f"{name}/held_out", values)
+    def _record(self) -> dict[str, Any]:
+        """Held-out metrics, bias and fates of every member at this step."""
+        try:
+            return {"step": self.step, **self.ensemble.record(self.states, self._evaluate)}
+        except RunFailed as error:
+            kept = self.checkpoints.latest
+            raise RunFailed(f"step {self.step}, {error}; the last good checkpoint is that of step {kept}") from None
+
+    def _evaluate_once(self, board: report.Board | None) -> None:
+        if self.history and self.history[-1]["step"] >= self.step:
+            return
+        self.history.append(self._record())
+        for name, values in self.history[-1]["members"].items():
+            if board:
+                board.scalars(self.step, f"{name}/held_out", values)
+
+    def _save(self) -> None:
         if self.checkpoints.latest != self.step:
             states = self.devices.shared(self.states)
-            self.checkpoints.save(self.step, states, self.statistics, self.history, self.data.get_state())
-
-    def _record(self) -> dict[str, Any]:
-        """Held-out metrics and the bias of every member at this step."""
-        shift = self.statistics["mu"] * self.statistics["scale"]
-        groups = tuple(state.sae for state in self.states)
-        try:
-            results = evaluation.evaluate(
-                self._evaluate, groups, self.source.held_out(), self.source.n_eval_tokens, shift
+            self.checkpoints.save(
+                self.step, states, self.ensemble.statistics, self.history, self.data.get_state()
             )
-        except RunFailed as error:
-            raise RunFailed(f"step {self.step}, {error}") from None
-        found: dict[str, Any] = {}
-        for group, sae, values in zip(self.groups, groups, results, strict=True):
-            biases = jax.device_get(sae.b_dec)
-            for i, name in enumerate(group.names):
-                if not np.isfinite(biases[i]).all() or not np.isfinite(values[i]["fve_about_zero"] or 0):
-                    kept = self.checkpoints.latest
-                    what = f"step {self.step}: {name} no longer reconstructs anything finite"
-                    raise RunFailed(f"{what}; the last good checkpoint is that of step {kept}")
-                found[name] = {**values[i], **evaluation.bias_state(biases[i], shift)}
-                if self.source.truth is not None:
-                    found[name]["mmcs"] = float(truth.mmcs(self.source.truth, sae.W_dec[i]))
-        return {"step": self.step, "members": {name: found[name] for name in self.members}}
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
         first, last = self.history[0]["members"], self.history[-1]["members"]
-        gammas = dict(zip(("gamma", "gamma_raw", "gamma_direction"), self.statistics["gammas"].tolist(), strict=True))
+        gammas = self.ensemble.statistics["gammas"].tolist()
         result: dict[str, Any] = {
             "step": self.step,
-            **gammas,
+            **dict(zip(("gamma", "gamma_raw", "gamma_direction"), gammas, strict=True)),
             "n_features": self.config.sae.n_features,
             "k": self.config.sae.k,
             "d_model": self.source.d_model,
             "n_eval_tokens": self.source.n_eval_tokens,
-            "scale": float(self.statistics["scale"]),
+            "scale": self.ensemble.scale,
             "seed": self.config.seed,
             "devices": self.devices.count,
-            "members": [{"name": name, "init": first[name], "final": last[name]} for name in self.members],
+            "members": [
+                {"name": name, "gamma_raw": self.ensemble.gamma_raw(name), "init": first[name], "final": last[name]}
+                for name in self.ensemble.members
+            ],
             "data": self.source.identity,
             "config": config_lib.identity(self.config),
             "versions": report.versions(),
@@ -273,6 +225,8 @@ class Run:
         kept = checkpoint.history(self.workdir)  # all processes together open the checkpoints
         if jax.process_index() == 0:
             self._draw(kept)
+            rows = self.ensemble.fates(self.history, self.states)
+            report.write_csv(epath.Path(self.workdir) / "fates.csv", rows)
             report.write_json(self.workdir, result)
         return result
 
@@ -282,15 +236,10 @@ class Run:
         figures.save(figures.bias_convergence(kept), folder / "bias.png")
         share = self.config.eval.batch_size // jax.process_count()
         tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), share))
-        shifts: dict[str, list[tuple[str, evaluation.Shift]]] = {name: [] for name in self.members}
-        for when, states in (("at init", self.initial_states()), (f"step {self.step}", self.states)):
+        shifts: dict[str, list[tuple[str, evaluation.Shift]]] = {name: [] for name in self.ensemble.members}
+        for when, states in (("at init", self.ensemble.initial_states()), (f"step {self.step}", self.states)):
             for group, state in zip(self.groups, states, strict=True):
-                found = evaluation.shifts(state.sae, tokens, self.source.held_out())
+                found = evaluation.shifts(training.in_shared_frame(state), tokens, self.source.held_out())
                 for name, shift in zip(group.names, found, strict=True):
                     shifts[name].append((when, shift))
         figures.save(figures.shifts(shifts), folder / "shifts.png")
-
-
-def _culprit(x: np.ndarray) -> str:
-    row, dimension = np.argwhere(~np.isfinite(x))[0]
-    return f"activations that are not finite (row {row}, dimension {dimension} is {x[row, dimension]})"

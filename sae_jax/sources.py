@@ -33,6 +33,9 @@ class Source(Protocol):
     def statistics(self) -> Iterator[np.ndarray]:
         """Training tokens to take moments of, (rows, d_model) at a time; a fresh iterator each call."""
 
+    def mean_shift(self, member: ConfigDict) -> np.ndarray:
+        """What a member of another data.gamma has its tokens moved by, (d_model,)."""
+
     def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
         """What an input stands for, inside the compiled program; `rows` are this device's rows of the batch."""
 
@@ -64,6 +67,7 @@ class SyntheticSource:
         self._sample = jax.jit(synthetic.sample)
         self._eval_batch = config.eval.batch_size
         self._n_statistics = config.data.statistics_tokens
+        self._gamma = config.data.gamma
         self.d_model = config.data.d_model
         self.n_eval_tokens = config.eval.n_tokens
         self.truth = self._spec.rows if self._spec.signal == "sparse" else None
@@ -81,6 +85,10 @@ class SyntheticSource:
         for number, done in enumerate(range(0, self._n_statistics, size)):
             rows = jnp.arange(min(size, self._n_statistics - done))
             yield np.asarray(self._sample(self._spec, synthetic.SPLITS["statistics"], number, rows))
+
+    def mean_shift(self, member: ConfigDict) -> np.ndarray:
+        more: np.ndarray = (member.data.gamma - self._gamma) * np.sqrt(self.d_model) * np.asarray(self._spec.direction)
+        return more
 
     def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
         return synthetic.sample(self._spec, synthetic.SPLITS[split], given, rows)
@@ -143,6 +151,9 @@ class StoredSource:
         n_chunks = -(-wanted // self._chunks.rows)
         spaced = self._train[np.arange(n_chunks) * len(self._train) // n_chunks]
         return pipeline.read(self._chunks, spaced, 4096, wanted)
+
+    def mean_shift(self, member: ConfigDict) -> np.ndarray:
+        return np.zeros(self.d_model)
 
     def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
         return given.astype(jnp.zeros(()).dtype)

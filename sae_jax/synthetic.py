@@ -24,6 +24,7 @@ class Synthetic(struct.PyTreeNode):
     """A distribution of activations. `rows` are the true features (sparse) or the signal's basis (gaussian)."""
 
     mu: Any  # (d,)
+    direction: Any  # (d,) unit direction of mu, whatever gamma
     rows: Any  # (m, d) unit features, or (rank, d) orthonormal basis
     signal_mean: Any  # (d,) what is taken off so that the signal has none
     scale: Any  # () what makes ‖sigma‖ = √d
@@ -37,11 +38,12 @@ def build(data: ConfigDict, seed: int) -> Synthetic:
     """The distribution that `config.data` describes; everything random in it comes from the seed."""
     d = data.d_model
     k_rows, k_mean, k_sample = jax.random.split(jax.random.key(seed), 3)
-    mu = data.gamma * jnp.sqrt(float(d)) * _mean_direction(k_mean, d, data.mean_direction)
+    direction = _mean_direction(k_mean, d, data.mean_direction)
+    mu = data.gamma * jnp.sqrt(float(d)) * direction
     if data.signal == "gaussian":
         rank = data.rank or d
         rows = jnp.linalg.qr(jax.random.normal(k_rows, (d, rank)))[0].T
-        return Synthetic(mu, rows, jnp.zeros(d), jnp.sqrt(d / rank), k_sample, "gaussian", 0, data.tail_df)
+        return Synthetic(mu, direction, rows, jnp.zeros(d), jnp.sqrt(d / rank), k_sample, "gaussian", 0, data.tail_df)
     m, s = data.n_true_features, data.n_active
     rows = jax.random.normal(k_rows, (m, d))
     rows /= jnp.linalg.norm(rows, axis=1, keepdims=True)
@@ -50,7 +52,7 @@ def build(data: ConfigDict, seed: int) -> Synthetic:
     row_sum = rows.sum(axis=0)
     mean = row_sum * (s / m)
     second = both * (row_sum @ row_sum - m) + s * 13 / 12  # E‖Σ‖²: the m unit rows paired with each other, and alone
-    return Synthetic(mu, rows, mean, jnp.sqrt(d / (second - mean @ mean)), k_sample, "sparse", s, 0.0)
+    return Synthetic(mu, direction, rows, mean, jnp.sqrt(d / (second - mean @ mean)), k_sample, "sparse", s, 0.0)
 
 
 def sample(

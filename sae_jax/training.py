@@ -47,6 +47,7 @@ class Hyper(struct.PyTreeNode):
     learn_bias: Any  # () bool
     auxk_weight: Any  # ()
     dead_after_tokens: Any  # () int32
+    mean_shift: Any = None  # (d,) added to every token, where members differ in gamma; None where they do not
 
 
 class TrainState(struct.PyTreeNode):
@@ -175,11 +176,13 @@ def group_members(configs: dict[str, ConfigDict], d_model: int) -> list[Group]:
     return groups
 
 
-def init_group(configs: list[ConfigDict], centers: Float[Array, "M d"]) -> TrainState:
+def init_group(
+    configs: list[ConfigDict], centers: Float[Array, "M d"], mean_shifts: Float[Array, "M d"] | None = None
+) -> TrainState:
     """The members of one group stacked along a leading axis. Members with equal seeds start from equal rows."""
     static = Static.of(configs[0])
     keys = jax.vmap(jax.random.key)(jnp.asarray([config.seed for config in configs]))
-    hypers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(hyper, configs))
+    hypers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(hyper, configs)).replace(mean_shift=mean_shifts)
     return jax.jit(jax.vmap(lambda key, h, c: init_state(key, static, h, c)))(keys, hypers, centers)
 
 
@@ -194,4 +197,14 @@ def group_step(
         # The maximum over the vmapped axis is no longer batched: lax.cond stays a branch instead of computing both.
         return flag if alone else jax.lax.pmax(flag.astype(jnp.int32), sae_lib.MEMBER) > 0
 
-    return sae_lib.each_member(lambda s: train_step(s, x, static=static, allsum=allsum, anywhere=anywhere), state)
+    def one(s: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        own = x if s.hyper.mean_shift is None else x + s.hyper.mean_shift
+        return train_step(s, own, static=static, allsum=allsum, anywhere=anywhere)
+
+    return sae_lib.each_member(one, state)
+
+
+def in_shared_frame(state: TrainState) -> SAE:
+    """The group's SAEs for the tokens that all share: with b_dec − s on x an SAE errs as with b_dec on x + s."""
+    sae: SAE = state.sae
+    return sae if state.hyper.mean_shift is None else sae.replace(b_dec=sae.b_dec - state.hyper.mean_shift)

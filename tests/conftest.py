@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from jaxtyping import install_import_hook
 
-NUMERIC = ("sae", "topk", "objective", "death", "outliers", "synthetic", "truth", "training", "evaluation")
+NUMERIC = ("sae", "topk", "objective", "death", "outliers", "synthetic", "recovery", "fates", "training", "evaluation")
 install_import_hook([f"sae_jax.{name}" for name in NUMERIC], "beartype.beartype")
 
 import jax  # noqa: E402

@@ -4,7 +4,6 @@ import pytest
 
 from sae_jax import outliers, synthetic
 from sae_jax.config import base
-from sae_jax.truth import mmcs
 
 
 def drawn(n=40_000, **settings):
@@ -61,11 +60,3 @@ def test_a_row_depends_on_its_number_only():
     np.testing.assert_allclose(again, x[4:8], rtol=1e-6)
     for split, step in ((1, 0), (0, 1)):
         assert not np.allclose(synthetic.sample(spec, split, step, jnp.arange(10)), x)
-
-
-def test_mmcs_knows_sign_scale_and_absence(rng):
-    truth = rng.normal(size=(5, 8))
-    assert float(mmcs(jnp.asarray(truth), jnp.asarray(3 * truth))) == pytest.approx(1, rel=1e-5)
-    basis = jnp.eye(4)
-    assert float(mmcs(basis, -basis[:1])) == pytest.approx(0 * 3 / 4 - 1 / 4, abs=1e-6)
-    assert float(mmcs(basis, basis[:3])) == pytest.approx(3 / 4, abs=1e-6)

@@ -1,0 +1,131 @@
+"""The members of a run: what they start from, and what is found out about each of them along the way.
+
+Members that differ in seed, learning rate, AuxK weight, bias or gamma are one vmapped program; those that differ in
+what fixes the program (n, k, preset, schedule) are groups of their own. All see the same batches.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from sae_jax import config as config_lib
+from sae_jax import evaluation, fates, outliers, recovery, training
+from sae_jax.errors import RunFailed
+from sae_jax.sources import Source
+
+
+class Ensemble:
+    """The members of one configuration on one source.
+
+    Args:
+      statistics: those of a checkpoint, or None where the run is new.
+    """
+
+    def __init__(self, config: ConfigDict, source: Source, statistics: dict[str, np.ndarray] | None):
+        self.source = source
+        self.members = config_lib.members(config)
+        self.groups = training.group_members(self.members, source.d_model)
+        self.statistics = statistics or self._statistics()
+        self.scale = float(self.statistics["scale"])
+        self.shared_mu = self.statistics["mu"] * self.scale
+
+    def _statistics(self) -> dict[str, np.ndarray]:
+        """mu, the median where a member needs it, the scale that makes ‖sigma‖ = √d, and the three gammas."""
+        d = self.source.d_model
+
+        def batches() -> Iterator[np.ndarray]:
+            for number, x in enumerate(self.source.statistics()):
+                if not np.isfinite(x).all():
+                    raise RunFailed(f"step 0, statistics batch {number}: {culprit(x)}")
+                yield x
+
+        severity = outliers.severity(batches())
+        spread = float(np.linalg.norm(severity.raw.sigma))
+        if not spread > 0:
+            raise RunFailed("step 0: the activations do not vary at all")
+        median = np.full(d, np.nan)
+        if any(member.sae.center == "geometric_median" for member in self.members.values()):
+            median = outliers.geometric_median(batches, severity.raw.mean)
+        return {
+            "mu": severity.raw.mean,
+            "geometric_median": median,
+            "scale": np.asarray(np.sqrt(d) / spread),
+            "gammas": np.asarray(list(severity.gammas().values())),
+        }
+
+    def initial_states(self) -> tuple[training.TrainState, ...]:
+        """The untrained members, group by group; a pure function of the configuration and the statistics."""
+        points = {"mean": self.statistics["mu"], "geometric_median": self.statistics["geometric_median"]}
+        states = []
+        for group in self.groups:
+            configs = [self.members[name] for name in group.names]
+            moved = np.stack([self.mean_shift(name) for name in group.names])
+            centers = [
+                np.zeros(self.source.d_model) if c.sae.center == "none" else points[c.sae.center] * self.scale + more
+                for c, more in zip(configs, moved, strict=True)
+            ]
+            states.append(training.init_group(
+                configs, jnp.asarray(np.stack(centers), float), jnp.asarray(moved, float) if moved.any() else None
+            ))  # fmt: skip
+        return tuple(states)
+
+    def mean_shift(self, name: str) -> np.ndarray:
+        """What this member's tokens are moved by: nonzero where it has a data.gamma of its own."""
+        return self.source.mean_shift(self.members[name]) * self.scale
+
+    def mu(self, name: str) -> np.ndarray:
+        """The mean of this member's scaled tokens, (d,)."""
+        mu: np.ndarray = self.shared_mu + self.mean_shift(name)
+        return mu
+
+    def gamma_raw(self, name: str) -> float:
+        """gamma of this member's tokens, whose scaled spread is √d."""
+        return float(np.linalg.norm(self.mu(name)) / np.sqrt(self.source.d_model))
+
+    def record(self, states: tuple[training.TrainState, ...], run: Callable[..., Any]) -> dict[str, Any]:
+        """`members`: held-out metrics and the bias of each; `fates`: a letter for each of its features.
+
+        Args:
+          states: group by group.
+          run: the compiled `evaluation.evaluate_batch`.
+        """
+        groups = tuple(training.in_shared_frame(state) for state in states)
+        moved = [np.stack([self.mean_shift(name) for name in group.names]) for group in self.groups]
+        results = evaluation.evaluate(
+            run, groups, self.source.held_out(), self.source.n_eval_tokens, self.shared_mu, moved
+        )
+        found: dict[str, Any] = {}
+        letters: dict[str, str] = {}
+        for group, state, values in zip(self.groups, states, results, strict=True):
+            biases = jax.device_get(state.sae.b_dec)
+            for i, name in enumerate(group.names):
+                if not np.isfinite(biases[i]).all() or not np.isfinite(values[i]["fve_about_zero"] or 0):
+                    raise RunFailed(f"{name} no longer reconstructs anything finite")
+                seen = values[i].pop("seen")
+                letters[name] = fates.letters(seen)
+                found[name] = {**values[i], **evaluation.bias_state(biases[i], self.mu(name))}
+                if self.source.truth is not None:
+                    rows = state.sae.W_dec[i]
+                    found[name]["mmcs"] = float(recovery.mmcs(self.source.truth, rows))
+                    found[name]["mmcs_alive"] = float(recovery.mmcs(self.source.truth, rows, jnp.asarray(seen.fired)))
+        return {"members": {name: found[name] for name in self.members}, "fates": letters}
+
+    def fates(self, history: list[dict[str, Any]], states: tuple[training.TrainState, ...]) -> list[dict[str, Any]]:
+        """One line for every feature of every member."""
+        rows: list[dict[str, Any]] = []
+        for group, first, last in zip(self.groups, self.initial_states(), states, strict=True):
+            for i, name in enumerate(group.names):
+                ends = [fates.alignment(np.asarray(s.sae.W_enc[i]), self.mu(name)) for s in (first, last)]
+                rows += fates.rows(name, fates.ledger(history, name), *ends)
+        return rows
+
+
+def culprit(x: Float[np.ndarray, "B d"]) -> str:
+    """Where the first value stands that is not finite."""
+    row, dimension = np.argwhere(~np.isfinite(x))[0]
+    return f"activations that are not finite (row {row}, dimension {dimension} is {x[row, dimension]})"

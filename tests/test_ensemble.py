@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from sae_jax import config as config_lib
+from sae_jax import fates, parallel, running, synthetic, training
+from sae_jax.death import Sightings
+from sae_jax.errors import Refused
+from sae_jax.sources import open_source
+
+
+@pytest.mark.usefixtures("x64")
+def test_eight_members_equal_eight_alone_over_fifty_steps(tiny):
+    """Seeds, gammas, learning rates, AuxK weights, frozen and centred biases, all in one program."""
+    tiny.auxk.dead_after_tokens = 64  # AuxK is at work from the third step
+    tiny.data.gamma = 1.0
+    tiny.members = ConfigDict({
+        "plain": {}, "seed": {"seed": 3}, "rate": {"train": {"learning_rate": 3e-3}}, "off": {"auxk": {"weight": 0.0}},
+        "far": {"data": {"gamma": 40.0}}, "far_off": {"data": {"gamma": 40.0}, "auxk": {"weight": 0.0}},
+        "frozen": {"data": {"gamma": 5.0}, "sae": {"freeze_bias": True}}, "near": {"data": {"gamma": 0.0}},
+    })  # fmt: skip
+    configs = list(config_lib.members(tiny).values())
+    static = training.Static.of(tiny)
+    spec = synthetic.build(tiny.data, seed=0)
+    moved = jnp.stack([(c.data.gamma - 1.0) * 4.0 * spec.direction for c in configs])  # √d = 4
+
+    @jax.jit
+    def step(state, x):
+        return training.group_step(state, x, static=static, allsum=lambda tree: tree)
+
+    together = training.init_group(configs, jnp.zeros((8, 16)), moved)
+    alone = [training.init_group([c], jnp.zeros((1, 16))) for c in configs]
+    for t in range(50):
+        x = synthetic.sample(spec, 0, t, jnp.arange(32))
+        together, metrics = step(together, x)
+        for i, state in enumerate(alone):
+            alone[i], one = step(state, x + moved[i])  # the single run sees tokens of its own gamma
+            np.testing.assert_allclose(metrics["loss"][i], one["loss"][0], rtol=1e-9)
+    assert together.tokens_since_fired.max() >= 64  # something was dead
+    for i, state in enumerate(alone):
+        np.testing.assert_array_equal(together.tokens_since_fired[i], state.tokens_since_fired[0])
+        for a, b in zip(jax.tree.leaves(together.sae), jax.tree.leaves(state.sae), strict=True):
+            np.testing.assert_allclose(a[i], b[0], rtol=1e-9, atol=1e-9)
+
+
+def record_after(config, workdir, steps):
+    run = running.Run(config, str(workdir), parallel.Devices(1), open_source(config))
+    for _ in range(0, steps, config.train.steps_per_dispatch):
+        run.states, _ = run._advance(run.states, run._next_inputs(4), np.int32(4))
+    record = run._record()
+    run.data.close()
+    run.checkpoints.close()
+    return record, run.ensemble
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_member_of_another_gamma_is_a_run_at_that_gamma(tiny, tmp_path):
+    tiny.members = ConfigDict({"own": {"data": {"gamma": 9.0}}, "base": {}, "centred": {"sae": {"center": "mean"}}})
+    shared, ensemble = record_after(tiny, tmp_path / "shared", 12)
+    tiny.data.gamma = 9.0
+    tiny.members = ConfigDict({"own": {}, "centred": {"sae": {"center": "mean"}}})
+    alone, _ = record_after(tiny, tmp_path / "alone", 12)
+    for key, value in alone["members"]["own"].items():
+        assert shared["members"]["own"][key] == pytest.approx(value, rel=1e-7), key
+    assert shared["fates"]["own"] == alone["fates"]["own"]
+    assert shared["members"]["own"]["fve_about_zero"] > shared["members"]["base"]["fve_about_zero"]
+    assert ensemble.gamma_raw("own") == pytest.approx(9.0, rel=0.05)
+    # What is centred does not know how far the mean was.
+    for key in ("dead_total", "fve", "mmcs"):
+        expected = alone["members"]["centred"][key]
+        assert shared["members"]["centred"][key] == pytest.approx(expected, rel=1e-7), key
+
+
+def test_gamma_of_stored_activations_cannot_be_overridden(tiny):
+    tiny.data.path = "x.npy"
+    tiny.members = ConfigDict({"far": {"data": {"gamma": 9.0}}})
+    with pytest.raises(Refused, match=r"members.far.data.gamma = 9.0.*the mean that they have"):
+        config_lib.members(tiny)
+
+
+def test_evaluations_come_at_checkpoints_and_evenly_in_log(tiny):
+    tiny.train.steps, tiny.checkpoint.every = 1000, 400
+    assert config_lib.evaluation_steps(tiny) == [0, 400, 800, 1000]
+    tiny.eval.points = 4
+    assert config_lib.evaluation_steps(tiny) == [0, 1, 10, 100, 400, 800, 1000]
+
+
+def test_ledger_counts_births_deaths_and_revivals():
+    seen = [Sightings(positive=np.array(p, bool), fired=np.array(f, bool)) for p, f in (
+        ([1, 1, 0, 0], [1, 0, 0, 0]), ([1, 1, 1, 0], [0, 1, 0, 0]), ([0, 1, 1, 0], [0, 1, 1, 0]),
+        ([1, 1, 0, 0], [1, 0, 0, 0]),
+    )]  # fmt: skip
+    history = [{"step": 10 * i, "fates": {"sae": fates.letters(s)}} for i, s in enumerate(seen)]
+    assert [entry["fates"]["sae"] for entry in history] == ["ATRR", "TATR", "RAAR", "ATRR"]
+    found = fates.ledger(history, "sae")
+    assert found.born() == [0, 10, 20, None]
+    assert found.deaths() == [1, 1, 1, 0]
+    assert found.revivals() == [1, 1, 1, 0]
+    table = fates.transitions(found.fates[0], found.fates[2])
+    assert {key: share for key, share in table.items() if share} == {"AR": 0.25, "TA": 0.25, "RA": 0.25, "RR": 0.25}
+    line = fates.rows("sae", found, np.zeros(4), np.ones(4))[2]
+    assert (line["init"], line["final"], line["born"]) == ("R", "R", 20)
+    cosine = fates.alignment(np.array([[3.0, 0.0], [0.0, -2.0]]), np.array([0.0, 5.0]))
+    np.testing.assert_allclose(cosine, [0, -1])
