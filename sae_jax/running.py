@@ -18,6 +18,7 @@ from sae_jax.sources import Source, open_source
 from sae_jax.stopping import StopRequest
 
 BOARD_POINTS = 1000  # TensorBoard gets about this many points over a run
+DRAWN = 12  # members that still fit into one picture; a larger ensemble has its first ones drawn
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -232,7 +233,9 @@ class Run:
 
     def _draw(self, kept: list[dict[str, Any]]) -> None:
         folder = epath.Path(self.workdir)
-        figures.save(figures.deaths(self.history), folder / "deaths.png")
+        names = list(self.ensemble.members)[:DRAWN]
+        kept = [{**entry, "members": {name: entry["members"][name] for name in names}} for entry in kept]
+        figures.save(figures.deaths(kept), folder / "deaths.png")
         figures.save(figures.bias_convergence(kept), folder / "bias.png")
         share = self.config.eval.batch_size // jax.process_count()
         tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), share))
@@ -242,4 +245,4 @@ class Run:
                 found = evaluation.shifts(training.in_shared_frame(state), tokens, self.source.held_out())
                 for name, shift in zip(group.names, found, strict=True):
                     shifts[name].append((when, shift))
-        figures.save(figures.shifts(shifts), folder / "shifts.png")
+        figures.save(figures.shifts({name: shifts[name] for name in names}), folder / "shifts.png")
