@@ -5,9 +5,9 @@
 Steps until b·mu passes 50, 90 and 99 % of ‖mu‖², over gamma, the direction of the mean and the learning rate, five
 seeds each; data scaled to ‖sigma‖ = √d. Beside it the least that Adam could take (`theory.bias_learning_time` over the
 learning rate) and the floor: b's optimum is not mu but mu − W_decᵀE[z], which live features that carry some of the mean
-move away from it. Then interventions at one gamma: the weights held still (nothing can learn to carry the mean), a batch 8
-times as large (less noise in the gradient), and both. Writes bias_timescales.csv and bias_interventions.csv. Expect
-several times Adam's time as it is, and Adam's time itself where the weights are held; about ten minutes on 2 CPU cores.
+move away from it. Then interventions at one gamma: the weights held still (nothing can learn to carry the mean), a
+batch 8 times as large (less noise in the gradient), and both. Writes bias_timescales.csv and bias_interventions.csv.
+About five minutes on 2 CPU cores.
 """
 
 from pathlib import Path
