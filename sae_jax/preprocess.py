@@ -75,23 +75,26 @@ def whitening(moments: Moments, shrinkage: float = 0.0, rank_cut: float = 1e-6) 
 
 
 def fold(sae: SAE, before: Preprocessing) -> SAE:
-    """The SAE on x that does what `sae` does on before(x), its output mapped back.
+    """The SAE on x that does what `sae` does on before(x), its output mapped back; float32, worked out in float64.
 
-    Decoder rows take up scale and matrix, so they are no longer of unit length.
+    Decoder rows take up scale and matrix, so they are no longer of unit length. What float32 cannot hold of b_dec (at
+    gamma 100 that is a good part of a direction of little variance) goes into b_enc, so features fire as before.
 
     Raises:
       ValueError: a per-token norm is not affine and cannot be folded.
     """
     if before.norm != "none":
         raise ValueError(f"{before.norm} looks at each token: it is not affine, so it cannot be folded into weights")
-    if before.matrix is None:
-        return sae.replace(
-            W_enc=sae.W_enc * before.scale,
-            W_dec=sae.W_dec / before.scale,
-            b_dec=before.shift + sae.b_dec / before.scale,
-        )
-    return sae.replace(
-        W_enc=jnp.matmul(sae.W_enc, before.matrix, precision="highest") * before.scale,
-        W_dec=jnp.matmul(sae.W_dec, before.inverse.T, precision="highest") / before.scale,
-        b_dec=before.shift + jnp.matmul(before.inverse, sae.b_dec, precision="highest") / before.scale,
+    W_enc, b_enc, W_dec, b_dec, shift = (
+        np.asarray(a, np.float64) for a in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, before.shift)
     )
+    scale = np.asarray(before.scale, np.float64)
+    if before.matrix is not None:
+        inverse = np.asarray(before.inverse, np.float64)
+        W_enc, W_dec, b_dec = W_enc @ np.asarray(before.matrix, np.float64), W_dec @ inverse.T, inverse @ b_dec
+    W_enc, W_dec, b_dec = W_enc * scale, W_dec / scale, shift + b_dec / scale
+    b_enc = b_enc - W_enc @ (b_dec - b_dec.astype(np.float32))
+    folded: SAE = jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.float32), sae.replace(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
+    )
+    return folded

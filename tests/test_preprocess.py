@@ -29,7 +29,8 @@ def choices(x):
 
 @pytest.mark.parametrize("name", ["centred", "scaled", "whitened", "shrunk", "cut"])
 @pytest.mark.parametrize("gamma", [0.0, 100.0])
-def test_a_folded_sae_does_on_x_what_the_sae_does_behind_the_preprocessing(rng, name, gamma):
+def test_a_folded_sae_does_on_x_what_the_sae_does_behind_the_preprocessing(name, gamma):
+    rng = np.random.default_rng(1)
     x = skewed(rng, gamma)
     before = choices(x)[name]
     y = before(jnp.asarray(x))
@@ -42,9 +43,11 @@ def test_a_folded_sae_does_on_x_what_the_sae_does_behind_the_preprocessing(rng, 
     size = np.linalg.norm(x - x.mean(axis=0), axis=1)
     # Where two pre-activations are equal to rounding, the two may keep different ones of them.
     same = np.all(np.sort(behind.indices, axis=1) == np.sort(alone.indices, axis=1), axis=1)
-    assert np.mean(~same) < 0.01
-    assert np.median(error[same] / size[same]) < 1e-5
+    assert np.mean(~same) < 1e-3
     assert np.linalg.norm(error[same]) < 1e-5 * np.linalg.norm(size[same])
+    # No token does worse but for the last bit of x̂ itself, which at gamma 100 is as large.
+    last_bit = np.linalg.norm(np.spacing(np.abs(expected).astype(np.float32)), axis=1)
+    assert (error[same] < 1e-5 * size[same] + last_bit[same]).all()
 
 
 def test_whitened_activations_have_unit_covariance_and_the_cut_leaves_directions_out(rng):
