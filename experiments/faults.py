@@ -19,7 +19,6 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THRE
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from sae_jax import checkpoint, cli, disk, report
@@ -131,14 +130,10 @@ def sha(data: bytes) -> str:
 def trained(folder: Path) -> dict[str, str]:
     """Digests of report, figures and the arrays of the last checkpoint, whose files hold times and random names."""
     found = {path.name: sha(path.read_bytes()) for path in folder.iterdir() if path.suffix in (".json", ".png")}
-    newest, here = folder / checkpoint.FOLDER / str(steps(folder)), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for item in ("state", "statistics"):
-        reader = ocp.StandardCheckpointer()
-        shapes = reader.metadata(newest / item).item_metadata
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
-        for where, leaf in jax.tree_util.tree_leaves_with_path(reader.restore(newest / item, dict(like))):
-            found[item + jax.tree_util.keystr(where)] = sha(np.asarray(leaf).tobytes())
-    return found | {"step": newest.name, "history": sha(repr(checkpoint.history(str(folder))).encode())}
+    saved = checkpoint.saved(str(folder))
+    for where, leaf in jax.tree_util.tree_leaves_with_path((saved.groups, saved.statistics)):
+        found[jax.tree_util.keystr(where)] = sha(np.asarray(leaf).tobytes())
+    return found | {"step": str(saved.step), "history": sha(repr(saved.history).encode())}
 
 
 def steps(folder: Path) -> int:

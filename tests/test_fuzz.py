@@ -114,7 +114,7 @@ def runnable(draw):
     return config
 
 
-@examples(5)
+@examples(4)
 @given(runnable())
 def test_any_settings_that_are_allowed_train(tmp_path_factory, config):
     report = sae_jax.train(config, str(tmp_path_factory.mktemp("run")))

@@ -311,9 +311,11 @@ class StoredChunks:
         # What TFDS would make of features.json it would import by name, from a folder that may be anybody's.
         self._features = _features(self.d_model, self._dtype, self.rows)
         paths = [str(self._path(number)) for number in range(len(self._shards))]
-        self._records = array_record_data_source.ArrayRecordDataSource(paths)
-        if len(self._records) != len(self):
-            raise Refused("data.path", folder, f"shards of {len(self)} chunks together, not {len(self._records)}")
+        try:
+            self._records = array_record_data_source.ArrayRecordDataSource(paths)
+        except Exception as error:  # as in `example`
+            names = ", ".join(self.damaged()) or "none of those by their checksums"
+            raise Refused("data.path", folder, f"shards as they were written; damaged: {names} ({error})") from error
         self.n_tokens: int = self._manifest["n_tokens"]
         checksum = hashlib.sha256("".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
         self.identity = {"path": str(folder), "tokens": self.n_tokens, "sha256": checksum, **facts}
