@@ -4,14 +4,27 @@
     python experiments/fault_campaign.py --workdir=runs/smoke --tries=1   # two minutes
 
 Every activity (train, extract, sweep, export) is first done undisturbed. Then it is killed with SIGKILL or SIGTERM at
-moments drawn uniformly over the time it takes or over its work, started again, killed again, up to `KILLS` times, and
-left to end. After each kill every visible file has to be whole; the end has to be the undisturbed one bit by bit. Other
-faults follow: full disks, read-only folders, damage, two runs in one workdir, one of two processes killed.
+moments drawn uniformly over the time it takes or over its work, started again, killed again, `KILLS` times, and left to
+end. After each kill every visible file has to be whole; the end has to be the undisturbed one bit by bit. Other faults
+follow: full disks, read-only folders, damage, two runs in one workdir, one of two processes killed.
 
 A try is a row of fault_campaign.csv in the workdir, and is not done again; the moments follow from --seed.
 """
 
-from faults import SETTINGS, Child, Ended, damage, files, in_child, make_model, not_whole, steps, tokens, trained
+from faults import (
+    SETTINGS,
+    Child,
+    Ended,
+    damage,
+    files,
+    in_child,
+    make_model,
+    not_whole,
+    sha,
+    steps,
+    tokens,
+    trained,
+)  # fmt: skip
 
 # isort: split
 # What faults.py sets in the environment has to be there before these are imported.
@@ -57,6 +70,10 @@ ACTIVITIES = {
                               f"--config.data.model.text={root}/text.txt", "--layers=1,2", f"--out={folder}"],
         tokens, lambda folder: files(folder, ("dataset_info.json",)),
     ),
+    "sweep": Activity(
+        lambda root, folder: ["sweep", f"--config={root}/c.py", f"--workdir={folder}"],
+        lambda folder: 0, lambda folder: {"results": sha((folder / "results.csv").read_bytes())},
+    ),
     "export": Activity(
         lambda root, folder: ["export", f"--workdir={root}/undisturbed/train", "--format=saelens", f"--out={folder}"],
         lambda folder: 0, files,
@@ -65,24 +82,26 @@ ACTIVITIES = {
 
 
 def killed_at_random(argv: list[str], log: Path, name: str, folder: Path, by: int, whole: Ended, rng: Any) -> Row:
-    """One try: kills, restarts, the end. Moments are uniform in time, and in progress, by turns."""
+    """One try: kills, restarts, the end. Moments are uniform in what is left to do, or in time, by turns."""
     row: Row = {"kills": 0, "saved_first": 0, "too_late": 0, "half_visible": 0, "lost": 0, "slowest_stop": 0.0}
-    while row["kills"] < KILLS:
-        moment = float(rng.random())
-        if row["kills"] % 2 and whole.reached:
-            ended = Child(argv, log).end(at=moment * whole.reached, by=by)
+    while row["kills"] < KILLS and row["too_late"] < KILLS:
+        kept, moment = ACTIVITIES[name].kept(folder) if folder.exists() else 0, float(rng.random())
+        if row["kills"] % 2 == 0 and whole.reached:
+            ended = Child(argv, log).end(at=kept + moment * (whole.reached - kept), by=by)
         else:
             ended = Child(argv, log).end(after=moment * whole.seconds, by=by)
         row["half_visible"] += len(not_whole(folder)) if folder.exists() else 0
-        if ended.code == 0:
-            row["too_late"] = 1
-            break
-        if ended.code not in (-by, 143 if by == signal.SIGTERM else -by):
+        if ended.code == 0:  # it was done before the signal: from the beginning
+            row["too_late"] += 1
+            shutil.rmtree(folder)
+        elif ended.code in (-by, 143 if by == signal.SIGTERM else -by):
+            row["kills"] += 1
+            row["saved_first"] += ended.code == 143
+            kept = ACTIVITIES[name].kept(folder) if folder.exists() else 0
+            row["lost"] = max(row["lost"], ended.reached - kept)
+            row["slowest_stop"] = max(row["slowest_stop"], round(ended.dying, 2))
+        else:
             raise SystemExit(f"{argv}: exit {ended.code}\n{ended.said}")
-        row["kills"] += 1
-        row["saved_first"] += ended.code == 143
-        row["lost"] = max(row["lost"], ended.reached - (ACTIVITIES[name].kept(folder) if folder.exists() else 0))
-        row["slowest_stop"] = max(row["slowest_stop"], round(ended.dying, 2))
     last = Child(argv, log).end()
     return row | {"resumed": int(last.code == 0), "exits": last.code}
 
@@ -226,7 +245,7 @@ def main() -> None:
     """Does the tries that are not in the table yet, then prints the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--tries", type=int, default=8, help="of every activity and signal, and of every other fault")
+    parser.add_argument("--tries", type=int, default=6, help="of every activity and signal, and of every other fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[*ACTIVITIES, *OTHERS], help="activities and other faults to do")
     given = parser.parse_args()

@@ -19,6 +19,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THRE
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
 from sae_jax import checkpoint, cli, disk, report
@@ -38,6 +39,11 @@ def get_config():
     config.data.model.batch_size = 8
     config.members = ConfigDict({"baseline": {}, "centred": {"sae": {"center": "mean"}}})
     return config
+def sweep(add):
+    for gamma in (0.0, 2.0, 8.0, 20.0):
+        add({"data.signal": "gaussian", "data.gamma": gamma, "train.steps": 0}, label=f"untrained{gamma:.0f}")
+    for gamma in (1.0, 10.0):
+        add({"data.signal": "sparse", "data.gamma": gamma, "train.steps": 400}, label=f"trained{gamma:.0f}")
 """
 done = mmap.mmap(-1, 8)  # how far the running child has come: shared with it, and there when it is dead
 
@@ -130,10 +136,19 @@ def sha(data: bytes) -> str:
 def trained(folder: Path) -> dict[str, str]:
     """Digests of report, figures and the arrays of the last checkpoint, whose files hold times and random names."""
     found = {path.name: sha(path.read_bytes()) for path in folder.iterdir() if path.suffix in (".json", ".png")}
-    saved = checkpoint.saved(str(folder))
-    for where, leaf in jax.tree_util.tree_leaves_with_path((saved.groups, saved.statistics)):
-        found[jax.tree_util.keystr(where)] = sha(np.asarray(leaf).tobytes())
-    return found | {"step": str(saved.step), "history": sha(repr(saved.history).encode())}
+    handlers = {"state": ocp.StandardCheckpointHandler(), "statistics": ocp.StandardCheckpointHandler()}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices it was written on
+    with ocp.CheckpointManager(folder / checkpoint.FOLDER, item_handlers=handlers) as manager:
+        shapes = manager.item_metadata(manager.latest_step())
+        for item in handlers:
+            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes[item])
+            saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(**{
+                item: ocp.args.StandardRestore(like)
+            }))[item]  # fmt: skip
+            for where, leaf in jax.tree_util.tree_leaves_with_path(saved):
+                found[item + jax.tree_util.keystr(where)] = sha(np.asarray(leaf).tobytes())
+        found["step"] = str(manager.latest_step())
+    return found | {"history": sha(repr(checkpoint.history(str(folder))).encode())}
 
 
 def steps(folder: Path) -> int:
