@@ -11,20 +11,7 @@ follow: full disks, read-only folders, damage, two runs in one workdir, one of t
 A try is a row of fault_campaign.csv in the workdir, and is not done again; the moments follow from --seed.
 """
 
-from faults import (
-    SETTINGS,
-    Child,
-    Ended,
-    damage,
-    files,
-    in_child,
-    make_model,
-    not_whole,
-    sha,
-    steps,
-    tokens,
-    trained,
-)  # fmt: skip
+from faults import ACTIVITIES, SETTINGS, Child, Ended, damage, in_child, make_model, not_whole, steps
 
 # isort: split
 # What faults.py sets in the environment has to be there before these are imported.
@@ -36,9 +23,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,36 +35,8 @@ from sae_jax.activations import models, optional, store  # noqa: F401 (models: i
 
 KILLS = 5  # of one try
 Row = dict[str, Any]
-# -- activities --------------------------------------------------------------------------------------------------------
 
-
-class Activity(NamedTuple):
-    """Something that is killed: its command, the folder it leaves, and how much of its work is safe there."""
-
-    argv: Callable[[Path, Path], list[str]]  # (root, folder)
-    kept: Callable[[Path], int]  # steps or tokens that the next start need not do again
-    end: Callable[[Path], dict[str, str]]  # what has to be bit-identical: name → digest
-
-
-ACTIVITIES = {
-    "train": Activity(
-        lambda root, folder: ["train", f"--config={root}/c.py", "--config.data.signal=sparse", f"--workdir={folder}"],
-        steps, trained,
-    ),
-    "extract": Activity(
-        lambda root, folder: ["extract", f"--config={root}/c.py", f"--config.data.model.id={root}/model",
-                              f"--config.data.model.text={root}/text.txt", "--layers=1,2", f"--out={folder}"],
-        tokens, lambda folder: files(folder, ("dataset_info.json",)),
-    ),
-    "sweep": Activity(
-        lambda root, folder: ["sweep", f"--config={root}/c.py", f"--workdir={folder}"],
-        lambda folder: 0, lambda folder: {"results": sha((folder / "results.csv").read_bytes())},
-    ),
-    "export": Activity(
-        lambda root, folder: ["export", f"--workdir={root}/undisturbed/train", "--format=saelens", f"--out={folder}"],
-        lambda folder: 0, files,
-    ),
-}  # fmt: skip
+# -- killed ----------------------------------------------------------------------------------------------------------
 
 
 def killed_at_random(argv: list[str], log: Path, name: str, folder: Path, by: int, whole: Ended, rng: Any) -> Row:
@@ -106,32 +64,29 @@ def killed_at_random(argv: list[str], log: Path, name: str, folder: Path, by: in
     return row | {"resumed": int(last.code == 0), "exits": last.code}
 
 
-# -- other faults ------------------------------------------------------------------------------------------------------
+# -- other faults: (root, number of the try, random numbers) → its rows ----------------------------------------------
 
 
-def full_disk(root: Path, tries: int, rng: Any) -> list[Row]:
+def full_disk(root: Path, attempt: int, rng: Any) -> list[Row]:
     """Training on a file system that fills up at another point each time, then has room again."""
-    rows, place = [], root / "small"
-    place.mkdir(exist_ok=True)
-    for _ in range(tries):
-        size = int(rng.integers(150, 900))
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", place]).returncode:
-            return []
-        argv = ACTIVITIES["train"].argv(root, place / "w")
-        first = Child(argv, root / "log").end()
-        half = not_whole(place / "w")
-        subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
-        last = Child(argv, root / "log").end()
-        rows.append(_row("full disk", first, last, half, root, place / "w"))
-        subprocess.run(["umount", place], check=True)
-    return rows
-
-
-def read_only(root: Path, tries: int, rng: Any) -> list[Row]:
-    """Commands on a file system that may not be written."""
     place = root / "small"
     place.mkdir(exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={rng.integers(150, 900)}k", "tmpfs", place]).returncode:
+        return []
+    argv = ACTIVITIES["train"].argv(root, place / "w")
+    met = Child(argv, root / "log").end()
+    half = not_whole(place / "w")
+    subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
+    row = _row("full disk", met, Child(argv, root / "log").end(), half, root, place / "w")
+    subprocess.run(["umount", place], check=True)
+    return [row]
+
+
+def read_only(root: Path, attempt: int, rng: Any) -> list[Row]:
+    """Commands on a file system that may not be written; one try of each is enough."""
+    place = root / "small"
+    place.mkdir(exist_ok=True)
+    if attempt or subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place]).returncode:
         return []
     rows = [_row(f"read-only: {name}", Child(activity.argv(root, place / "w"), root / "log").end())
             for name, activity in ACTIVITIES.items() if name in cli.VERBS]  # fmt: skip
@@ -139,72 +94,63 @@ def read_only(root: Path, tries: int, rng: Any) -> list[Row]:
     return rows
 
 
-def damaged(root: Path, tries: int, rng: Any) -> list[Row]:
+def damaged(root: Path, attempt: int, rng: Any) -> list[Row]:
     """A file of the newest checkpoint, of both, the settings, the report, the dataset: a bit flipped, or cut short."""
-    rows, whole = [], root / "undisturbed" / "train"
-    for _ in range(tries):
-        for what in ("newest checkpoint", "all checkpoints", checkpoint.CONFIG, "report.json"):
-            folder = root / "work" / "damaged"
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(whole, folder)
-            every = checkpoint._steps(epath.Path(folder / checkpoint.FOLDER))
-            chosen = {"newest checkpoint": every[-1:], "all checkpoints": every}.get(what, [])
-            for place in [folder / checkpoint.FOLDER / str(step) for step in chosen] or [folder / what]:
-                damage(place, rng)
-            met = Child(ACTIVITIES["train"].argv(root, folder), root / "log").end()
-            rows.append(_row(f"damaged: {what}", met, met, not_whole(folder) if met.code == 0 else [], root, folder))
-        folder = root / "work" / "damaged"
+    rows, folder = [], root / "work" / "damaged"
+    for what in ("newest checkpoint", "all checkpoints", checkpoint.CONFIG, "report.json"):
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(root / "undisturbed" / "extract", folder)
-        dataset = next(folder.glob(f"{store.NAME}/*/{store.VERSION}"))
-        shard = store._template(epath.Path(dataset)).sharded_filepath(shard_index=int(rng.integers(3)), num_shards=None)
-        damage(Path(shard) if rng.random() < 0.5 else dataset / store.MANIFEST, rng)
-        argv = ["train", f"--config={root}/c.py", f"--config.data.path={dataset}", f"--workdir={folder}/w"]
-        rows.append(_row("damaged: dataset", Child(argv, root / "log").end()))
-    return rows
+        shutil.copytree(root / "undisturbed" / "train", folder)
+        every = checkpoint._steps(epath.Path(folder / checkpoint.FOLDER))
+        chosen = {"newest checkpoint": every[-1:], "all checkpoints": every}.get(what, [])
+        for place in [folder / checkpoint.FOLDER / str(step) for step in chosen] or [folder / what]:
+            damage(place, rng)
+        met = Child(ACTIVITIES["train"].argv(root, folder), root / "log").end()
+        rows.append(_row(f"damaged: {what}", met, met, not_whole(folder) if met.code == 0 else [], root, folder))
+    shutil.rmtree(folder)
+    shutil.copytree(root / "undisturbed" / "extract", folder)
+    dataset = next(folder.glob(f"{store.NAME}/*/{store.VERSION}"))
+    shard = store._template(epath.Path(dataset)).sharded_filepath(shard_index=int(rng.integers(3)), num_shards=None)
+    damage(Path(shard) if attempt % 2 else dataset / store.MANIFEST, rng)
+    argv = ["train", f"--config={root}/c.py", f"--config.data.path={dataset}", f"--workdir={folder}/w"]
+    return [*rows, _row("damaged: dataset", Child(argv, root / "log").end())]
 
 
-def two_runs(root: Path, tries: int, rng: Any) -> list[Row]:
+def two_runs(root: Path, attempt: int, rng: Any) -> list[Row]:
     """A second run in a workdir that is in use."""
-    rows = []
-    for number in range(tries):
-        folder = root / "work" / f"shared{number}"
-        first = Child(ACTIVITIES["train"].argv(root, folder), root / "log")
-        while not (folder / disk.LOCK).exists() or not (folder / disk.LOCK).read_text():
-            time.sleep(0.01)
-        second = Child(ACTIVITIES["train"].argv(root, folder), root / "log2").end()
-        rows.append(_row("two runs in one workdir", second, first.end(), not_whole(folder), root, folder))
-    return rows
+    folder = root / "work" / "shared"
+    shutil.rmtree(folder, ignore_errors=True)
+    first = Child(ACTIVITIES["train"].argv(root, folder), root / "log")
+    while not (folder / disk.LOCK).exists() or not (folder / disk.LOCK).read_text():
+        time.sleep(0.01)
+    met = Child(ACTIVITIES["train"].argv(root, folder), root / "log2").end()
+    return [_row("two runs in one workdir", met, first.end(), not_whole(folder), root, folder)]
 
 
-def one_of_two(root: Path, tries: int, rng: Any) -> list[Row]:
+def one_of_two(root: Path, attempt: int, rng: Any) -> list[Row]:
     """One process of two is killed: the other one has to stop by itself, and both go on from the last checkpoint."""
-    rows: list[Row] = []
-    for number in range(tries + 1):  # the first one is left in peace
-        folder = root / "work" / f"pair{number}"
+    plain, folder, victim = root / "undisturbed" / "pair", root / "work" / "pair", attempt % 2
+    if not plain.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        for process in _pair(root, folder):
+            process.end()
+        folder.rename(plain)
+    shutil.rmtree(folder, ignore_errors=True)
+    processes = _pair(root, folder)
+    while not steps(folder):
+        time.sleep(0.01)
+    processes[victim].end(after=float(rng.uniform(0, 1)))
+    other = processes[1 - victim].end(after=120)
+    half = not_whole(folder)
+    last = [process.end() for process in _pair(root, folder)]
+    row = _row(f"process {victim} of two killed", other, last[0], half)
+    return [row | compared(root, folder, plain) | {"slowest_stop": round(other.seconds, 2)}]
 
-        def pair(folder: Path = folder) -> list[Child]:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            argv = ACTIVITIES["train"].argv(root, folder)
-            return [Child(argv, root / f"log{i}", (port, 2, i)) for i in range(2)]
 
-        processes = pair()
-        if number:
-            victim = number % 2
-            while not steps(folder):
-                time.sleep(0.01)
-            processes[victim].end(after=float(rng.uniform(0, 1)))
-            other = processes[1 - victim].end(after=60)
-            half = not_whole(folder)
-            processes = pair()
-        last = [process.end() for process in processes]
-        if number:
-            row = _row(f"process {victim} of two killed", other, last[0], half)
-            row |= compared(root, folder, root / "work" / "pair0")
-            rows.append(row | {"slowest_stop": round(other.seconds, 2)})
-    return rows
+def _pair(root: Path, folder: Path) -> list[Child]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [Child(ACTIVITIES["train"].argv(root, folder), root / f"log{i}", (port, 2, i)) for i in range(2)]
 
 
 OTHERS = {"full disk": full_disk, "read-only": read_only, "damage": damaged, "two runs": two_runs, "pair": one_of_two}
@@ -284,10 +230,15 @@ def main() -> None:
                 row = killed_at_random(activity.argv(root, folder), root / "log", name, folder, by, whole, rng)
                 note([{"what": what, "try": attempt, **row, **compared(root, folder, plain, name)}])
                 shutil.rmtree(folder)
+    for name in ("train", "extract"):
+        if not (root / "undisturbed" / name).exists():
+            undisturbed(root, name)
     for number, (name, fault) in enumerate(OTHERS.items()):
-        if name in given.only and name not in {row["try"] for row in rows}:
-            found = fault(root, given.tries, np.random.default_rng([given.seed, 100 + number]))
-            note([{**row, "try": name} for row in found] or [{"what": f"{name}: mount is not permitted", "try": name}])
+        for attempt in range(given.tries):
+            label = f"{name} {attempt}"
+            if name in given.only and label not in {row["try"] for row in rows}:
+                rng = np.random.default_rng([given.seed, 100 + number, attempt])
+                note([{**row, "try": label} for row in fault(root, attempt, rng)])
     print(summary(rows))
 
 

@@ -238,3 +238,35 @@ def damage(place: Path, rng: Any) -> None:
     else:
         data = data[: rng.integers(max(1, len(data)))]
     place.write_bytes(data)
+
+
+# -- activities -------------------------------------------------------------------------------------------------------
+
+
+class Activity(NamedTuple):
+    """Something that is killed: its command, the folder it leaves, and how much of its work is safe there."""
+
+    argv: Callable[[Path, Path], list[str]]  # (root, folder)
+    kept: Callable[[Path], int]  # steps or tokens that the next start need not do again
+    end: Callable[[Path], dict[str, str]]  # what has to be bit-identical: name → digest
+
+
+ACTIVITIES = {
+    "train": Activity(
+        lambda root, folder: ["train", f"--config={root}/c.py", "--config.data.signal=sparse", f"--workdir={folder}"],
+        steps, trained,
+    ),
+    "extract": Activity(
+        lambda root, folder: ["extract", f"--config={root}/c.py", f"--config.data.model.id={root}/model",
+                              f"--config.data.model.text={root}/text.txt", "--layers=1,2", f"--out={folder}"],
+        tokens, lambda folder: files(folder, ("dataset_info.json",)),
+    ),
+    "sweep": Activity(
+        lambda root, folder: ["sweep", f"--config={root}/c.py", f"--workdir={folder}"],
+        lambda folder: 0, lambda folder: {"results": sha((folder / "results.csv").read_bytes())},
+    ),
+    "export": Activity(
+        lambda root, folder: ["export", f"--workdir={root}/undisturbed/train", "--format=saelens", f"--out={folder}"],
+        lambda folder: 0, files,
+    ),
+}  # fmt: skip
