@@ -33,9 +33,9 @@ def get_config():
     config.sae.n_features, config.sae.k, config.seed = 128, 4, 3
     config.data.d_model, config.data.gamma, config.data.n_true_features, config.data.n_active = 16, 4.0, 32, 3
     config.data.statistics_tokens, config.eval.n_tokens, config.eval.batch_size = 1000, 400, 200
-    config.train.steps, config.train.batch_size, config.train.steps_per_dispatch = 3000, 32, 10
-    config.checkpoint.every = 100
-    config.data.model.layer, config.data.model.n_tokens, config.data.model.context = 1, 24000, 32
+    config.train.steps, config.train.batch_size, config.train.steps_per_dispatch = 1500, 32, 10
+    config.checkpoint.every = 50
+    config.data.model.layer, config.data.model.n_tokens, config.data.model.context = 1, 10000, 32
     config.data.model.batch_size = 8
     config.members = ConfigDict({"baseline": {}, "centred": {"sae": {"center": "mean"}}})
     return config

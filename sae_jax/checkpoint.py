@@ -80,8 +80,11 @@ def _as_json(value: Any) -> Any:
 
 
 def _steps(folder: epath.Path) -> list[int]:
-    """Steps whose checkpoints are complete, in order."""
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.exists() else []
+    """Steps whose checkpoints are complete, in order. In object stores a folder is there before all of it is."""
+    if not folder.exists():
+        return []
+    found = [path for path in folder.iterdir() if path.name.isdecimal()]
+    return sorted(int(path.name) for path in found if "://" not in str(folder) or (path / COMMITTED).exists())
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

@@ -243,6 +243,18 @@ def test_moments_of_float32_rows_at_gamma_a_million_are_those_of_float64(rng):
     np.testing.assert_allclose(found.sigma, x.std(axis=0, dtype=float), rtol=1e-6)
 
 
+def test_a_token_of_the_hub_is_written_nowhere(tmp_path, tiny, monkeypatch, capsys):
+    token = "hf_" + "abcdefgh" * 4
+    monkeypatch.setenv("HF_TOKEN", token)
+    tiny.train.steps = 0
+    sae_jax.train(tiny, str(tmp_path / "w"))
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(600, 4)))
+    assert cli.main(["extract", f"--from={tmp_path}/x.npy", f"--out={tmp_path}/data"]) == 0
+    assert len(files_in(tmp_path)) > 20
+    assert not [path for path in files_in(tmp_path) if token.encode() in path.read_bytes()]
+    assert token not in "".join(capsys.readouterr())
+
+
 # -- asked to stop -----------------------------------------------------------------------------------------------------
 
 
