@@ -219,7 +219,7 @@ def main() -> None:
         if name not in cli.VERBS or name not in given.only:
             continue
         plain, whole = root / "undisturbed" / name, undisturbed(root, name)
-        for by in (signal.SIGKILL, signal.SIGTERM):
+        for by in (signal.SIGTERM, signal.SIGKILL):
             for attempt in range(given.tries):
                 what = f"{name}: {by.name}"
                 if (what, str(attempt)) in known:
