@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-from scipy.stats import rankdata
 
 from sae_jax import theory
 from sae_jax.errors import Refused
+from sae_jax.statistics import interval, spearman
 
 TABLE = flags.DEFINE_string("table", None, "path of the table", required=True)
 OUT = flags.DEFINE_string("out", None, "where to write the predictions, as a .csv")
@@ -48,24 +48,6 @@ def predictions(column: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np
 
 def _column(found: list[theory.Deaths], key: str) -> np.ndarray:
     return np.array([deaths[key] for deaths in found])
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of ranks; nan where one of the two does not vary."""
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
-
-
-def interval(a: np.ndarray, b: np.ndarray, models: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    """95 % interval of Spearman's rho when whole models are drawn again."""
-    rng = np.random.default_rng(0)
-    rows = [np.flatnonzero(models == name) for name in np.unique(models)]
-    found = []
-    for _ in range(draws):
-        drawn = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
-        found.append(spearman(a[drawn], b[drawn]))
-    low, high = np.nanquantile(found, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def main(_: list[str]) -> None:

@@ -15,12 +15,15 @@ USAGE = """usage:
   python -m sae_jax diagnose --activations=PATH --workdir=DIR [--k=64 --n_features=8192 --measure]
   python -m sae_jax extract  --config=configs/X.py --out=DIR [--layers=1,2,9] [--config.a.b=value ...]
   python -m sae_jax extract  --from=FILE --out=DIR [--dtype=float32]
+  python -m sae_jax sweep    --config=configs/sweep.py --workdir=DIR [--filter=model=gpt2] [--grid=seed=0,1] [--dry_run]
+                             [--shard=0/8 | --merge] [--launcher=local|ray]
 
 verbs:
   train      train the SAEs a configuration describes; run it again to go on where it stopped
   diagnose   outlier severity, predicted death and the remedy, before any training. PATH is a .npy, .npz or .safetensors
              file or a dataset folder; --config=configs/X.py in its place takes the activations a configuration names
   extract    write a model's activations, many layers in one pass, or those in a file, as datasets to train on
+  sweep      many models and layers into one table, results.csv; run it again to go on. --filter: model, domain or layer
 """
 
 
@@ -131,7 +134,49 @@ def extract(argv: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"train": train, "diagnose": diagnose, "extract": extract}
+def sweep(argv: list[str]) -> int:
+    """sae_jax sweep --config --workdir; exit code 4 where some jobs failed"""
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_multi_string("filter", [], "model=…, domain=… or layer=…", flag_values=values)
+        flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,…", flag_values=values)
+        flags.DEFINE_bool("dry_run", False, "list the jobs and what they cost", flag_values=values)
+        flags.DEFINE_string("shard", "", "i/N: do this part only, and leave the table to --merge", flag_values=values)
+        flags.DEFINE_bool("merge", False, "write the table from what the shards have done", flag_values=values)
+        flags.DEFINE_enum("launcher", "local", ["local", "ray"], "where jobs run", flag_values=values)
+        flags.DEFINE_string("address", None, "of a Ray cluster; none: this machine", flag_values=values)
+        flags.DEFINE_float("cpus", 1, "a Ray task needs", flag_values=values)
+        flags.DEFINE_float("gpus", 0, "a Ray task needs", flag_values=values)
+
+    given, config = _parse(argv, define)
+    if config is None:
+        raise Refused("--config", None, "a configuration file with sweep(add), as configs/sweep.py")
+    from sae_jax import cluster, combinations, sweeping
+
+    logging.set_verbosity(logging.ERROR)
+    path = next(argument for argument in argv if argument.startswith("--config=")).partition("=")[2]
+    every = combinations.jobs(path, config, given.grid)
+    chosen = combinations.selected(every, given.filter)
+    if given.shard:
+        chosen = combinations.share(chosen, given.shard)
+    if given.dry_run:
+        print(combinations.plan(chosen))
+        return 0
+    sweeping.check_workdir(given.workdir, every)
+    if not given.merge:
+        ray = given.launcher == "ray"
+        launch = cluster.launcher(given.address, given.cpus, given.gpus) if ray else sweeping.local
+        sweeping.run(given.workdir, chosen, launch, given.shard.replace("/", "-of-") or "all")
+    if not given.shard:
+        sweeping.merge(given.workdir, every)
+    print(sweeping.summary(given.workdir, chosen))
+    print(f"table: {given.workdir}/{sweeping.RESULTS}" if not given.shard else "table: run with --merge")
+    return 0 if all(sweeping.finished(given.workdir, job) for job in chosen) else 4
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train, "diagnose": diagnose, "extract": extract, "sweep": sweep,
+}  # fmt: skip
 Define = Callable[[flags.FlagValues], None]
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sae_jax import config as config_lib
 from sae_jax.activations import adapters, facts, inputs, store
-from sae_jax.activations.adapters import Batch, Network
+from sae_jax.activations.network import Batch, Network
 from sae_jax.activations.optional import module
 from sae_jax.activations.pipeline import CHUNK
 from sae_jax.errors import Refused

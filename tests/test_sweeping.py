@@ -1,0 +1,298 @@
+"""Sweeps end to end, on small files of activations; kills are real."""
+
+import contextlib
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from sae_jax import cli, combinations, statistics, sweeping
+from sae_jax import config as config_lib
+from sae_jax import sae as sae_lib
+from sae_jax.activations.facts import MODELS, PAPER
+from sae_jax.errors import Refused
+
+ROOT = Path(__file__).parents[1]
+# The paper's table: layers and width of each model.
+PUBLISHED = {
+    "gpt2": (1, 11, 768), "pythia_70m": (1, 5, 512), "pythia_410m": (1, 23, 1024), "modernbert": (1, 21, 768),
+    "modernbert_large": (1, 27, 1024), "dinov2": (1, 11, 768), "dinov2_large": (1, 23, 1024),
+    "dinov3_small": (1, 11, 768), "dinov3": (1, 39, 4096), "stable-diffusion-3-5-large": (1, 37, 2432),
+    "esm2_35m": (1, 11, 480), "esm2_650m": (1, 32, 1280), "esm2_3B": (1, 35, 2560), "esm3": (1, 47, 1536),
+    "progen_base": (1, 26, 1536), "progen_large": (1, 31, 2560), "evo": (1, 31, 4096), "glm2": (1, 32, 1280),
+    "af3": (0, 0, 384),
+}  # fmt: skip
+
+# Four files of activations of rising gamma; the last is not there. Two are trained as well.
+SMALL = '''
+from ml_collections import ConfigDict
+from sae_jax.config import base
+
+def get_config():
+    config = base()
+    config.sae.n_features, config.sae.k = 64, 4
+    config.train.steps, config.train.batch_size, config.train.devices = 0, 32, 1
+    config.eval.n_tokens, config.eval.batch_size = 200, 100
+    config.checkpoint.every = 10
+    config.auxk.preset = "none"
+    config.members = ConfigDict({"topk": {}, "centred": {"sae": {"center": "mean"}}})
+    config.data.path = "x"
+    return config
+
+def sweep(add):
+    for name in NAMES:
+        add({"data.path": f"FOLDER/{name}.npy"}, label=name)
+    for name in NAMES[:2]:
+        add({"data.path": f"FOLDER/{name}.npy", "train.steps": 30}, label=f"{name}_trained")
+'''
+NAMES = ["low", "middle", "high", "missing"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
+    for i, name in enumerate(NAMES[:3]):
+        x = rng.normal(size=(1000, 16)) + 3.0**i * np.eye(16)[0]
+        np.save(folder / f"{name}.npy", x.astype(np.float32))
+    text = SMALL.replace("NAMES[", f"{NAMES}[").replace("in NAMES", f"in {NAMES}").replace("FOLDER", str(folder))
+    (folder / "small.py").write_text(text)
+    return folder / "small.py"
+
+
+@pytest.fixture(scope="module")
+def whole(small):
+    """The workdir of the sweep, run once without interruption."""
+    assert run(f"--config={small}", f"--workdir={small.parent}/w") == 4
+    return small.parent / "w"
+
+
+def run(*argv):
+    return cli.main(["sweep", *map(str, argv)])
+
+
+def table(workdir):
+    with (workdir / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_sweep_is_the_papers_454_layers(capsys, tmp_path):
+    config = f"{ROOT}/configs/sweep.py"
+    assert run(f"--config={config}", f"--workdir={tmp_path}/w", "--dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = {}
+    for line in lines[1:455]:
+        name, layer, width, *_ = line.split()
+        found.setdefault(name.rsplit("_L", 1)[0], []).append((int(layer), int(width)))
+    assert {model: (min(rows)[0], max(rows)[0], rows[0][1]) for model, rows in found.items()} == PUBLISHED
+    assert all([layer for layer, _ in rows] == list(range(rows[0][0], rows[-1][0] + 1)) for rows in found.values())
+    assert all({width for _, width in rows} == {PUBLISHED[model][2]} for model, rows in found.items())
+    assert lines[-1].startswith("454 combinations")
+    assert not (tmp_path / "w").exists()
+
+
+def jobs(name, *grid):
+    path = f"{ROOT}/configs/{name}.py"
+    return combinations.jobs(path, cli._read(["x", f"--config={path}"], lambda values: None)[1], grid)
+
+
+def test_every_configuration_builds_and_names_are_unique_and_stable():
+    every = jobs("sweep")
+    assert len(every) == len({job.name for job in every}) == len({job.hash for job in every}) == 454
+    for job in every:
+        config_lib.check(job.config)
+    assert [job.name for job in every[:2]] == ["gpt2_L01", "gpt2_L02"]
+    assert [job.hash for job in every] == [job.hash for job in jobs("sweep")]
+    bundled = jobs("sweep_bundled")
+    assert len(bundled) == 18 + 6 + 8 + 16 + 6
+    assert sum(job.config.train.steps > 0 for job in bundled) == 6
+    assert {facts.domain for facts in MODELS.values()} == {"language", "vision", "biology"}
+
+
+def test_grids_filters_and_shares_choose_among_them():
+    every = jobs("sweep", "seed=0,1", "sae.k=32,64")
+    assert len(every) == 4 * 454
+    assert every[3].name == "gpt2_L01_seed1_k64"
+    assert (every[3].config.seed, every[3].config.sae.k) == (1, 64)
+    every = jobs("sweep")
+    vision = combinations.selected(every, ["domain=vision"])
+    assert {job.model for job in vision} == {name for name, facts in PAPER.items() if facts.domain == "vision"}
+    assert len(combinations.selected(every, ["model=gpt2,esm3", "layer=3-5,10"])) == 8
+    parts = [combinations.share(every, f"{i}/8") for i in range(8)]
+    assert [job.name for part in parts for job in part] == [job.name for job in every]
+    assert all(parts)
+    assert len(combinations.grouped(every)) == 19
+
+
+@pytest.mark.parametrize(("flag", "said"), [
+    ("--filter=model=gpt9", "model one of gpt2, pythia_70m"),
+    ("--filter=domain=audio", "domain one of language, vision, biology"),
+    ("--filter=layer=99", "layers are 0 to 47"),
+    ("--filter=width=3", "model=NAME"),
+    ("--grid=sae.kk=3", "an existing key"),
+    ("--grid=sae.k=three", "values of type int"),
+    ("--shard=8/8", "0 ≤ i < N"),
+    ("--config.data.model.layer=nine", "type int"),
+])  # fmt: skip
+def test_wrong_flags_are_one_line_and_nothing_is_written(flag, said, capsys, tmp_path):
+    assert run(f"--config={ROOT}/configs/sweep.py", f"--workdir={tmp_path}/w", flag) == 2
+    message = capsys.readouterr().err.strip()
+    assert said in message
+    assert "\n" not in message
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_file_without_combinations_and_names_that_repeat_are_refused(capsys, tmp_path):
+    assert run(f"--config={ROOT}/configs/default.py", f"--workdir={tmp_path}/w") == 2
+    assert "sweep(add)" in capsys.readouterr().err
+    with pytest.raises(Refused, match="names that are unique"):
+        jobs("sweep", "seed=0,0")
+
+
+def test_one_table_with_a_row_for_what_failed(small, whole, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    shutil.copytree(whole, workdir)
+    assert run(f"--config={small}", f"--workdir={workdir}") == 4
+    out = capsys.readouterr().out
+    assert "data_missing: Refused: data.path" in out
+    assert "5 of 6 combinations done, 1 failed, 0 not yet" in out
+    rows = table(workdir)
+    assert len(rows) == 3 * 6 + 1 + 2 * 4
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert [row["name"] for row in failed] == ["data_missing"]
+    assert "missing.npy" in failed[0]["error"]
+    plain = {row["name"]: row for row in rows if row["condition"] == "none"}
+    gammas = [float(plain[f"data_{name}"]["gamma_raw"]) for name in NAMES[:3]]
+    np.testing.assert_allclose(gammas, [1 / 4, 3 / 4, 9 / 4], rtol=0.1)
+    deaths = [float(plain[f"data_{name}"]["dead_total"]) for name in NAMES[:3]]
+    assert deaths[0] < deaths[1] < deaths[2]
+    for row in rows:
+        if row["status"] == "done":
+            assert float(row["dead_total"]) == pytest.approx(float(row["dead_by_relu"]) + float(row["dead_by_topk"]))
+            assert len(row["config_hash"]) == 16
+            assert "jax=" in row["versions"]
+    trained = [row for row in rows if row["name"] == "data_middle_trained"]
+    assert [(row["condition"], row["steps"]) for row in trained] == [
+        ("centred", "0"), ("centred", "30"), ("topk", "0"), ("topk", "30"),
+    ]  # fmt: skip
+    read = sweeping.read_table(workdir / "results.csv")
+    assert isinstance(read[0]["gamma"], float)
+    assert read[0]["fve"] is None
+
+    # Run again: what is done stays, what failed is tried again.
+    before = {path.name: path.stat().st_mtime_ns for path in (workdir / "jobs").glob("*.json")}
+    shutil.copy(small.parent / "low.npy", small.parent / "missing.npy")
+    try:
+        assert run(f"--config={small}", f"--workdir={workdir}") == 0
+    finally:
+        (small.parent / "missing.npy").unlink()
+    after = {path.name: path.stat().st_mtime_ns for path in (workdir / "jobs").glob("*.json")}
+    assert {name for name in before if before[name] != after[name]} == {"data_missing.json"}
+    assert all(row["status"] == "done" for row in table(workdir))
+
+
+def test_deaths_are_those_of_a_count_by_hand(small, whole):
+    found = next(r for r in sweeping.read_table(whole / "results.csv")
+                 if r["name"] == "data_high" and r["condition"] == "none")  # fmt: skip
+    x = np.load(small.parent / "high.npy")
+    weights = np.asarray(sae_lib.init(jax.random.key(1), 64, 4, jnp.zeros(16)).W_enc)
+    z = x @ weights.T
+    kept = np.zeros(64, bool)
+    for token in z:
+        best = np.argsort(-token)[:4]
+        kept[best[token[best] > 0]] = True
+    assert found["dead_total"] == pytest.approx(1 - kept.mean())
+    assert found["dead_by_relu"] == pytest.approx((z <= 0).all(axis=0).mean())
+
+
+def test_another_sweep_and_a_second_process_are_refused(small, whole, capsys):
+    workdir = whole
+    assert run(f"--config={small}", f"--workdir={workdir}", "--config.seed=1") == 2
+    assert "it holds another (first difference: data_low)" in capsys.readouterr().err
+    script = f"import time\nfrom sae_jax import disk\nwith disk.sole_user({str(workdir / 'shards/all')!r}, 'x'):\n" \
+             "    print('in', flush=True)\n    time.sleep(60)"  # fmt: skip
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment())
+    assert other.stdout.readline() == b"in\n"
+    try:
+        assert run(f"--config={small}", f"--workdir={workdir}") == 2
+        assert f"process {other.pid}" in capsys.readouterr().err
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_shards_merge_to_the_same_table(small, whole, tmp_path):
+    for shard in ("0/2", "1/2"):
+        assert run(f"--config={small}", f"--workdir={tmp_path}", f"--shard={shard}") in (0, 4)
+    assert not (tmp_path / "results.csv").exists()
+    assert run(f"--config={small}", f"--workdir={tmp_path}", "--merge") == 4
+    assert (tmp_path / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_killed_five_times_the_table_is_the_same(small, whole, tmp_path):
+    """SIGKILL as soon as another job is finished or another checkpoint saved, then again from the start."""
+    def landmarks():
+        return {str(p) for p in tmp_path.glob("jobs/*.json")} | {str(p) for p in tmp_path.glob("jobs/*/checkpoints/*")}
+
+    kills = 0
+    for _ in range(5):
+        seen = landmarks()
+        argv = [sys.executable, "-m", "sae_jax", "sweep", f"--config={small}", f"--workdir={tmp_path}"]
+        process = subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL)
+        while process.poll() is None and not landmarks() - seen:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 5
+    assert run(f"--config={small}", f"--workdir={tmp_path}") == 4
+    assert (tmp_path / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_on_ray_with_two_workers_the_table_is_the_same(kill, small, whole, tmp_path):
+    """And with one of the two killed in the middle of a job."""
+    pytest.importorskip("ray", reason="needs the extra ray")
+    argv = [sys.executable, "-m", "sae_jax", "sweep", f"--config={small}", f"--workdir={tmp_path}", "--launcher=ray"]
+    process = subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = 0
+    while kill and not killed and process.poll() is None:
+        if (tmp_path / "jobs" / "data_low_trained").exists():  # somebody trains it
+            for entry in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    ours = f"PYTHONPATH={ROOT}".encode() in (entry.parent / "environ").read_bytes()
+                    if ours and entry.read_bytes().startswith(b"ray::_work"):
+                        os.kill(int(entry.parent.name), signal.SIGKILL)
+                        killed += 1
+                        break
+        time.sleep(0.01)
+    assert process.wait() == 4
+    assert killed == kill
+    assert (tmp_path / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
+
+
+def test_correlation_draws_models_not_layers(rng):
+    models = np.repeat(["a", "b", "c", "d"], 25)
+    level = np.repeat([0.0, 1.0, 2.0, 3.0], 25)
+    x, y = level + 0.1 * rng.normal(size=100), level + 0.1 * rng.normal(size=100)
+    found = statistics.correlation(x, y, models)
+    assert found.rho == pytest.approx(spearmanr(x, y).statistic)
+    without = [spearmanr(x[models != m], y[models != m]).statistic for m in "abcd"]
+    assert (found.least, found.most) == (pytest.approx(min(without)), pytest.approx(max(without)))
+    # Between models alone x and y go together: layers drawn one by one would give a far too narrow interval.
+    single = [spearmanr(x[i], y[i]).statistic for i in (rng.integers(100, size=100) for _ in range(300))]
+    assert found.high - found.low > 2 * (np.quantile(single, 0.975) - np.quantile(single, 0.025))
+    assert np.isnan(statistics.correlation(x[:25], y[:25], models[:25]).low)
