@@ -2,7 +2,7 @@
 
     python experiments/fig2a_death_by_model.py --table=runs/sweep_bundled/results.csv
 
-A bar is the mean over a model's trained layers, a dot a layer. Draws fig2a_death_by_model.png beside the table. Seconds.
+A bar is the mean over a model's trained layers, a dot a layer. Draws fig2a_death_by_model.png beside the table.
 """
 
 from pathlib import Path

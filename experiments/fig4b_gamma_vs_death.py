@@ -81,9 +81,9 @@ def picture(rows: list[dict[str, Any]], authors: list[dict[str, Any]]) -> Figure
             for i, model in enumerate(models):
                 mine = [r for r in rows if r["model"] == model]
                 axis.plot(
-                    [r["gamma"] for r in mine], [100 * r[key] for r in mine], MARKERS.get(mine[0]["domain"], "o"), ms=4.5,
-                    mew=0.9, mfc="none", color=figures.MEMBER_COLOURS[(i + 1) % len(figures.MEMBER_COLOURS)],
-                    label=f"{model} ({mine[0]['domain']})", zorder=3,
+                    [r["gamma"] for r in mine], [100 * r[key] for r in mine], MARKERS.get(mine[0]["domain"], "o"),
+                    ms=4.5, mew=0.9, mfc="none", zorder=3, label=f"{model} ({mine[0]['domain']})",
+                    color=figures.MEMBER_COLOURS[(i + 1) % len(figures.MEMBER_COLOURS)],
                 )  # fmt: skip
             found = correlation(rows, key)
             axis.set_title(f"Spearman {found.rho:.2f} ({found.low:.2f} to {found.high:.2f}, models drawn)")
