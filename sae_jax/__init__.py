@@ -1,6 +1,21 @@
-"""Measure, predict, reproduce and cure feature death in sparse autoencoders."""
+"""Measure, predict, reproduce and cure feature death in sparse autoencoders.
 
+    train      a configuration → a workdir with SAEs, report and figures
+    diagnose   activations → outlier severity, predicted death, the remedy
+    dissect    an SAE of any format, and activations → who is dead, by which pathway
+    load       an SAE of a run, of SAELens, dictionary_learning or sparsify, or of the hub
+    export     the same, written in one of those formats
+    base       the default configuration
+    SAE, encode, decode    the autoencoder as a pytree of four arrays, and what it does
+    Refused    what all of them raise where the input is wrong
+"""
+
+from sae_jax.autopsy import dissect
+from sae_jax.config import base
 from sae_jax.diagnosis import diagnose
+from sae_jax.errors import Refused
 from sae_jax.running import train
+from sae_jax.sae import SAE, decode, encode
+from sae_jax.sharing import export, load
 
-__all__ = ["diagnose", "train"]
+__all__ = ["SAE", "Refused", "base", "decode", "diagnose", "dissect", "encode", "export", "load", "train"]

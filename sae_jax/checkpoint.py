@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,10 @@ DAMAGED = "damaged"  # where checkpoints are put aside
 CHECKSUMS = "checksums.json"
 METADATA = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"  # orbax writes it last; nobody reads what is in it
+_HANDLERS = {
+    "state": ocp.StandardCheckpointHandler(), "statistics": ocp.StandardCheckpointHandler(),
+    "history": ocp.JsonCheckpointHandler(), "position": ocp.JsonCheckpointHandler(),
+}  # fmt: skip
 
 
 def check_workdir(workdir: str, identity: dict[str, Any]) -> None:
@@ -254,3 +258,42 @@ def history(workdir: str) -> list[Any]:
     """The history kept in the newest checkpoint of a workdir: one entry per checkpoint so far."""
     with ocp.CheckpointManager(epath.Path(workdir).absolute() / FOLDER) as manager:
         return manager.restore(manager.latest_step(), args=ocp.args.Composite(history=ocp.args.JsonRestore())).history
+
+
+class Saved(NamedTuple):
+    """The newest checkpoint of a finished or unfinished run, as its own files describe it."""
+
+    step: int
+    groups: list[Any]  # of members, in order: a dictionary of arrays for each TrainState
+    statistics: dict[str, np.ndarray]
+    history: list[Any]
+    identity: dict[str, Any]  # the configuration, flat
+
+
+def saved(workdir: str) -> Saved:
+    """Reads the newest intact checkpoint of a workdir onto this machine, whatever devices it was written on.
+
+    Raises:
+      Refused: no run is there, or it has no complete checkpoint.
+    """
+    root = epath.Path(workdir)
+    if not (root / CONFIG).exists() or not (root / FOLDER).exists():
+        raise Refused("--workdir", workdir, f"the folder of a run, with {CONFIG} and {FOLDER}")
+    step = next((step for step in reversed(_steps(root / FOLDER)) if damage(root / FOLDER / str(step)) is None), None)
+    if step is None:
+        raise Refused("--workdir", workdir, "a run with a complete and intact checkpoint")
+    with ocp.CheckpointManager(root.absolute() / FOLDER, item_handlers=_HANDLERS) as manager:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), manager.item_metadata(step).state
+        )
+        found = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(shapes),
+                statistics=ocp.args.StandardRestore(),
+                history=ocp.args.JsonRestore(),
+            ),
+        )
+    identity = json.loads((root / CONFIG).read_text())
+    return Saved(step, list(found.state), found.statistics, found.history, identity)

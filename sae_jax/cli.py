@@ -13,6 +13,9 @@ from sae_jax.errors import Preempted, Refused, RunFailed
 USAGE = """usage:
   python -m sae_jax train    --config=configs/X.py --workdir=DIR [--config.a.b=value ...]
   python -m sae_jax diagnose --activations=PATH --workdir=DIR [--k=64 --n_features=8192 --measure]
+  python -m sae_jax diagnose --activations=PATH --workdir=DIR --sae=SAE [--member=NAME]
+  python -m sae_jax export   --workdir=RUN --format=saelens --out=DIR [--member=NAME] [--push=OWNER/NAME]
+  python -m sae_jax export   --from=SAE --format=sparsify --out=DIR
   python -m sae_jax extract  --config=configs/X.py --out=DIR [--layers=1,2,9] [--config.a.b=value ...]
   python -m sae_jax extract  --from=FILE --out=DIR [--dtype=float32]
   python -m sae_jax sweep    --config=configs/sweep.py --workdir=DIR [--filter=model=gpt2] [--grid=seed=0,1] [--dry_run]
@@ -21,7 +24,11 @@ USAGE = """usage:
 verbs:
   train      train the SAEs a configuration describes; run it again to go on where it stopped
   diagnose   outlier severity, predicted death and the remedy, before any training. PATH is a .npy, .npz or .safetensors
-             file or a dataset folder; --config=configs/X.py in its place takes the activations a configuration names
+             file or a dataset folder; --config=configs/X.py in its place takes the activations a configuration names.
+             With --sae: which features of that SAE are dead, by which pathway, and what centring would have saved. SAE
+             is a run, a folder in the format of saelens, dictionary_learning or sparsify, or hf://OWNER/NAME/FOLDER
+  export     write an SAE of a run, or of another format, as saelens, dictionary_learning or sparsify; --push puts the
+             folder on the Hugging Face hub as well
   extract    write a model's activations, many layers in one pass, or those in a file, as datasets to train on
   sweep      many models and layers into one table, results.csv; run it again to go on. --filter: model, domain or layer
 """
@@ -77,13 +84,26 @@ def diagnose(argv: list[str]) -> int:
         flags.DEFINE_bool("measure", False, "also count deaths in untrained SAEs", flag_values=values)
         flags.DEFINE_integer("n_probes", 512, "random directions to forecast with", flag_values=values)
         flags.DEFINE_integer("seed", 0, "of probes and measured SAEs", flag_values=values)
+        flags.DEFINE_string("sae", None, "an SAE to examine", flag_values=values)
+        flags.DEFINE_string("member", None, "which SAE of a run", flag_values=values)
 
     given, config = _parse(argv, define)
     if (given.activations is None) == (config is None):
         raise Refused("--activations", given.activations, "a file or a dataset folder, or --config=FILE in its place")
-    from sae_jax import diagnosis, report
+    from sae_jax import autopsy, diagnosis, report
 
     logging.set_verbosity(logging.ERROR)
+    if given.sae is not None:
+        for flag in ("n_features", "k"):
+            if given[flag].value is not None:
+                raise Refused(f"--{flag}", given[flag].value, "left out: the SAE has its own")
+        found = autopsy.dissect(
+            given.sae, given.activations if config is None else config, given.workdir,
+            member=given.member, n_probes=given.n_probes, seed=given.seed,
+        )  # fmt: skip
+        print(report.autopsy_table(found))
+        print(f"report, features.csv, figures: {given.workdir}")
+        return 0
     sae = config_lib.base().sae if config is None else config.sae
     found = diagnosis.diagnose(
         given.activations if config is None else config,
@@ -96,6 +116,30 @@ def diagnose(argv: list[str]) -> int:
     )
     print(report.diagnosis_table(found))
     print(f"report, figures: {given.workdir}")
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    """sae_jax export --workdir | --from, --format, --out"""
+
+    def define(values: flags.FlagValues) -> None:
+        flags.DEFINE_string("out", None, "a new folder", flag_values=values)
+        flags.DEFINE_string("from", None, "an SAE of any format", flag_values=values)
+        flags.DEFINE_string("format", "saelens", "saelens, dictionary_learning or sparsify", flag_values=values)
+        flags.DEFINE_string("member", None, "which SAE of a run", flag_values=values)
+        flags.DEFINE_string("push", None, "a repository on the Hugging Face hub", flag_values=values)
+
+    given, _ = _parse(argv, define, folder="out")
+    source: str | None = given["from"].value
+    if (source is None) == (given.workdir is None):
+        raise Refused("--workdir", given.workdir, "the folder of a run, or --from=SAE in its place")
+    from sae_jax import sharing
+
+    logging.set_verbosity(logging.ERROR)
+    sharing.export(
+        given.workdir if source is None else source, given.out, given.format, member=given.member, push=given.push
+    )
+    print(f"{given.format}: {given.out}" + (f", pushed to {given.push}" if given.push else ""))
     return 0
 
 
@@ -175,7 +219,7 @@ def sweep(argv: list[str]) -> int:
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
-    "train": train, "diagnose": diagnose, "extract": extract, "sweep": sweep,
+    "train": train, "diagnose": diagnose, "extract": extract, "export": export, "sweep": sweep,
 }  # fmt: skip
 Define = Callable[[flags.FlagValues], None]
 

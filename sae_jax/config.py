@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ MEMBER_SECTIONS = ("seed", "sae", "auxk", "train")
 MEMBER_DATA = "data.gamma"  # synthetic data: the members share the signal and differ in how far the mean is
 
 
-def base() -> ConfigDict:
-    """The default configuration; files in configs/ start from it."""
+def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The default configuration, which files in configs/ start from, with overrides as {"train.steps": 1000}."""
     config = ConfigDict()
     config.seed = 0  # initialisation, data order and synthetic data
 
@@ -91,6 +92,13 @@ def base() -> ConfigDict:
     config.checkpoint.keep = 2  # how many to keep
 
     config.members = ConfigDict()  # name → overrides: SAEs trained side by side on the same batches; empty: one
+    for key, value in (overrides or {}).items():
+        if key not in flatten(config):
+            raise Refused(key, value, "an existing key")
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as error:
+            raise Refused(key, value, f"type {type(flatten(config)[key]).__name__}") from error
     return config
 
 
@@ -157,6 +165,20 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 def identity(config: ConfigDict) -> dict[str, Any]:
     """What a run computes, as a flat dictionary that JSON keeps: two runs are the same run if these are equal."""
     return {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
+
+
+def from_identity(flat: dict[str, Any]) -> ConfigDict:
+    """The configuration that `identity` was taken of; free keys at their defaults."""
+    config = base()
+    for key, value in flat.items():
+        *sections, last = key.split(".")
+        part = config
+        for section in sections:
+            if section not in part:  # members and their overrides have no default
+                part[section] = ConfigDict()
+            part = part[section]
+        part[last] = value
+    return config
 
 
 def check(config: ConfigDict) -> None:

@@ -60,7 +60,7 @@ def diagnose(
       Refused: the activations cannot be diagnosed; nothing was written.
       RunFailed: activations made or extracted on the way are not finite.
     """
-    _check(n_features, k, n_probes, seed, workdir)
+    check(n_features, k, n_probes, seed, workdir)
     tokens, scale = rescaled(open_tokens(activations))
     severity, sample, n_zero = first_pass(tokens)
     median = outliers.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
@@ -70,7 +70,7 @@ def diagnose(
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
     band = found["none"].curve(_shares(n_features, k), n_features)
 
-    result = Report(_summary(severity), n_features=n_features, k=k)
+    result = Report(summary(severity), n_features=n_features, k=k)
     result["predicted"] = predictions(severity, sample, n_features, k)
     here = int(np.searchsorted(band.share, k / n_features))
     result["predicted"]["probe"] = {**probe["none"], "low": float(band.low[here]), "high": float(band.high[here])}
@@ -100,7 +100,8 @@ def diagnose(
     return result
 
 
-def _check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None) -> None:
+def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None) -> None:
+    """Refuses settings that cannot be run, and a workdir that cannot be written. Writes nothing."""
     if not 1 <= n_features < 2**31:
         raise Refused("n_features", n_features, "1 to 2^31 - 1")
     if not 1 <= k <= n_features:
@@ -191,24 +192,16 @@ def _shares(n_features: int, k: int) -> np.ndarray:
     return np.unique(np.append(0.5 * 2 ** (-steps / 4), k / n_features))
 
 
-def _summary(severity: Severity) -> dict[str, Any]:
+def summary(severity: Severity) -> dict[str, Any]:
+    """What the moments say: the gammas, rank, kurtosis, outlier dimensions, how long a bias takes to learn the mean."""
     raw, normed, _ = severity
-    kurtosis, standing = raw.kurtosis, normed.outlier_dimensions
-    share = normed.mean**2 / max(float(normed.mean @ normed.mean), np.finfo(np.float64).tiny)
-    d_model = len(raw.mean)
+    kurtosis, d_model = raw.kurtosis, len(raw.mean)
     return {
         **severity.gammas(),
         "effective_rank": outliers.effective_rank(normed.eigenvalues),
         "kurtosis": {"median": float(np.median(kurtosis)), "max": float(np.max(kurtosis))},
-        "n_outlier_dimensions": len(standing),
-        "outlier_dimensions": [
-            {
-                "dimension": int(j),
-                "mean_over_sigma": float(abs(normed.mean[j]) / normed.sigma[j]),
-                "share_of_mean_square": float(share[j]),
-            }
-            for j in standing[:50]
-        ],
+        "n_outlier_dimensions": len(normed.outlier_dimensions),
+        "outlier_dimensions": outliers.standing_out(normed),
         "bias_learning_time": theory.bias_learning_time(raw.mean * np.sqrt(d_model) / np.linalg.norm(raw.sigma)),
         "n_tokens": raw.n_tokens,
         "d_model": d_model,
@@ -238,6 +231,12 @@ def predictions(severity: Severity, sample: Float[np.ndarray, "m d"], n_features
     }
 
 
+def landscape(sample: Float[np.ndarray, "m d"], result: dict[str, Any]) -> Figure:
+    """The picture of some of the tokens, with the outlier dimensions of a report marked."""
+    shown = outliers.layer_norm(sample[np.linspace(0, len(sample) - 1, 200).astype(int)].astype(np.float64))
+    return figures.landscape(shown, result["outlier_dimensions"], result["n_outlier_dimensions"])
+
+
 def _figures(
     severity: Severity,
     sample: np.ndarray,
@@ -251,10 +250,7 @@ def _figures(
     bar = float(theory.alignment_threshold(result["k"] / result["n_features"], result["d_model"]))
     spectra = {"as they are": severity.raw.eigen[0], "after LayerNorm": severity.layer_normed.eigenvalues}
     return {
-        "landscape": figures.landscape(
-            outliers.layer_norm(sample[np.linspace(0, len(sample) - 1, 200).astype(int)].astype(np.float64)),
-            result["outlier_dimensions"], result["n_outlier_dimensions"],
-        ),
+        "landscape": landscape(sample, result),
         "spectrum": figures.spectrum(spectra),
         "death_curve": figures.death_curve(
             band, result["k"] / result["n_features"], result["predicted"], measured.get("none")

@@ -81,6 +81,48 @@ def bias_convergence(history: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def comparison(members: list[dict[str, Any]]) -> Figure:
+    """Conditions side by side: dead by pathway at the start (pale) and at the end, one pair of bars a member."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 1.0 + 0.5 * len(members)), layout="constrained")
+        axis = figure.subplots()
+        y = np.arange(len(members))[::-1]
+        for when, offset, alpha in (("init", 0.2, 0.45), ("final", -0.2, 1.0)):
+            relu = np.array([100 * member[when]["dead_by_relu"] for member in members])
+            topk = np.array([100 * member[when]["dead_by_topk"] for member in members])
+            label = "at init" if when == "init" else "at the end"
+            axis.barh(y + offset, relu, 0.36, color=RELU, alpha=alpha, label=f"by ReLU, {label}")
+            axis.barh(y + offset, topk, 0.36, left=relu, color=TOPK, alpha=alpha, label=f"by TopK, {label}")
+            for place, total in zip(y + offset, relu + topk, strict=True):
+                axis.text(total + 1, place, f"{total:.1f} %", va="center", fontsize=8)
+        axis.set_yticks(y, [member["name"] for member in members])
+        axis.grid(visible=False, axis="y")
+        axis.set(xlabel="features dead (%)", xlim=(0, 112))
+        axis.set_xticks(range(0, 101, 20))
+        figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
+def curves(history: list[dict[str, Any]]) -> Figure:
+    """Reconstruction and sparsity on the held-out tokens over steps."""
+    names = list(history[0]["members"])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.7), layout="constrained")
+        axes = figure.subplots(1, 2)
+        steps = [entry["step"] for entry in history]
+        for axis, key, label in ((axes[0], "fve", "FVE about the mean"), (axes[1], "l0", "features active per token")):
+            for i, name in enumerate(names):
+                values = [np.nan if entry["members"][name][key] is None else entry["members"][name][key]
+                          for entry in history]  # fmt: skip
+                axis.plot(steps, values, marker="o", ms=2.5, lw=1.2, color=MEMBER_COLOURS[i % 8], label=name)
+            axis.set(xlabel="step", ylabel=label)
+        axes[0].set_ylim(max(-0.5, axes[0].get_ylim()[0]), 1)  # an untrained SAE far below zero would flatten the rest
+        axes[1].set_ylim(0, None)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 6))
+    return figure
+
+
 def shifts(members: dict[str, list[tuple[str, Shift]]]) -> Figure:
     """The mechanism: each feature's mean pre-activation over its standard deviation, coloured by its fate.
 
@@ -106,6 +148,24 @@ def shifts(members: dict[str, list[tuple[str, Shift]]]) -> Figure:
             axis.set_xlabel("mean of z_pre / its standard deviation")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def alignment(cosines: Float[np.ndarray, "n"], shift: Shift) -> Figure:
+    """Cosine of every feature's encoder row with the mean, coloured by fate."""
+    alive = ~(shift.dead_by_relu | shift.dead_by_topk)
+    limit = max(0.05, 1.05 * float(np.abs(cosines).max()))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
+        axis = figure.subplots()
+        axis.hist(
+            [cosines[mask] for mask in (shift.dead_by_relu, shift.dead_by_topk, alive)],
+            bins=61, range=(-limit, limit), stacked=True, color=(RELU, TOPK, ALIVE),
+            label=("dead by ReLU", "dead by TopK", "alive"),
+        )  # fmt: skip
+        axis.axvline(0, color="black", lw=0.6, ls=":")
+        axis.set(xlabel="cosine of the encoder row with the mean", ylabel="features")
+        figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 

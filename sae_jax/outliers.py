@@ -11,7 +11,7 @@ fate depends on the direction of a token only:
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -85,6 +85,19 @@ class Moments:
         """Dimensions with |mu_j| ≥ 3 sigma_j, the largest share of ‖mu‖² first."""
         standing = np.flatnonzero(np.abs(self.mean) >= OUTLIER * self.sigma)
         return standing[np.argsort(-np.abs(self.mean[standing]), kind="stable")]
+
+
+def standing_out(normed: Moments, most: int = 50) -> list[dict[str, Any]]:
+    """The outlier dimensions of layer-normed activations, with |mean|/sigma and their share of ‖mu‖²."""
+    share = normed.mean**2 / max(float(normed.mean @ normed.mean), np.finfo(np.float64).tiny)
+    return [
+        {
+            "dimension": int(j),
+            "mean_over_sigma": float(abs(normed.mean[j]) / normed.sigma[j]) if normed.sigma[j] > 0 else None,
+            "share_of_mean_square": float(share[j]),
+        }
+        for j in normed.outlier_dimensions[:most]
+    ]
 
 
 def effective_rank(eigenvalues: Float[np.ndarray, "d"]) -> float:

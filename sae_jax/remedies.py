@@ -79,7 +79,7 @@ def forecast(
         rows[name] = stratified_rows(n_probes, left * (before.norm == "none"), rng)
     probes = {name: jnp.asarray(w, jnp.float32) for name, w in rows.items()}
     best = {name: jnp.full(n_probes, -1.0, jnp.float32) for name in choices}
-    for x, valid in _padded(tokens, "forecast"):
+    for x, valid in padded(tokens, "forecast"):
         best = _improve(best, choices, probes, x, valid)
     return {
         name: Forecast(w, np.asarray(best[name], np.float64) * np.sqrt(w.shape[1])) for name, w in rows.items()
@@ -127,14 +127,14 @@ def measured_deaths(
         for name, before in choices.items()
     }
     seen: dict[str, death.Sightings] = {}
-    for x, valid in _padded(tokens, "measure"):
+    for x, valid in padded(tokens, "measure"):
         for name, before in choices.items():
             part = _sight(saes[name], before, x, valid)
             seen[name] = seen[name] | part if name in seen else part
     return {name: death.pathways(found) for name, found in seen.items()}
 
 
-def _padded(tokens: Tokens, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def padded(tokens: Tokens, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of one shape, with the mask of the rows that are tokens."""
     for x in report.tokens_bar(tokens.batches(), what):
         for start in range(0, len(x), BATCH):

@@ -43,14 +43,15 @@ def _installed(name: str) -> bool:
 
 def write_json(workdir: str, report: dict[str, Any]) -> None:
     """report.json; numbers that are not finite become null."""
-    write_text(epath.Path(workdir) / "report.json", json.dumps(_finite(report), indent=2, allow_nan=False) + "\n")
+    write_text(epath.Path(workdir) / "report.json", json.dumps(finite(report), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, which JSON has no way to write."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -76,7 +77,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [["member", "step", *(COLUMNS[key] for key in shown)]]
     for member in report["members"]:
         for when, step in (("init", 0), ("final", report["step"])):
-            lines.append([member["name"], str(step), *(_cell(key, member[when][key]) for key in shown)])
+            lines.append([member["name"], str(step), *(cell(key, member[when][key]) for key in shown)])
     size = f"n = {report['n_features']}, k = {report['k']}, {report['n_eval_tokens']} held-out tokens"
     return f"{size}; {_gammas(report)}\n{_aligned(lines)}"
 
@@ -106,12 +107,26 @@ def diagnosis_table(report: dict[str, Any]) -> str:
     return "\n".join([*head, _aligned(laws), "", _aligned(remedies), "", report["advice"]])
 
 
+def autopsy_table(report: dict[str, Any]) -> str:
+    """The report of an autopsy: the SAE as it is beside the same with its bias at the mean, and the verdict."""
+    shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve", "l0"]
+    lines = [["SAE", *(COLUMNS[key] for key in shown)]]
+    for name, found in (("as it is", report), ("bias moved to the mean", report["if_centred"])):
+        lines.append([name, *(cell(key, found[key]) for key in shown)])
+    fates = [["features", "number", "median cosine with mu"]]
+    for name, found in report["alignment_with_mean"].items():
+        cosine = found["cosine"][1] if found["cosine"] else None
+        fates.append([name.replace("_", " "), str(found["n"]), cell("cosine", cosine)])
+    size = f"n = {report['n_features']}, k = {report['k']}, {report['n_tokens']} tokens"
+    return "\n".join([f"{size}; {_gammas(report)}", _aligned(lines), "", _aligned(fates), "", report["advice"]])
+
+
 def _gammas(report: dict[str, Any]) -> str:
     return ", ".join(f"{key} {report[key]:.2f}" for key in ("gamma", "gamma_raw", "gamma_direction"))
 
 
 def _deaths(found: dict[str, float]) -> list[str]:
-    return [_cell(key, found[key]) for key in ("dead_by_relu", "dead_total")]
+    return [cell(key, found[key]) for key in ("dead_by_relu", "dead_total")]
 
 
 def _aligned(lines: list[list[str]]) -> str:
@@ -123,7 +138,8 @@ def _aligned(lines: list[list[str]]) -> str:
     )  # fmt: skip
 
 
-def _cell(key: str, value: float | None) -> str:
+def cell(key: str, value: float | None) -> str:
+    """A number as tables show it, by its key in the report."""
     if value is None:
         return "–"
     return f"{100 * value:.1f} %" if key.startswith("dead") else f"{value:.3f}" if key != "l0" else f"{value:.1f}"

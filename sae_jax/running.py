@@ -9,7 +9,7 @@ from etils import epath
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from sae_jax import checkpoint, evaluation, figures, parallel, report, training
+from sae_jax import checkpoint, evaluation, figures, outliers, page, parallel, report, training
 from sae_jax import config as config_lib
 from sae_jax.ensemble import Ensemble, culprit
 from sae_jax.errors import Preempted, RunFailed
@@ -225,18 +225,16 @@ class Run:
         }
         kept = checkpoint.history(self.workdir)  # all processes together open the checkpoints
         if jax.process_index() == 0:
-            self._draw(kept)
+            self._draw(kept, result)
             rows = self.ensemble.fates(self.history, self.states)
             report.write_csv(epath.Path(self.workdir) / "fates.csv", rows)
             report.write_json(self.workdir, result)
         return result
 
-    def _draw(self, kept: list[dict[str, Any]]) -> None:
-        folder = epath.Path(self.workdir)
+    def _draw(self, kept: list[dict[str, Any]], result: dict[str, Any]) -> None:
+        """The figures, and the page that shows them."""
         names = list(self.ensemble.members)[:DRAWN]
         kept = [{**entry, "members": {name: entry["members"][name] for name in names}} for entry in kept]
-        figures.save(figures.deaths(kept), folder / "deaths.png")
-        figures.save(figures.bias_convergence(kept), folder / "bias.png")
         share = self.config.eval.batch_size // jax.process_count()
         tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), share))
         shifts: dict[str, list[tuple[str, evaluation.Shift]]] = {name: [] for name in self.ensemble.members}
@@ -245,4 +243,17 @@ class Run:
                 found = evaluation.shifts(training.in_shared_frame(state), tokens, self.source.held_out())
                 for name, shift in zip(group.names, found, strict=True):
                     shifts[name].append((when, shift))
-        figures.save(figures.shifts({name: shifts[name] for name in names}), folder / "shifts.png")
+        given, valid = next(self.source.held_out())
+        normed = outliers.layer_norm(np.asarray(tokens(given), np.float64)[valid])
+        standing = outliers.moments(normed)
+        drawn = {
+            "deaths": figures.deaths(kept),
+            "bias": figures.bias_convergence(kept),
+            "shifts": figures.shifts({name: shifts[name] for name in names}),
+            "curves": figures.curves(kept),
+            "comparison": figures.comparison(result["members"][:DRAWN]),
+            "landscape": figures.landscape(
+                normed[:200], outliers.standing_out(standing), len(standing.outlier_dimensions)
+            ),
+        }
+        page.write(self.workdir, result, {name: figures.png(figure) for name, figure in drawn.items()})

@@ -1,0 +1,110 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sae-jax/sae-jax/blob/main/colab/3_sweep_on_tpu.ipynb)
+#
+# # A sweep on a TPU slice
+#
+# Death against gamma, for several seeds: many SAEs, one table. On a TPU runtime every job uses all chips of the slice;
+# on several hosts the same command shares the jobs out with `--shard=i/N`. A sweep that is killed goes on where it was.
+# The same cells run on a CPU or GPU, only slower.
+
+# %% tags=["install"]
+# %pip install --quiet "jax[tpu]"  # on a GPU: jax[cuda12]
+# %pip install --quiet sae-jax
+
+# %% tags=["parameters"]
+gammas = (0.5, 1, 2, 5, 10, 20, 40)
+seeds = (0, 1, 2)
+steps = 2000
+n_tokens = 20_000
+
+# %%
+import csv
+import sys
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+jax.devices()
+
+# %% [markdown]
+# ## What to run
+#
+# A sweep is a configuration file with one more function: `sweep(add)` adds a combination of overrides at a time.
+
+# %%
+Path("gammas.py").write_text(f'''
+from ml_collections import ConfigDict
+
+from sae_jax.config import base
+
+
+def get_config():
+    config = base()
+    config.sae.n_features, config.sae.k = 1024, 8
+    config.data.signal, config.data.d_model = "sparse", 64
+    config.data.n_true_features, config.data.n_active, config.data.statistics_tokens = 256, 5, {n_tokens}
+    config.train.steps, config.train.batch_size, config.train.learning_rate = {steps}, 128, 1e-3
+    config.train.steps_per_dispatch = 50
+    config.checkpoint.every = {max(1, steps // 4)}
+    config.eval.n_tokens = {n_tokens}
+    config.auxk.preset = "none"
+    config.members = ConfigDict({{
+        "baseline": {{"sae": {{"center": "none"}}}}, "centred": {{"sae": {{"center": "geometric_median"}}}},
+    }})
+    return config
+
+
+def sweep(add):
+    for gamma in {gammas!r}:
+        for seed in {seeds!r}:
+            add({{"data.gamma": float(gamma), "seed": seed}})
+''');
+
+# %%
+# !{sys.executable} -m sae_jax sweep --config=gammas.py --workdir=runs/gammas --dry_run
+
+# %% [markdown]
+# ## Running it
+#
+# Several machines: the same command with `--shard=0/4` … `--shard=3/4` and a `--workdir` that all of them see, as
+# `gs://bucket/gammas`, then once more with `--merge`.
+
+# %%
+# !{sys.executable} -m sae_jax sweep --config=gammas.py --workdir=runs/gammas
+
+# %% [markdown]
+# ## The table
+
+# %%
+with open("runs/gammas/results.csv") as file:
+    rows = [row for row in csv.DictReader(file) if row["status"] == "done"]
+print(len(rows), "rows;", ", ".join(rows[0]))
+
+# %%
+figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+for condition, colour in (("baseline", "#4d4d4d"), ("centred", "#2166ac")):
+    here = [row for row in rows if row["condition"] == condition]
+    gamma = np.array([float(row["gamma_raw"]) for row in here])
+    for key, style in (("dead_total", "-"), ("dead_by_relu", "--")):
+        dead = np.array([100 * float(row[key]) for row in here])
+        order = np.argsort(gamma)
+        axis.plot(gamma, dead, "o", ms=3, color=colour, alpha=0.5)
+        axis.plot(gamma[order], dead[order], style, lw=1, color=colour, label=f"{condition}, {key.replace('_', ' ')}")
+axis.set(xscale="log", xlabel="gamma", ylabel="features dead after training (%)", ylim=(-3, 103))
+axis.legend(frameon=False, fontsize=8);
+
+# %% [markdown]
+# To sweep real models and layers: `configs/sweep.py` has all layers of the paper's models; `--filter=model=gpt2` picks
+# one, `--dry_run` prints what would be done.

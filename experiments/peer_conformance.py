@@ -1,0 +1,275 @@
+"""Exported SAEs in the hands of the libraries they are exported to; SAEs that those libraries trained, examined here.
+
+    pip install -e ".[test]" && python experiments/peer_conformance.py --peers=saelens,sparsify
+
+dictionary_learning brings torchvision along, which breaks transformers where torch is another build, so it is examined
+in an environment of its own:
+
+    python -m venv peers && peers/bin/pip install -e ".[test]" dictionary-learning==0.1.0
+    peers/bin/pip uninstall -y torchvision && peers/bin/python experiments/peer_conformance.py
+
+1. For each gamma and condition an SAE is trained, exported, loaded by the peer itself and run there, against our own in
+   float64 with the preprocessing run and not folded: error of x̂ as a share of ‖x − mu‖ (root mean square over tokens
+   with the same active features, and of the worst token); tokens on which those differ, only by features within 1e-4
+   of the threshold (ties), and otherwise. The peer runs in float64, which shows what is lost in the export, and in
+   float32, as it loads; there no arithmetic keeps more than 6e-8 of ‖x‖, so our own float32 is measured beside it.
+2. An SAE trained by the peer's own trainer: death by pathway against a count in NumPy.
+
+Exits with 1 where the error passes 1e-5 (1e-4 behind a norm of each token), active features differ otherwise than by
+ties, or a count is another. A few minutes on 2 CPU cores.
+"""
+
+import argparse
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+warnings.filterwarnings("ignore")  # the peers' own
+
+import sae_jax  # noqa: E402
+from sae_jax import formats, outliers, report, sharing  # noqa: E402
+from sae_jax import sae as sae_lib  # noqa: E402
+from sae_jax.preprocess import per_token, whitening  # noqa: E402
+
+D, N, K = 64, 512, 8
+TOLERANCE, TIE = 1e-5, 1e-4
+NORM_TOLERANCE = 1e-4  # SAELens' LayerNorm adds its 1e-5 elsewhere than ours: 1e-5 / deviation · gamma apart
+
+
+def activations(gamma: float, n_tokens: int) -> np.ndarray:
+    """Sparse sums of 256 directions, about a mean gamma times as long as they vary."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(256, D)) / np.sqrt(D)
+    x = (rng.random((n_tokens, 256)) < 0.02) * rng.uniform(0.5, 1.5, (n_tokens, 256)) @ rows
+    x -= x.mean(axis=0)
+    mean = rng.normal(size=D)
+    mean *= gamma * np.sqrt(np.square(x).sum(axis=1).mean()) / np.linalg.norm(mean)
+    return np.asarray(x + mean, np.float32)
+
+
+def trained(x: np.ndarray, folder: Path, steps: int) -> str:
+    """A run of a baseline and a centred SAE on these activations."""
+    np.save(folder.with_suffix(".npy"), x)
+    config = sae_jax.base()
+    config.data.path = str(folder.with_suffix(".npy"))
+    config.sae.n_features, config.sae.k = N, K
+    config.train.steps, config.train.batch_size, config.train.learning_rate = steps, 256, 1e-3
+    config.train.steps_per_dispatch, config.checkpoint.every, config.train.devices = 50, steps, 1
+    config.members = ConfigDict({"baseline": {"sae": {"center": "none"}}, "centred": {"sae": {"center": "mean"}}})
+    sae_jax.train(config, str(folder))
+    return str(folder)
+
+
+def conditions(x: np.ndarray, folder: Path, steps: int) -> dict[str, formats.Packed]:
+    """SAEs trained behind every preprocessing that is exported, each with that preprocessing."""
+    folder.mkdir()
+    plain = trained(x, folder / "plain", steps)
+    found = {name: sharing.load(plain, name) for name in ("baseline", "centred")}
+    white = whitening(outliers.moments(x, covariance=True))
+    packed = sharing.load(trained(np.asarray(white(x), np.float32), folder / "whitened", steps), "centred")
+    found["whitened"] = packed._replace(before=white.replace(scale=packed.before.scale))
+    normed = trained(np.asarray(per_token(x, "layer_norm_unit"), np.float32), folder / "normed", steps)
+    packed = sharing.load(normed, "centred")
+    for norm in ("layer_norm_unit", "unit"):  # of the same length, so one SAE serves both
+        found[norm] = packed._replace(before=packed.before.replace(norm=norm))
+    return found
+
+
+def ours(packed: formats.Packed, x: np.ndarray, dtype: Any = np.float64) -> tuple[np.ndarray, np.ndarray]:
+    """(pre-activations, x̂) with the preprocessing run and not folded."""
+    with jax.enable_x64(dtype is np.float64):
+        sae, before, x = jax.tree.map(lambda a: jnp.asarray(a, dtype), (packed.sae, packed.before, x))
+        y = before(x)
+        reconstruction = before.invert(sae_lib.decode(sae, sae_lib.encode(sae, y)))
+        z = sae_lib.preactivations(sae, y)
+    z, reconstruction, x = np.asarray(z), np.asarray(reconstruction), np.asarray(x)
+    if before.norm == "layer_norm_unit":
+        deviation = np.sqrt(D * (x.var(axis=1, keepdims=True) + outliers.LAYER_NORM_EPS))
+        reconstruction = reconstruction * deviation + x.mean(axis=1, keepdims=True)
+    if before.norm == "unit":
+        reconstruction = reconstruction * np.linalg.norm(x, axis=1, keepdims=True)
+    return z, reconstruction
+
+
+def by_ourselves(packed: formats.Packed, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Active features and x̂ in float32."""
+    z, reconstruction = ours(packed, x, np.float32)
+    return (z >= np.maximum(np.partition(z, -K, axis=1)[:, -K, None], 0)) & (z > 0), reconstruction
+
+
+def compare(packed: formats.Packed, x: np.ndarray, active: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """What the peer has made of x (active features as (tokens, n) bools, x̂) against ours."""
+    z, reconstruction = ours(packed, x)
+    threshold = np.maximum(np.partition(z, -K, axis=1)[:, -K, None], 0)
+    expected = (z >= threshold) & (z > 0)
+    differ = active != expected
+    close = np.abs(z - threshold) <= TIE * np.abs(z).max(axis=1, keepdims=True)
+    same = ~differ.any(axis=1)
+    size = np.linalg.norm(x - x.mean(axis=0, dtype=np.float64), axis=1)[same]
+    error = np.linalg.norm(theirs - reconstruction, axis=1)[same]
+    return {
+        "error": float(np.sqrt(np.mean(error**2) / np.mean(size**2))),
+        "worst": float((error / size).max()),
+        "ties": int((differ.any(axis=1) & ~(differ & ~close).any(axis=1)).sum()),
+        "differ": int((differ & ~close).any(axis=1).sum()),
+    }
+
+
+# -- the peers: how each loads a folder and runs it, and trains one ----------------------------------------------------
+
+
+def run_saelens(folder: str, x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Active features and x̂."""
+    import torch
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(folder, dtype=dtype)
+    with torch.no_grad():
+        t = torch.from_numpy(x).to(getattr(torch, dtype))
+        return sae.encode(t).numpy() > 0, sae(t).numpy()
+
+
+def run_sparsify(folder: str, x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Active features and x̂."""
+    import torch
+    from sparsify import SparseCoder
+
+    sae = SparseCoder.load_from_disk(folder).to(getattr(torch, dtype))
+    with torch.no_grad():
+        out = sae(torch.from_numpy(x).to(sae.dtype))
+        dense = torch.zeros(len(x), N, dtype=sae.dtype).scatter_(1, out.latent_indices, out.latent_acts)
+        return dense.numpy() > 0, out.sae_out.numpy()
+
+
+def run_dictionary_learning(folder: str, x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Active features and x̂."""
+    import torch
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK
+
+    sae = AutoEncoderTopK.from_pretrained(f"{folder}/ae.pt").to(getattr(torch, dtype))
+    with torch.no_grad():
+        reconstruction, features = sae(torch.from_numpy(x).to(sae.b_dec.dtype), output_features=True)
+        return features.numpy() > 0, reconstruction.numpy()
+
+
+def train_saelens(x: np.ndarray, folder: str, steps: int) -> None:
+    """By SAELens' own trainer, as it saves for inference: activations ranked by z · ‖decoder row‖."""
+    import torch
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(0)
+    t = torch.from_numpy(x)
+    batches = iter([t[torch.randint(len(t), (256,))] for _ in range(steps + 1)])
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=N, k=K, apply_b_dec_to_input=True))
+    config = SAETrainerConfig(total_training_samples=steps * 256, train_batch_size_samples=256, lr=1e-3)
+    SAETrainer(config, sae, batches).fit().save_inference_model(folder)
+
+
+def train_dictionary_learning(x: np.ndarray, folder: str, steps: int) -> None:
+    """By dictionary_learning's own trainer."""
+    import json
+
+    import torch
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    trainer = TopKTrainer(steps=steps, activation_dim=D, dict_size=N, k=K, layer=0, lm_name="none", lr=1e-3,
+                          warmup_steps=10, decay_start=steps // 2, seed=0, device="cpu")  # fmt: skip
+    t = torch.from_numpy(x)
+    for step in range(steps):
+        trainer.update(step, t[torch.randint(len(t), (256,))])
+    with torch.no_grad():  # their start at the median leaves hardly any dead: take some of the mean away again
+        trainer.ae.b_dec *= 0.5
+    Path(folder).mkdir()
+    torch.save(trainer.ae.state_dict(), f"{folder}/ae.pt")
+    Path(folder, "config.json").write_text(json.dumps({"trainer": trainer.config}))
+
+
+RUN = {"saelens": run_saelens, "sparsify": run_sparsify, "dictionary_learning": run_dictionary_learning}
+TRAIN = {"saelens": train_saelens, "dictionary_learning": train_dictionary_learning}
+
+
+def counted(peer: str, folder: str, x: np.ndarray) -> dict[str, float]:
+    """Deaths by pathway, from what the files hold and NumPy alone."""
+    if peer == "saelens":
+        from safetensors.numpy import load_file
+
+        w = load_file(f"{folder}/sae_weights.safetensors")
+        z = (x.astype(np.float64) - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        z *= np.linalg.norm(w["W_dec"], axis=1)
+    else:
+        import torch
+
+        w = {key: value.double().numpy() for key, value in torch.load(f"{folder}/ae.pt", weights_only=True).items()}
+        z = (x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]
+    fired = np.zeros(N, bool)
+    kept = np.argpartition(-z, K - 1, axis=1)[:, :K]
+    fired[kept[np.take_along_axis(z, kept, axis=1) > 0]] = True
+    relu = (z <= 0).all(axis=0)
+    return {"dead_by_relu": relu.mean(), "dead_by_topk": (~relu & ~fired).mean(), "dead_total": (~fired).mean()}
+
+
+def main(argv: list[str]) -> int:
+    """Prints a table of both parts and writes it; the exit code says whether all is well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", default=",".join(RUN))
+    parser.add_argument("--gammas", default="0.5,5,20,100")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--tokens", type=int, default=16_000)
+    parser.add_argument("--out", default="")
+    given = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    fine = True
+    with tempfile.TemporaryDirectory() as scratch:
+        for gamma in map(float, given.gammas.split(",")):
+            x = activations(gamma, given.tokens)
+            for name, packed in conditions(x, Path(scratch, f"gamma{gamma}"), given.steps).items():
+                for peer in given.peers.split(","):
+                    folder = f"{scratch}/{peer}-{gamma}-{name}"
+                    try:
+                        sharing.export(packed, folder, peer)
+                    except sae_jax.Refused:
+                        fine &= packed.before.norm != "none" and peer != "saelens"
+                        continue
+                    own = compare(packed, x, *by_ourselves(packed, x))["error"]
+                    exact = compare(packed, x, *RUN[peer](folder, x, "float64"))
+                    found = compare(packed, x, *RUN[peer](folder, x, "float32"))
+                    allowed = TOLERANCE if packed.before.norm == "none" else NORM_TOLERANCE
+                    fine &= max(exact["error"], found["error"]) <= allowed
+                    fine &= not (exact["differ"] or found["differ"])
+                    again = formats.encode(sharing.load(folder), peer)
+                    same = all(Path(folder, file).read_bytes() == content for file, content in again.items())
+                    fine &= same
+                    rows.append({
+                        "peer": peer, "gamma": gamma, "condition": name, "error_float64": exact["error"],
+                        "error_float32": found["error"], "our_own_float32": own, "worst_float64": exact["worst"],
+                        "worst_float32": found["worst"], "ties_float64": exact["ties"],
+                        "ties_float32": found["ties"], "differ": exact["differ"] + found["differ"], "identity": same,
+                    })  # fmt: skip
+                    print(report.one_line({
+                        key: f"{value:.1e}" if isinstance(value, float) and key != "gamma" else str(value)
+                        for key, value in rows[-1].items()
+                    }), flush=True)  # fmt: skip
+        for peer in set(given.peers.split(",")) & TRAIN.keys():
+            x, folder = activations(5.0, given.tokens), f"{scratch}/{peer}-trained"
+            TRAIN[peer](x, folder, given.steps)
+            found = sae_jax.dissect(folder, x)
+            expected = counted(peer, folder, x)
+            fine &= all(found[key] == value for key, value in expected.items())
+            print(f"trained by {peer}: " + ", ".join(
+                f"{key} {100 * found[key]:.2f} % (NumPy {100 * value:.2f})" for key, value in expected.items()))
+    if given.out:
+        report.write_csv(given.out, rows)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
