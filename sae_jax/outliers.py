@@ -22,14 +22,17 @@ OUTLIER = 3.0  # a dimension stands out where its mean is this many of its stand
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens, per dimension, of powers of the deviation from the mean; float64, mergeable in any order."""
+    """Sums over tokens, per dimension, of powers of the deviation from the mean; float64, mergeable in any order.
+
+    The last three are there only where the covariance was asked for: what a diagnosis looks at and training does not.
+    """
 
     n_tokens: int
     mean: np.ndarray  # (d,)
     square: np.ndarray  # (d,): Σ (x − mean)²
-    cube: np.ndarray  # (d,): Σ (x − mean)³
-    fourth: np.ndarray  # (d,): Σ (x − mean)⁴
-    scatter: np.ndarray | None = None  # (d, d): Σ (x − mean)(x − mean)ᵀ, where asked for
+    cube: np.ndarray | None = None  # (d,): Σ (x − mean)³
+    fourth: np.ndarray | None = None  # (d,): Σ (x − mean)⁴
+    scatter: np.ndarray | None = None  # (d, d): Σ (x − mean)(x − mean)ᵀ
 
     @property
     def sigma(self) -> np.ndarray:
@@ -45,6 +48,8 @@ class Moments:
     @property
     def kurtosis(self) -> np.ndarray:
         """(d,) excess kurtosis: 0 for a normal dimension, nan for a constant one."""
+        if self.fourth is None:
+            raise ValueError("moments were taken without the covariance")
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.n_tokens * self.fourth / self.square**2 - 3
 
@@ -116,6 +121,8 @@ def moments(x: Float[np.ndarray, "N d"], covariance: bool = False) -> Moments:
     x64 = np.asarray(x, np.float64)
     mean = x64.mean(axis=0)
     delta = x64 - mean
+    if not covariance:
+        return Moments(len(x64), mean, np.einsum("nd,nd->d", delta, delta))
     square = delta * delta
     return Moments(
         len(x64),
@@ -123,7 +130,7 @@ def moments(x: Float[np.ndarray, "N d"], covariance: bool = False) -> Moments:
         square.sum(axis=0),
         np.einsum("nd,nd->d", square, delta),
         np.einsum("nd,nd->d", square, square),
-        delta.T @ delta if covariance else None,
+        delta.T @ delta,
     )
 
 
@@ -134,18 +141,20 @@ def merge(a: Moments, b: Moments) -> Moments:
         return a if na else b
     n = na + nb
     delta = b.mean - a.mean
-    scatter = None
-    if a.scatter is not None and b.scatter is not None:
-        scatter = a.scatter + b.scatter + np.outer(delta, delta) * (na * nb / n)
+    mean, square = a.mean + delta * (nb / n), a.square + b.square + delta**2 * (na * nb / n)
+    if a.cube is None or a.fourth is None or a.scatter is None:
+        return Moments(n, mean, square)
+    if b.cube is None or b.fourth is None or b.scatter is None:
+        return Moments(n, mean, square)
     return Moments(
         n,
-        a.mean + delta * (nb / n),
-        a.square + b.square + delta**2 * (na * nb / n),
+        mean,
+        square,
         a.cube + b.cube + delta**3 * (na * nb * (na - nb) / n**2) + 3 * delta * (na * b.square - nb * a.square) / n,
         a.fourth + b.fourth + delta**4 * (na * nb * (na**2 - na * nb + nb**2) / n**3)
         + 6 * delta**2 * (na**2 * b.square + nb**2 * a.square) / n**2
         + 4 * delta * (na * b.cube - nb * a.cube) / n,
-        scatter,
+        a.scatter + b.scatter + np.outer(delta, delta) * (na * nb / n),
     )  # fmt: skip
 
 

@@ -34,6 +34,32 @@ def test_every_row_once_an_epoch_in_an_order_that_the_seed_fixes(chunks):
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.1
 
 
+@pytest.mark.parametrize(("n_rows", "batch_size"), [(3072, 96), (5000, 64), (12345, 100), (1100, 48), (70, 32)])
+def test_epochs_end_to_the_row_whatever_divides_what(tmp_path, n_rows, batch_size):
+    np.save(tmp_path / "x.npy", numbered(n_rows))
+    chunks = files.open_chunks(str(tmp_path / "x.npy"))
+    n = len(chunks) * chunks.rows
+    seen = taken(chunks, 3 * n // batch_size + 1, batch_size).astype(int)
+    for epoch in (1, 2, 3):
+        full = np.bincount(seen[: epoch * n // batch_size].ravel(), minlength=n)
+        assert set(full) <= {epoch - 1, epoch}
+        assert np.bincount(seen[: -(-epoch * n // batch_size)].ravel(), minlength=n).min() == epoch
+
+
+def test_long_chunks_are_held_in_fewer_lanes(rng):
+    class Long(pipeline.ArrayChunks):
+        def __init__(self, x):
+            super().__init__(x, "long")
+            self.rows = 4096
+
+    chunks = Long(numbered(40 * 4096, 1))
+    order = pipeline.grain.MapDataset.range(40).seed(0).shuffle().repeat()
+    batches = pipeline.Batches(chunks, order, np.arange(40), 256, 0)
+    seen = np.concatenate([batches[i][:, 0] for i in range(640)])
+    np.testing.assert_array_equal(np.sort(seen), np.arange(40 * 4096))
+    assert sum(len(rows) for _, rows in batches._windows.values()) <= pipeline.LANES * pipeline.WINDOW
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_together_see_the_batches_that_one_sees(chunks, processes):
     alone = taken(chunks, 20)

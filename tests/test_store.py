@@ -172,7 +172,7 @@ def test_a_full_disk_is_one_line_and_keeps_whole_shards(tmp_path, rng, small_sha
         make(tmp_path, x)
     monkeypatch.undo()
     monkeypatch.setattr(store, "SHARD_BYTES", 256 * D * 4 * 2)
-    manifest = json.loads((tmp_path / "activations/m3/1.0.0.partial" / store.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / f"activations/m3/{store.VERSION}.partial" / store.MANIFEST).read_text())
     assert len(manifest["shards"]) == 2
     make(tmp_path, x)
 

@@ -1,13 +1,16 @@
 """From stored activations to batches: one global order, the same for any number of processes, with random access.
 
-Rows are stored in chunks of consecutive tokens. Chunks are shuffled anew each epoch and dealt to a fixed number of
-lanes; each lane shuffles the rows of a window of its chunks; a global batch takes an equal share from every lane.
-Every training row comes exactly once an epoch. Batch number i is a pure function of (seed, i), so the position in the
-data is one number, and processes that own different lanes agree on the order without talking to each other.
+Rows are stored in chunks of consecutive tokens. An epoch is all training rows, in the order of their chunks shuffled
+anew, cut into equal stretches, one for each of a fixed number of lanes. A lane shuffles its rows within windows of a few
+chunks, and a global batch takes an equal share from every lane: every training row comes exactly once an epoch. Batch
+number i is a pure function of (seed, i), so the position in the data is one number, and processes that own different
+lanes agree on the order without talking to each other.
 """
 
-from collections import OrderedDict
+import contextlib
+import ctypes
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from math import gcd
 from typing import Any, Protocol
 
@@ -18,8 +21,10 @@ import numpy as np
 from sae_jax.errors import Refused
 
 LANES = 64  # at most; the batch size has to be a multiple
-WINDOW = 4  # chunks whose rows are shuffled together in a lane
+WINDOW = 1024  # rows shuffled together in a lane, in whole chunks
 CHUNK = 256  # tokens a chunk, where the file has no chunks of its own
+READERS = 2  # threads that fill lanes side by side
+AHEAD = 8  # batches made before they are asked for
 
 
 class Chunks(Protocol):
@@ -28,6 +33,7 @@ class Chunks(Protocol):
     n_tokens: int
     d_model: int
     rows: int  # tokens a chunk
+    dtype: np.dtype
     identity: dict[str, Any]  # what data this is, for reports
 
     def __len__(self) -> int: ...
@@ -51,6 +57,7 @@ class ArrayChunks:
         self._array = array
         self.n_tokens: int = array.shape[0]
         self.d_model: int = array.shape[1]
+        self.dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.float32)
         # Small files get small chunks, so that the held-out tokens and the lanes still come from all over the file.
         self.rows = min(CHUNK, max(1, len(array) // (16 * LANES)))
         self.identity = {"path": name, "shape": list(array.shape), "dtype": str(array.dtype)}
@@ -63,10 +70,7 @@ class ArrayChunks:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop; those after the last whole chunk too."""
-        block = self._array[start : min(stop, self.n_tokens)]
-        if block.dtype.kind == "f":
-            return np.ascontiguousarray(block, dtype=block.dtype.newbyteorder("="))
-        return np.asarray(block, np.float32)
+        return np.ascontiguousarray(self._array[start : min(stop, self.n_tokens)], self.dtype)
 
 
 def split_chunks(n_chunks: int, n_held_out: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,50 +97,90 @@ class Batches(grain.MapDataset):
     ):  # fmt: skip
         super().__init__(order)
         self._chunks, self._train, self._seed = chunks, train, seed
-        self._n_lanes = gcd(LANES, batch_size)
+        self._n_rows, self._window_rows = len(train) * chunks.rows, max(1, WINDOW // chunks.rows) * chunks.rows
+        most = LANES
+        while most > 1 and most * self._window_rows > LANES * WINDOW:  # long chunks: what is held stays the same
+            most //= 2
+        self._n_lanes = gcd(most, batch_size)
         if self._n_lanes % processes:
-            raise Refused("train.batch_size", batch_size, f"a multiple of the {processes} processes, up to {LANES}")
+            raise Refused("train.batch_size", batch_size, f"a multiple of the {processes} processes, up to {most}")
         share = self._n_lanes // processes
         self._lanes = range(process * share, (process + 1) * share)
         self._rows_per_lane = batch_size // self._n_lanes
-        self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # by lane, the one it is in
+        self._readers = ThreadPoolExecutor(READERS)
 
     def __len__(self) -> int:
-        return len(self._parent) // self._n_lanes
+        return len(self._parent) * self._chunks.rows // (self._n_lanes * self._rows_per_lane)
 
     def __getitem__(self, index: int | slice) -> np.ndarray:
         if isinstance(index, slice):
             return self.slice(index)
-        return np.concatenate([self._lane_rows(lane, index * self._rows_per_lane) for lane in self._lanes])
+        m = self._rows_per_lane
+        batch = np.empty((len(self._lanes), m, self._chunks.d_model), self._chunks.dtype)
+        for _ in self._readers.map(self._fill, self._lanes, [index * m] * len(batch), batch):
+            pass
+        return batch.reshape(-1, batch.shape[-1])
 
-    def _lane_rows(self, lane: int, start: int) -> np.ndarray:
-        """The next rows of one lane, from as many of its windows as they touch."""
-        length, stop = WINDOW * self._chunks.rows, start + self._rows_per_lane
-        parts = []
-        for number in range(start // length, (stop - 1) // length + 1):
-            window = self._window(lane, number)
-            parts.append(window[max(start - number * length, 0) : stop - number * length])
-        return np.concatenate(parts)
+    def _fill(self, lane: int, first: int, out: np.ndarray) -> None:
+        """The rows of one lane from its row number `first` on."""
+        done = 0
+        while done < len(out):
+            epoch, place, start, stop = self._stretch(lane, first + done)
+            number = place // self._window_rows
+            low, high = max(start, number * self._window_rows), min(stop, (number + 1) * self._window_rows)
+            count = min(high - place, len(out) - done)
+            out[done : done + count] = self._window(lane, epoch, low, high)[place - low : place - low + count]
+            done += count
 
-    def _window(self, lane: int, number: int) -> np.ndarray:
-        key = (lane, number)
-        if key not in self._cache:
-            positions = [(number * WINDOW + i) * self._n_lanes + lane for i in range(WINDOW)]
-            rows = np.concatenate([self._chunks[self._train[self._parent[p]]] for p in positions])
-            rng = np.random.default_rng([self._seed, lane, number])
-            self._cache[key] = rows[rng.permutation(len(rows))]
-            while len(self._cache) > 2 * len(self._lanes):
-                self._cache.popitem(last=False)
-        return self._cache[key]
+    def _stretch(self, lane: int, row: int) -> tuple[int, int, int, int]:
+        """Where row number `row` of a lane lies: epoch, place in it, and where the lane's stretch starts and stops.
+
+        By the end of epoch e lane l has had ⌊((e + 1)·n + l) / lanes⌋ rows, which add up to all: where lanes do not
+        divide n rows, stretches differ by one, and lanes never drift apart.
+        """
+        n, lanes = self._n_rows, self._n_lanes
+        epoch = ((row + 1) * lanes - 1 - lane) // n
+        taken = (epoch * n + lane) // lanes
+        # Rows of the lanes before this one, up to an epoch: Σ over l < lane of ⌊(e·n + l) / lanes⌋, in closed form.
+        before = [lane * (m // lanes) + max(0, lane - lanes + m % lanes) for m in (epoch * n, (epoch + 1) * n)]
+        start = before[1] - before[0]
+        return epoch, start + row - taken, start, start + ((epoch + 1) * n + lane) // lanes - taken
+
+    def _window(self, lane: int, epoch: int, low: int, high: int) -> np.ndarray:
+        """Rows low to high of an epoch, shuffled."""
+        held, rows = self._windows.get(lane, (None, None))
+        if rows is None or held != (epoch, low):
+            if rows is None or len(rows) != high - low:
+                rows = np.empty((high - low, self._chunks.d_model), self._chunks.dtype)
+            places = np.random.default_rng([self._seed, epoch, low]).permutation(high - low)
+            size = self._chunks.rows
+            for number in range(low // size, (high - 1) // size + 1):
+                first, end = max(low, number * size), min(high, (number + 1) * size)
+                chunk = self._chunks[int(self._train[self._parent[epoch * len(self._train) + number]])]
+                rows[places[first - low : end - low]] = chunk[first - number * size : end - number * size]
+            self._windows[lane] = (epoch, low), rows
+        return rows
+
+
+def _keep_freed_memory() -> None:
+    """Asks glibc not to give freed blocks of a chunk's size back to the system each time: the page faults of getting
+    them again cost more than the reading itself. Up to 256 MB stay with the process."""
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 256 * 2**20)  # M_TRIM_THRESHOLD
 
 
 def batches(
     chunks: Chunks, train: np.ndarray, batch_size: int, seed: int, process: int = 0, processes: int = 1
 ) -> grain.DatasetIterator:
     """Endless iterator over training batches, read ahead by a thread; `get_state` is the number of the next batch."""
+    _keep_freed_memory()
     order = grain.MapDataset.range(len(train)).seed(seed).shuffle().repeat()
     dataset = Batches(chunks, order, train, batch_size, seed, process, processes)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    # One batch after the other, as lanes keep the window they are in.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
 
 
 def read(chunks: Chunks, numbers: np.ndarray, batch_size: int, n_rows: int) -> Iterator[np.ndarray]:

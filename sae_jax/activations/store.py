@@ -26,9 +26,10 @@ from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.outliers import Moments, Severity
 from sae_jax.stopping import StopRequest
 
-NAME, SPLIT, VERSION = "activations", "tokens", "1.0.0"
+NAME, SPLIT, VERSION = "activations", "tokens", "2.0.0"
 MANIFEST = "activations.json"
 SHARD_BYTES = 128 * 2**20
+HEAD_BYTES = 2**16  # of a shard, looked at when a dataset is opened: no two extractions begin alike
 # How numbers are kept: as they are; as their upper 16 bits; z-scored with the mean and deviation of the first shard.
 STORED = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 
@@ -65,6 +66,10 @@ def _features(d_model: int, dtype: str, rows: int) -> tfds.features.FeaturesDict
     return tfds.features.FeaturesDict(
         {"x": tensor((rows, d_model), STORED[dtype]), "token_id": row, "sequence_id": row, "position": row}
     )
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _template(folder: epath.Path) -> tfds.core.ShardedFileTemplate:
@@ -144,7 +149,8 @@ class Writer:
             self._manifest["scale"] = np.where(sigma > 0, sigma, 1).astype(np.float32).tolist()
         kept = _encode(x, self._dtype, self._manifest)
         path = _template(self._partial).sharded_filepath(shard_index=number, num_shards=None)
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        # Compression saves 7 % of the space of float32 and makes reading three times slower.
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         try:
             for start in range(0, n_chunks * self._chunk, self._chunk):
                 part = rows._replace(x=kept).cut(start, start + self._chunk)
@@ -155,7 +161,9 @@ class Writer:
         finally:
             writer.close()
         data = path.read_bytes()
-        shard = {"chunks": n_chunks, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        shard = {
+            "chunks": n_chunks, "bytes": len(data), "head": _sha256(data[:HEAD_BYTES]), "sha256": _sha256(data),
+        }  # fmt: skip
         self._manifest["shards"].append(shard)
         self._manifest["moments"] = _severity_to(self._severity)
         # The shard counts from here on: killed before, the next run writes it again.
@@ -218,11 +226,10 @@ def _severity_to(severity: Severity) -> dict[str, Any]:
 def _severity_from(found: dict[str, Any] | None) -> Severity | None:
     if found is None:
         return None
-    nothing = np.full(len(found["raw"]["mean"]), np.nan)  # third and fourth moments are not kept
-    return Severity(**{
-        view: Moments(m["n_tokens"], np.asarray(m["mean"]), np.asarray(m["square"]), nothing, nothing)
-        for view, m in found.items()
-    })
+    return Severity(*(
+        Moments(found[view]["n_tokens"], np.asarray(found[view]["mean"]), np.asarray(found[view]["square"]))
+        for view in Severity._fields
+    ))
 
 
 def write(
@@ -293,6 +300,8 @@ class StoredChunks:
       Refused: it is no dataset, or a shard is missing or of another size than the manifest says.
     """
 
+    dtype = np.dtype(np.float32)
+
     def __init__(self, folder: str):
         root = epath.Path(folder)
         if not (root / MANIFEST).exists():
@@ -306,6 +315,9 @@ class StoredChunks:
             size = path.stat().length if path.exists() else None
             if size != shard["bytes"]:
                 raise Refused("data.path", str(path), f"a shard of {shard['bytes']} bytes, not {size or 'none'}")
+            with path.open("rb") as file:
+                if _sha256(file.read(HEAD_BYTES)) != shard["head"]:
+                    raise Refused("data.path", str(path), f"the shard that {MANIFEST} describes, not one of other data")
         facts = self._manifest["facts"]
         self._dtype, self.rows, self.d_model = facts["dtype"], facts["chunk"], facts["d_model"]
         # What TFDS would make of features.json it would import by name, from a folder that may be anybody's.
@@ -317,7 +329,7 @@ class StoredChunks:
             names = ", ".join(self.damaged()) or "none of those by their checksums"
             raise Refused("data.path", folder, f"shards as they were written; damaged: {names} ({error})") from error
         self.n_tokens: int = self._manifest["n_tokens"]
-        checksum = hashlib.sha256("".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
+        checksum = _sha256("".join(shard["sha256"] for shard in self._shards).encode())
         self.identity = {"path": str(folder), "tokens": self.n_tokens, "sha256": checksum, **facts}
 
     def _path(self, number: int) -> epath.Path:
@@ -338,7 +350,7 @@ class StoredChunks:
         return self.example(index).x
 
     def _intact(self, number: int) -> bool:
-        return hashlib.sha256(self._path(number).read_bytes()).hexdigest() == self._shards[number]["sha256"]
+        return _sha256(self._path(number).read_bytes()) == self._shards[number]["sha256"]
 
     def _culprit(self, index: int) -> str:
         ends = np.cumsum([shard["chunks"] for shard in self._shards])
