@@ -55,6 +55,7 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     model.activations = ""  # af3: a file of activations, (tokens, d_model)
     model.keep_special_tokens = False  # BOS tokens are attention sinks with huge norms
     model.dtype = "float32"  # how they are kept: float32 | bfloat16 | float16 (z-scored)
+    model.stream = False  # straight into training: computed when needed and not kept, for what no disk would hold
     model.cache = ""  # where datasets are kept; empty: ~/.cache/sae_jax
     data.signal = ""  # synthetic: sparse (known true features) | gaussian (the theory's own assumptions)
     data.gamma = 0.0  # synthetic: gamma_raw = ‖mu‖ / ‖sigma‖

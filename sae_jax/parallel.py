@@ -59,7 +59,7 @@ class Devices:
             in_axes=(0, *split),
             out_axes=None,
             donate_argnums=tuple(1 + argument for argument in donate),
-            devices=self.local if jax.process_count() == 1 else None,
+            devices=self._everywhere(),
         )
         numbers = jax.process_index() * len(self.local) + np.arange(len(self.local), dtype=np.int32)
 
@@ -68,6 +68,13 @@ class Devices:
             return mapped(numbers, *folded)
 
         return call
+
+    def _everywhere(self) -> list[jax.Device]:
+        """The devices of this run in all processes, which use equally many each."""
+        found: dict[int, list[jax.Device]] = {}
+        for device in jax.devices():
+            found.setdefault(device.process_index, []).append(device)
+        return [device for own in found.values() for device in own[: len(self.local)]]
 
     def shared(self, tree: Any) -> Any:
         """The same values as arrays that all processes own together: what a checkpoint of a pod is made of."""

@@ -1,6 +1,7 @@
 """Where batches come from: made on the device, or read from stored activations. Both answer the same questions."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -45,8 +46,11 @@ def open_source(config: ConfigDict) -> Source:
     if config.data.path:
         return StoredSource(config, files.open_chunks(config.data.path))
     if config.data.model.id:
-        from sae_jax.activations import models
+        from sae_jax.activations import models, streaming
 
+        if config.data.model.stream:
+            streamed = streaming.StreamedChunks(config.data.model)
+            return StoredSource(config, streamed, cache(streamed.__getitem__))
         return StoredSource(config, files.open_chunks(models.extracted(config.data.model)))
     return SyntheticSource(config)
 
@@ -115,13 +119,20 @@ class Counter:
 
 
 class StoredSource:
-    """Batches read from chunks of stored activations; an input is the rows themselves."""
+    """Batches read from chunks of activations; an input is the rows themselves.
+
+    Args:
+      again: how the chunks are read that are needed more than once, for statistics and evaluation; where chunks are
+        computed it keeps them.
+    """
 
     split_axis: int | None = 0
     truth: Float[Array, "m d"] | None = None
 
-    def __init__(self, config: ConfigDict, chunks: pipeline.Chunks):
-        self._chunks, self._config = chunks, config
+    def __init__(
+        self, config: ConfigDict, chunks: pipeline.Chunks, again: Callable[[int], np.ndarray] | None = None
+    ):
+        self._chunks, self._config, self._again = chunks, config, again or chunks.__getitem__
         n_tokens = len(chunks) * chunks.rows
         self.n_eval_tokens = min(config.eval.n_tokens, n_tokens // 5)
         if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:
@@ -142,7 +153,7 @@ class StoredSource:
     def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
         size = self._config.eval.batch_size
         mine = _own(size)
-        for x in pipeline.read(self._chunks, self._held_out, size, self.n_eval_tokens):
+        for x in pipeline.read(self._again, self._held_out, size, self.n_eval_tokens):
             padding = ((0, size - len(x)), (0, 0))
             yield np.pad(x, padding)[mine], (np.arange(size) < len(x))[mine]
 
@@ -150,7 +161,7 @@ class StoredSource:
         wanted = min(self._config.data.statistics_tokens, len(self._train) * self._chunks.rows)
         n_chunks = -(-wanted // self._chunks.rows)
         spaced = self._train[np.arange(n_chunks) * len(self._train) // n_chunks]
-        return pipeline.read(self._chunks, spaced, 4096, wanted)
+        return pipeline.read(self._again, spaced, 4096, wanted)
 
     def mean_shift(self, member: ConfigDict) -> np.ndarray:
         return np.zeros(self.d_model)

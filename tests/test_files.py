@@ -1,9 +1,12 @@
+import json
+
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
 from safetensors.flax import save_file
 
-from sae_jax.activations import files
+from sae_jax.activations import files, store
 from sae_jax.errors import Refused
 
 
@@ -27,6 +30,64 @@ def test_every_format_gives_the_same_rows(tmp_path, x):
     save_file({"acts": jnp.asarray(x), "token_id": jnp.arange(700)}, tmp_path / "a.safetensors")
     for path in sorted(tmp_path.iterdir()):
         np.testing.assert_array_equal(whole(path), x, err_msg=str(path))
+
+
+HOOK = "blocks.2.hook_resid_post"
+
+
+def cache(folder, x, context=7, parts=(60, 40), ids=None):
+    """As SAELens's CacheActivationsRunner leaves it (its version 6.54.12 and datasets 5.2 gave the schema)."""
+    folder.mkdir()
+    extension = {
+        "ARROW:extension:name": "datasets.features.features.Array2DExtensionType",
+        "ARROW:extension:metadata": f'[[{context}, {x.shape[1]}], "float32"]',
+    }
+    kind = pyarrow.list_(pyarrow.list_(pyarrow.float32()))
+    schema = pyarrow.schema([
+        pyarrow.field(HOOK, kind, metadata=extension),
+        pyarrow.field("token_ids", pyarrow.list_(pyarrow.int32(), context)),
+    ])
+    start, names = 0, []
+    for number, count in enumerate(parts):
+        names.append({"filename": f"data-{number:05d}-of-{len(parts):05d}.arrow"})
+        rows = slice(start * context, (start + count) * context)
+        table = [x[rows].reshape(count, context, -1).tolist(), np.reshape(ids[rows], (count, context)).tolist()]
+        columns = [pyarrow.array(values, field.type) for values, field in zip(table, schema, strict=True)]
+        with pyarrow.ipc.new_stream(folder / names[-1]["filename"], schema) as writer:
+            writer.write_table(pyarrow.table(columns, schema), max_chunksize=25)
+        start += count
+    (folder / "state.json").write_text(json.dumps({"_data_files": names, "_fingerprint": "00"}))
+    return folder
+
+
+def test_what_saelens_cached_is_read_and_imported_with_its_tokens(tmp_path, x):
+    ids = np.arange(700) * 3 % 101
+    folder = cache(tmp_path / "cache", x, ids=ids)
+    np.testing.assert_array_equal(whole(folder), x)
+    chunks = files.open_chunks(str(folder))
+    for start, stop in ((0, 10), (170, 180), (400, 450), (699, 700)):
+        np.testing.assert_array_equal(chunks.tokens(start, stop), x[start:stop])
+    dataset = store.StoredChunks(store.import_file(str(folder), str(tmp_path / "data")))
+    rows = [dataset.example(i) for i in range(len(dataset))]
+    np.testing.assert_array_equal(np.concatenate([row.x for row in rows]), x)
+    np.testing.assert_array_equal(np.concatenate([row.token_id for row in rows]), ids)
+    np.testing.assert_array_equal(np.concatenate([row.sequence_id for row in rows]), np.arange(700) // 7)
+    np.testing.assert_array_equal(np.concatenate([row.position for row in rows]), np.arange(700) % 7)
+    assert dataset.identity["imported"]["hook"] == HOOK
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "state", "empty"])
+def test_a_damaged_cache_is_refused(tmp_path, x, damage):
+    folder = cache(tmp_path / "cache", x, ids=np.zeros(700, int))
+    path = folder / "data-00001-of-00002.arrow"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-700])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        (folder / "state.json").write_text("{}" if damage == "state" else '{"_data_files": []}')
+    with pytest.raises(Refused, match="cache"):
+        files.open_chunks(str(folder))
 
 
 def test_half_precision_comes_as_it_is_or_as_float32(tmp_path, x):

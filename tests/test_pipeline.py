@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
+from processes import Processes
 
-from sae_jax.activations import files, pipeline
+import sae_jax
+from sae_jax import checkpoint, parallel, running
+from sae_jax.activations import files, pipeline, store
 from sae_jax.errors import Refused
+from sae_jax.sources import open_source
 
 
 def numbered(n, d=3):
@@ -81,7 +85,7 @@ def test_splits_never_overlap_and_the_held_out_chunks_are_spread(chunks):
     assert sorted([*train, *held_out]) == list(range(100))
     assert len(held_out) == 7
     assert np.diff(held_out).min() >= 14
-    read = np.concatenate(list(pipeline.read(chunks, np.arange(100), 32, 290)))
+    read = np.concatenate(list(pipeline.read(chunks.__getitem__, np.arange(100), 32, 290)))
     np.testing.assert_array_equal(read[:, 0], np.arange(290))
 
 
@@ -90,3 +94,62 @@ def test_what_is_no_dataset_is_refused(tmp_path):
         files.open_chunks(str(tmp_path / "y.npy"))
     with pytest.raises(Refused, match="dataset folder"):
         files.open_chunks(str(tmp_path))
+
+
+TWO = """
+    import json, os, signal
+    import numpy as np
+    from ml_collections import ConfigDict
+    import sae_jax
+    from sae_jax import running
+    from sae_jax.errors import Preempted
+    from sae_jax.sources import open_source
+
+    jax.config.update("jax_enable_x64", True)
+    config = ConfigDict(json.loads({config!r}))
+    data = open_source(config).train(0)
+    np.save(f"batches{{number}}.npy", np.stack([next(data) for _ in range(40)]))
+    data.close()
+    advance = running.Run._next_inputs
+
+    def stops(self, count):
+        if self.step == 14 and number == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(self, count)
+
+    running.Run._next_inputs = stops
+    try:
+        sae_jax.train(config, "w")
+    except Preempted as error:
+        print(error)
+"""
+
+
+@pytest.mark.usefixtures("x64")
+def test_two_processes_see_what_one_sees_and_one_goes_on_where_two_stopped(tiny, tmp_path, rng):
+    """Real processes under jax.distributed, a stored dataset, a checkpoint of two that is resumed by one."""
+    np.save(tmp_path / "x.npy", rng.normal(size=(4000, 16)).astype(np.float32) + 3)
+    tiny.data.signal, tiny.data.path = "", store.import_file(str(tmp_path / "x.npy"), str(tmp_path / "data"))
+    started = Processes(TWO.format(config=tiny.to_json()), 2, tmp_path / "two")
+    source = open_source(tiny)
+    data = source.train(0)
+    alone = np.stack([next(data) for _ in range(40)])
+    data.close()
+    whole = sae_jax.train(tiny, str(tmp_path / "whole"))
+    for code, said in started.wait():
+        assert code == 0, said
+        assert "stopped on request at step" in said, said
+    parts = [np.load(tmp_path / "two" / f"batches{number}.npy") for number in range(2)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), alone)
+
+    workdir = str(tmp_path / "two" / "w")
+    run = running.Run(tiny, workdir, parallel.Devices(1), source)
+    assert 14 <= run.step < 40
+    np.testing.assert_array_equal(next(run.data), alone[run.step])
+    run.data.close()
+    run.checkpoints.close()
+    report = sae_jax.train(tiny, workdir)
+    assert [entry["step"] for entry in checkpoint.history(workdir)] == [0, 10, 20, 30, 40]
+    for ours, theirs in zip(report["members"], whole["members"], strict=True):
+        for key, value in theirs["final"].items():
+            assert ours["final"][key] == (value if value is None else pytest.approx(value, rel=1e-9)), key

@@ -184,8 +184,11 @@ def test_activations_that_are_not_finite_stop_the_writing_with_their_token(tmp_p
         make(tmp_path, x)
 
 
-@pytest.mark.parametrize(("damage", "error"), [("truncate", Refused), ("remove", Refused), ("flip", RunFailed)])
-def test_a_damaged_shard_is_named(tmp_path, rng, small_shards, damage, error):
+@pytest.mark.parametrize(
+    ("damage", "error"), [("truncate", Refused), ("remove", Refused), ("other", Refused), ("flip", RunFailed)]
+)
+def test_a_damaged_shard_is_named(tmp_path, rng, small_shards, monkeypatch, damage, error):
+    monkeypatch.setattr(store, "HEAD_BYTES", 1000)
     x = rng.normal(size=(2300, D)).astype(np.float32)
     folder = make(tmp_path, x, layers=(1,))[1]
     path = next(p for p in store.epath.Path(folder).iterdir() if p.name.endswith("00002"))
@@ -194,19 +197,42 @@ def test_a_damaged_shard_is_named(tmp_path, rng, small_shards, damage, error):
         path.write_bytes(data[:-100])
     elif damage == "remove":
         path.unlink()
+    elif damage == "other":  # as long as the right one, and nothing wrong with it
+        other = make(tmp_path / "other", x + 1, layers=(1,))[1]
+        path.write_bytes((store.epath.Path(other) / path.name).read_bytes())
     else:
         data[5000] ^= 1
         path.write_bytes(data)
     with pytest.raises(error, match="00002"):
         files.open_chunks(folder).tokens(0, 2300)
     if damage == "flip":
-        assert files.open_chunks(folder).damaged() == [path.name]
+        assert files.open_chunks(folder).damaged() == [str(path)]
+
+
+def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path, rng, small_shards, monkeypatch):
+    monkeypatch.setattr(store, "HEAD_BYTES", 0)  # the reader alone
+    x = rng.normal(size=(600, D)).astype(np.float32)
+    folder = make(tmp_path, x, layers=(1,))[1]
+    path = next(p for p in store.epath.Path(folder).iterdir() if p.name.endswith("00000"))
+    data = path.read_bytes()
+    errors = []
+    for at in rng.integers(len(data), size=60):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            np.testing.assert_array_equal(files.open_chunks(folder).tokens(0, 512), x[:512])
+        except (Refused, RunFailed) as error:
+            errors.append(str(error))
+    assert len(errors) > 20
+    assert all(path.name in error for error in errors)
 
 
 def test_what_is_no_dataset_lists_what_is_there(tmp_path, rng, small_shards):
     make(tmp_path, rng.normal(size=(600, D)).astype(np.float32))
-    with pytest.raises(Refused, match=r"there is .*m3.*m7"):
-        files.open_chunks(str(tmp_path))
+    for wrong in ("", "activations/m4", f"activations/m4/{store.VERSION}"):
+        with pytest.raises(Refused, match=r"there is .*m3.*m7"):
+            files.open_chunks(str(tmp_path / wrong))
 
 
 def test_a_file_and_the_dataset_imported_from_it_train_alike(tmp_path, rng, tiny, capsys):

@@ -1,4 +1,4 @@
-"""Activations in files of others: .npy, .npz, .safetensors and .pt, read in slices, never unpickled."""
+"""Activations in files of others: .npy, .npz, .safetensors, .pt and what SAELens cached; in slices, never unpickled."""
 
 import zipfile
 from collections.abc import Iterator
@@ -7,13 +7,17 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pyarrow
+import pyarrow.ipc
 from etils import epath
 
 from sae_jax.activations import pipeline
+from sae_jax.disk import read_json
 from sae_jax.errors import Refused, missing_extra
 
 MOST = 100  # fold: whatever a compressed file grows by more than this is no activations
-FORMATS = "a .npy, .npz, .safetensors or .pt file, or a dataset folder"
+FORMATS = "a .npy, .npz, .safetensors or .pt file, a dataset folder, or a folder that SAELens cached activations in"
+ENDINGS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
 
 
 class SafeTensor:
@@ -32,6 +36,71 @@ class SafeTensor:
         return np.asarray(self._slice[rows])
 
 
+class CachedSequences:
+    """Activations cached by SAELens (a Hugging Face dataset in Arrow files) that look like a memory-mapped array.
+
+    Every row of the table is a sequence: a column named after the hook, (context, d_model), and `token_ids`.
+    """
+
+    ndim = 2
+
+    def __init__(self, folder: Path):
+        found: dict[str, list[Any]] = {}
+        for path in (folder / entry["filename"] for entry in _state(folder)["_data_files"]):
+            for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))):
+                for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                    found.setdefault(name, []).append(getattr(column, "storage", column))
+        names = [name for name, columns in found.items() if columns[0].type.num_fields and name != "token_ids"]
+        if len(names) != 1:
+            raise ValueError(f"one column of activations, not {', '.join(names) or 'none'}")
+        sequences = [column for column in found[names[0]] if len(column)]
+        self.hook, self.context = names[0], len(sequences[0].flatten()) // len(sequences[0])
+        width = len(sequences[0].flatten().flatten()) // len(sequences[0].flatten())
+        self._blocks = [  # NumPy refuses what is not (sequences, context, d_model) to the last number
+            column.flatten().flatten().to_numpy(zero_copy_only=True).reshape(len(column) * self.context, width)
+            for column in sequences
+        ]
+        self._starts = np.cumsum([0, *map(len, self._blocks)])
+        self.shape, self.dtype = (int(self._starts[-1]), width), self._blocks[0].dtype
+        ids = [column.flatten().to_numpy(zero_copy_only=False) for column in found.get("token_ids", [])]
+        self._token_ids = np.concatenate(ids) if ids else np.full(self.shape[0], -1)
+        if len(self._token_ids) != self.shape[0]:
+            raise ValueError(f"a token id for each of {self.shape[0]} tokens, not {len(self._token_ids)}")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        first, last = np.searchsorted(self._starts, [start, max(stop - 1, start)], side="right") - 1
+        parts = [
+            self._blocks[i][max(start - self._starts[i], 0) : max(stop - self._starts[i], 0)]
+            for i in range(first, min(last + 1, len(self._blocks)))
+        ]
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+
+    def places(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """token_id, sequence_id and position of some rows."""
+        rows = np.arange(start, stop)
+        return self._token_ids[start:stop], rows // self.context, rows % self.context
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    return read_json("data.path", epath.Path(folder) / "state.json", ("_data_files",))
+
+
+def there(where: epath.Path) -> str:
+    """What could have been meant: datasets and files in the nearest folder on the way to a path."""
+    folder = next((parent for parent in where.parents if parent.exists()), None)
+    if folder is None or not folder.is_dir():
+        return ""
+    from sae_jax.activations import store
+
+    files = sorted(str(path) for path in folder.iterdir() if path.suffix in ENDINGS)
+    found = [*store.datasets(folder), *files]
+    return f"; there is {', '.join(found[:5])}" + (", …" if len(found) > 5 else "") if found else ""
+
+
 def open_chunks(path: str) -> pipeline.Chunks:
     """A file or a dataset folder, as chunks of rows."""
     where = epath.Path(path)
@@ -40,8 +109,8 @@ def open_chunks(path: str) -> pipeline.Chunks:
     except (OSError, ValueError) as error:  # a name that is too long, or is none
         raise Refused("data.path", path, f"a path: {FORMATS} ({error})") from error
     if not found:
-        raise Refused("data.path", path, f"an existing path: {FORMATS}")
-    if where.is_dir():
+        raise Refused("data.path", path, f"an existing path: {FORMATS}{there(where)}")
+    if where.is_dir() and not (where / "state.json").exists():
         from sae_jax.activations import store
 
         try:
@@ -54,7 +123,7 @@ def open_chunks(path: str) -> pipeline.Chunks:
 
 
 def open_array(path: str) -> Any:
-    """The one two-dimensional floating point array in a file; rows are read when they are asked for."""
+    """The one matrix of floating point numbers in a file or SAELens folder; rows are read when they are asked for."""
     try:
         arrays = {name: array for name, array in _arrays(Path(path)) if hasattr(array, "shape")}
     except Refused:
@@ -70,7 +139,9 @@ def open_array(path: str) -> Any:
 
 
 def _arrays(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".safetensors":
+    if path.is_dir():
+        yield path.name, CachedSequences(path)
+    elif path.suffix == ".safetensors":
         from safetensors import safe_open
 
         file = safe_open(path, framework="flax")  # the one framework that knows bfloat16 without torch

@@ -102,6 +102,25 @@ def _kept(x: Any, batch: Batch, keep: np.ndarray, network: Network, seed: tuple[
     return found[keep]
 
 
+def kept(model: ConfigDict, batch: Batch) -> np.ndarray:
+    """(B, T): which positions count as tokens."""
+    return batch.real if model.keep_special_tokens else batch.real & ~batch.special
+
+
+def forward(
+    network: Network, model: ConfigDict, batch: Batch, first: int, layers: Collection[int]
+) -> dict[int, store.Rows]:
+    """The tokens of one batch, whose first sequence is number `first`, at each layer."""
+    device = next(iter(network.blocks[0].parameters())).device
+    keep = kept(model, batch)
+    where = np.indices(keep.shape, np.int32)
+    found = streams(network, {key: x.to(device) for key, x in batch.inputs.items()}, layers, model.hook)
+    places = (batch.token_ids[keep], where[0][keep] + first, where[1][keep])
+    return {
+        layer: store.Rows(_kept(x, batch, keep, network, (first, layer)), *places) for layer, x in found.items()
+    }
+
+
 def rows(
     network: Network, model: ConfigDict, layers: Collection[int], start: int = 0
 ) -> Iterator[tuple[int, dict[int, store.Rows]]]:
@@ -110,25 +129,17 @@ def rows(
     Yields the number of a first token, and by layer the rows from it on. Batches that lie before token `start` are not
     computed; the others are the same as from the beginning, so what is written after a restart is what would have been.
     """
-    device = next(iter(network.blocks[0].parameters())).device
     wanted = model.n_tokens + CHUNK - 1  # a dataset keeps whole chunks
     done, first = 0, 0
     with tqdm(total=model.n_tokens, initial=start, unit=" tokens", desc=f"extracting {model.id}", disable=None) as bar:
         for batch in network.batches():
             if done >= wanted:
                 break
-            keep = batch.real if model.keep_special_tokens else batch.real & ~batch.special
-            where = np.indices(keep.shape, np.int32)
-            count = int(keep.sum())
+            count = int(kept(model, batch).sum())
             if done + count > start:
-                found = streams(network, {key: x.to(device) for key, x in batch.inputs.items()}, layers, model.hook)
-                places = (batch.token_ids[keep], where[0][keep] + first, where[1][keep])
-                yield done, {
-                    layer: store.Rows(_kept(x, batch, keep, network, (first, layer)), *places)
-                    for layer, x in found.items()
-                }
+                yield done, forward(network, model, batch, first, layers)
                 bar.update(count)
-            first, done = first + len(keep), done + count
+            first, done = first + len(batch.real), done + count
 
 
 def activations(name: str, layers: Collection[int], n_tokens: int) -> dict[int, np.ndarray]:
@@ -150,6 +161,16 @@ def _widths(network: Network, model: ConfigDict, layers: Collection[int]) -> dic
     return {layer: width if isinstance(width := network.width, int) else width[layer - 1] for layer in layers}
 
 
+def described(model: ConfigDict, layer: int) -> dict[str, Any]:
+    """What the activations of a layer are, without having them."""
+    known = facts.find(model)
+    kinds = [known.inputs] if known else [kind for kind in inputs.COLUMN if kind == "text" or model[kind]]
+    shown = {kind: inputs.identity(kind, model[kind]) for kind in kinds}
+    ignored = {"cache", "batch_size", "stream", "activations", *inputs.COLUMN}
+    settings = {key: model[key] for key in sorted(model) if key not in ignored}
+    return settings | {"layer": layer, "inputs": shown}
+
+
 def extracted(model: ConfigDict) -> str:
     """The dataset folder of `config.data.model`: found in the cache, or extracted into it now."""
     cache = os.path.expanduser(model.cache or "~/.cache/sae_jax")
@@ -167,13 +188,9 @@ def extract(model: ConfigDict, layers: Collection[int], data_dir: str) -> dict[i
     known = facts.find(model)
     if known and known.family == "activations":
         return dict.fromkeys(layers, model.activations)
-    kinds = [known.inputs] if known else [kind for kind in inputs.COLUMN if kind == "text" or model[kind]]
-    shown = {kind: inputs.identity(kind, model[kind]) for kind in kinds}
-    ignored = {"cache", "batch_size", "activations", *inputs.COLUMN}
     folders, identity = {}, {}
     for layer in layers:
-        identity[layer] = {key: model[key] for key in sorted(model) if key not in ignored}
-        identity[layer] |= {"layer": layer, "inputs": shown}
+        identity[layer] = described(model, layer)
         fingerprint = hashlib.sha256(json.dumps(identity[layer]).encode()).hexdigest()[:8]
         dataset = f"{model.id.strip('/').replace('/', '--')}_layer{layer:02d}_{fingerprint}"
         folders[layer] = store.folder_of(data_dir, dataset)

@@ -1,15 +1,15 @@
 """From stored activations to batches: one global order, the same for any number of processes, with random access.
 
 Rows are stored in chunks of consecutive tokens. An epoch is all training rows, in the order of their chunks shuffled
-anew, cut into equal stretches, one for each of a fixed number of lanes. A lane shuffles its rows within windows of a few
-chunks, and a global batch takes an equal share from every lane: every training row comes exactly once an epoch. Batch
-number i is a pure function of (seed, i), so the position in the data is one number, and processes that own different
-lanes agree on the order without talking to each other.
+anew, cut into equal stretches, one for each of a fixed number of lanes. A lane shuffles its rows within windows of a
+few chunks, and a global batch takes an equal share from every lane: every training row comes exactly once an epoch.
+Batch number i is a pure function of (seed, i), so the position in the data is one number, and processes that own
+different lanes agree on the order without talking to each other.
 """
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import gcd
 from typing import Any, Protocol
@@ -111,7 +111,7 @@ class Batches(grain.MapDataset):
         self._readers = ThreadPoolExecutor(READERS)
 
     def __len__(self) -> int:
-        return len(self._parent) * self._chunks.rows // (self._n_lanes * self._rows_per_lane)
+        return len(self._parent)  # endless
 
     def __getitem__(self, index: int | slice) -> np.ndarray:
         if isinstance(index, slice):
@@ -183,14 +183,16 @@ def batches(
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
 
 
-def read(chunks: Chunks, numbers: np.ndarray, batch_size: int, n_rows: int) -> Iterator[np.ndarray]:
+def read(
+    chunk: Callable[[int], np.ndarray], numbers: np.ndarray, batch_size: int, n_rows: int
+) -> Iterator[np.ndarray]:
     """The first n_rows rows of the given chunks, in order, in batches (the last one may be shorter)."""
     buffer: list[np.ndarray] = []
     held, left = 0, n_rows
     for number in numbers:
         if left <= 0:
             break
-        rows = chunks[number][:left]
+        rows = chunk(int(number))[:left]
         buffer.append(rows)
         held, left = held + len(rows), left - len(rows)
         while held >= batch_size:

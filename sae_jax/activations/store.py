@@ -58,6 +58,13 @@ def find(data_dir: str, dataset: str) -> str | None:
     return str(folder) if (folder / MANIFEST).exists() else None
 
 
+def datasets(root: epath.Path) -> list[str]:
+    """Folders of finished datasets at most three levels below a folder, or in it."""
+    patterns = ("", "*/", "*/*/", "*/*/*/")
+    found = [path.parent for pattern in patterns for path in root.glob(f"{pattern}{MANIFEST}")]
+    return sorted(str(folder) for folder in found if folder.name == VERSION)
+
+
 def _features(d_model: int, dtype: str, rows: int) -> tfds.features.FeaturesDict:
     def tensor(shape: tuple[int, ...], kind: Any) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=shape, dtype=kind, encoding=tfds.features.Encoding.BYTES)
@@ -197,6 +204,9 @@ class Writer:
             num_bytes=sum(shard["bytes"] for shard in shards), filename_template=_template(self._partial),
         )]))  # fmt: skip
         info.write_to_directory(self._partial)
+        for path in self._partial.glob(f"{NAME}-{SPLIT}.array_record-*"):  # of something else, begun here before
+            if int(path.name.rpartition("-")[2]) >= len(shards):
+                path.unlink()
         (self._partial / LOCK).unlink(missing_ok=True)
         self._partial.rename(self.folder)
         return str(self.folder)
@@ -261,11 +271,16 @@ def write(
 def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     """A dataset from a file of activations, in the same chunks in which the file itself would be read.
 
-    Where rows come from is not known: token_id and sequence_id are −1, position is the number of the row.
+    Where the file does not tell where rows come from, token_id and sequence_id are −1, position the number of the row.
     """
     from sae_jax.activations import files
 
-    array = pipeline.ArrayChunks(files.open_array(path), path)
+    if not epath.Path(path).exists():
+        raise Refused("--from", path, f"an existing path: {files.FORMATS}{files.there(epath.Path(path))}")
+    given = files.open_array(path)
+    array = pipeline.ArrayChunks(given, path)
+    known = isinstance(given, files.CachedSequences)
+    facts = {"imported": array.identity | ({"hook": given.hook, "context": given.context} if known else {})}
     name = epath.Path(path).stem
     folder = folder_of(data_dir, name)
     if find(data_dir, name):
@@ -274,10 +289,10 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     def rows(start: int) -> Iterator[tuple[int, dict[int, Rows]]]:
         for first in range(start, array.n_tokens, 4096):
             x = array.tokens(first, first + 4096).astype(np.float32)
-            unknown = np.full(len(x), -1, np.int32)
-            yield first, {0: Rows(x, unknown, unknown, np.arange(first, first + len(x), dtype=np.int32))}
+            unknown, number = np.full(len(x), -1, np.int32), np.arange(first, first + len(x), dtype=np.int32)
+            yield first, {0: Rows(x, *(given.places(first, first + len(x)) if known else (unknown, unknown, number)))}
 
-    writer = Writer(folder, array.d_model, {"imported": array.identity}, dtype, array.rows)
+    writer = Writer(folder, array.d_model, facts, dtype, array.rows)
     return write({0: writer}, rows)[0]
 
 
@@ -305,7 +320,7 @@ class StoredChunks:
     def __init__(self, folder: str):
         root = epath.Path(folder)
         if not (root / MANIFEST).exists():
-            inside = sorted(str(path.parent) for path in root.glob(f"{NAME}/*/{VERSION}/{MANIFEST}"))
+            inside = datasets(root)
             there = f"; there is {', '.join(inside[:5])}" if inside else ""
             raise Refused("data.path", folder, f"a dataset folder (one with {MANIFEST}) or a .npy file{there}")
         self._root, self._manifest = root, _read_manifest("data.path", root)
@@ -322,6 +337,7 @@ class StoredChunks:
         self._dtype, self.rows, self.d_model = facts["dtype"], facts["chunk"], facts["d_model"]
         # What TFDS would make of features.json it would import by name, from a folder that may be anybody's.
         self._features = _features(self.d_model, self._dtype, self.rows)
+        self._x = tfds.features.FeaturesDict({"x": self._features["x"]})
         paths = [str(self._path(number)) for number in range(len(self._shards))]
         try:
             self._records = array_record_data_source.ArrayRecordDataSource(paths)
@@ -340,14 +356,17 @@ class StoredChunks:
 
     def example(self, index: int) -> Rows:
         """One chunk, with where each row comes from."""
-        try:
-            found = self._features.deserialize_example_np(self._records[int(index)])
-        except Exception as error:  # the reader of a damaged file raises what it likes
-            raise RunFailed(f"chunk {index} cannot be read: {self._culprit(int(index))} ({error})") from error
+        found = self._read(index, self._features)
         return Rows(_decode(found["x"], self._dtype, self._manifest), *(found[name] for name in Rows._fields[1:]))
 
+    def _read(self, index: int, features: tfds.features.FeaturesDict) -> dict[str, np.ndarray]:
+        try:
+            return features.deserialize_example_np(self._records[int(index)])
+        except Exception as error:  # the reader of a damaged file raises what it likes
+            raise RunFailed(f"chunk {index} cannot be read: {self._culprit(int(index))} ({error})") from error
+
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.example(index).x
+        return _decode(self._read(index, self._x)["x"], self._dtype, self._manifest)
 
     def _intact(self, number: int) -> bool:
         return _sha256(self._path(number).read_bytes()) == self._shards[number]["sha256"]
@@ -369,4 +388,4 @@ class StoredChunks:
 
     def damaged(self) -> list[str]:
         """Shards whose checksum is not the recorded one; reads everything."""
-        return [self._path(number).name for number in range(len(self._shards)) if not self._intact(number)]
+        return [str(self._path(number)) for number in range(len(self._shards)) if not self._intact(number)]
