@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from sae_jax import disk
 from sae_jax.errors import Refused, RunFailed
 
-CONFIG = "config.json"
+CONFIG, DATA = "config.json", "data.json"
 FOLDER = "checkpoints"
 DAMAGED = "damaged"  # where checkpoints are put aside
 CHECKSUMS = "checksums.json"
@@ -62,8 +62,21 @@ def _check_workdir(root: epath.Path, wanted: dict[str, Any]) -> None:
         raise Refused("--workdir", str(root), "a new folder: this one has a report, but its checkpoints are gone")
 
 
+def check_data(workdir: str, data: dict[str, Any]) -> None:
+    """Refuses to go on with other activations than a run was started on, wherever they lie. Writes nothing."""
+    path = epath.Path(workdir) / DATA
+    if path.exists():
+        held, wanted = disk.read_json("--workdir", path), _as_json(data)
+        for key in sorted((wanted.keys() | held.keys()) - {"path"}):
+            if wanted.get(key) != held.get(key):
+                raise Refused(
+                    "--workdir", workdir,
+                    f"a new folder: this one is of data with {key} = {held.get(key)!r}, not {wanted.get(key)!r}",
+                )  # fmt: skip
+
+
 @contextlib.contextmanager
-def claimed(workdir: str, identity: dict[str, Any]) -> Iterator[None]:
+def claimed(workdir: str, identity: dict[str, Any], data: dict[str, Any]) -> Iterator[None]:
     """Makes the workdir, writes down whose run it holds, and keeps other processes out until the run has ended."""
     if jax.process_index() != 0:
         yield
@@ -74,6 +87,7 @@ def claimed(workdir: str, identity: dict[str, Any]) -> Iterator[None]:
             root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(disk.sole_user(root, "--workdir"))
             disk.write_text(root / CONFIG, json.dumps(_as_json(identity), indent=2) + "\n")
+            disk.write_text(root / DATA, json.dumps(_as_json(data), indent=2) + "\n")
         except OSError as error:
             raise Refused("--workdir", workdir, f"a folder that can be written ({error.strerror})") from error
         yield

@@ -39,7 +39,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         devices.check_batch("eval.batch_size", config.eval.batch_size)
         checkpoint.check_workdir(workdir, config_lib.identity(config))
         source = open_source(config)
-        with checkpoint.claimed(workdir, config_lib.identity(config)):
+        checkpoint.check_data(workdir, source.identity)
+        with checkpoint.claimed(workdir, config_lib.identity(config), source.identity):
             return Run(config, workdir, devices, source).to_the_end()
 
 
@@ -128,7 +129,9 @@ class Run:
                     ahead = next(step for step in self._evaluation_steps if step > self.step) - self.step
                     count = min(self.config.train.steps_per_dispatch, ahead)
                     self.states, metrics = self._advance(self.states, self._next_inputs(count), np.int32(count))
-                    self._settle(pending, board)  # metrics of the dispatch before: the device never waits for us
+                    # Metrics of the dispatch before: while the device works on this one the next inputs are read and
+                    # on their way to it, so that it never waits for us.
+                    self._settle(pending, board)
                     pending = (self.step, count, metrics)
                     self.step += count
                     bar.update(count)

@@ -1,6 +1,7 @@
 """Datasets of activations: written once and bit by bit, through kills and full disks; damage is named."""
 
 import json
+import resource
 import subprocess
 import sys
 import textwrap
@@ -156,25 +157,30 @@ def test_kill_9_at_any_moment_leaves_what_the_next_run_finishes(tmp_path, rng):
         assert everything(folders[0]) == everything(folders[1])
 
 
-def test_a_full_disk_is_one_line_and_keeps_whole_shards(tmp_path, rng, small_shards, monkeypatch):
+def test_a_disk_that_takes_no_more_is_one_line_and_keeps_whole_shards(tmp_path, rng, small_shards):
+    """The kernel itself refuses to write on (RLIMIT_FSIZE), from the fifth shard on."""
     x = rng.normal(size=(2300, D)).astype(np.float32)
-    write_text = store.write_text
-    calls = []
+    whole = {layer: everything(folder) for layer, folder in make(tmp_path / "whole", x).items()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(path, text):
-        calls.append(path)
-        if len(calls) == 5:
-            raise OSError(28, "No space left on device")
-        write_text(path, text)
+    def fills(start):
+        for first, parts in stream(x)(start):
+            if first == 1500:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+            yield first, parts
 
-    monkeypatch.setattr(store, "write_text", full)
-    with pytest.raises(RunFailed, match="No space left"):
-        make(tmp_path, x)
-    monkeypatch.undo()
-    monkeypatch.setattr(store, "SHARD_BYTES", 256 * D * 4 * 2)
-    manifest = json.loads((tmp_path / f"activations/m3/{store.VERSION}.partial" / store.MANIFEST).read_text())
-    assert len(manifest["shards"]) == 2
-    make(tmp_path, x)
+    writers = {
+        layer: store.Writer(store.folder_of(str(tmp_path / "full"), f"m{layer}"), D, {"layer": layer})
+        for layer in (3, 7)
+    }
+    try:
+        with pytest.raises(RunFailed, match="cannot write activations"):
+            store.write(writers, fills)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    partial = store.folder_of(str(tmp_path / "full"), "m3").parent / f"{store.VERSION}.partial"
+    assert len(json.loads((partial / store.MANIFEST).read_text())["shards"]) == 2
+    assert {layer: everything(folder) for layer, folder in make(tmp_path / "full", x).items()} == whole
 
 
 def test_activations_that_are_not_finite_stop_the_writing_with_their_token(tmp_path, rng, small_shards):
@@ -247,6 +253,15 @@ def test_a_file_and_the_dataset_imported_from_it_train_alike(tmp_path, rng, tiny
     assert reports[0]["members"] == reports[1]["members"]
     assert cli.main(["extract", f"--from={tmp_path}/mine.npy", f"--out={tmp_path}/data"]) == 2
     assert "not there yet" in capsys.readouterr().err
+
+
+def test_a_run_is_not_gone_on_with_on_other_data(tmp_path, rng, tiny):
+    tiny.data.signal, tiny.data.path, tiny.train.steps = "", str(tmp_path / "x.npy"), 0
+    np.save(tmp_path / "x.npy", rng.normal(size=(1000, 16)).astype(np.float32))
+    sae_jax.train(tiny, str(tmp_path / "w"))
+    np.save(tmp_path / "x.npy", rng.normal(size=(1000, 12)).astype(np.float32))
+    with pytest.raises(Refused, match=r"of data with shape = \[1000, 16\], not \[1000, 12\]"):
+        sae_jax.train(tiny, str(tmp_path / "w"))
 
 
 @pytest.mark.parametrize(("flags", "said"), [
