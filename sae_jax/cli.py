@@ -17,7 +17,7 @@ USAGE = """usage:
   python -m sae_jax export   --workdir=RUN --format=saelens --out=DIR [--member=NAME] [--push=OWNER/NAME]
   python -m sae_jax export   --from=SAE --format=sparsify --out=DIR
   python -m sae_jax extract  --config=configs/X.py --out=DIR [--layers=1,2,9] [--config.a.b=value ...]
-  python -m sae_jax extract  --from=FILE --out=DIR [--dtype=float32]
+  python -m sae_jax extract  --from=FILE_OR_SAELENS_CACHE --out=DIR [--dtype=float32]
   python -m sae_jax sweep    --config=configs/sweep.py --workdir=DIR [--filter=model=gpt2] [--grid=seed=0,1] [--dry_run]
                              [--shard=0/8 | --merge] [--launcher=local|ray]
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from sae_jax import config as config_lib
 from sae_jax import synthetic
 from sae_jax.activations import files, pipeline
-from sae_jax.errors import Refused
+from sae_jax.errors import Refused, RunFailed
 
 
 class Source(Protocol):
@@ -202,6 +202,10 @@ def open_tokens(activations: np.ndarray | str | ConfigDict) -> Tokens:
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, chunks.n_tokens, BATCH):
-            yield chunks.tokens(start, start + BATCH)
+            try:
+                x = chunks.tokens(start, start + BATCH)
+            except RunFailed as error:
+                raise Refused("activations", chunks.identity["path"], f"whole shards; {error}") from error
+            yield x
 
     return Tokens(batches, chunks.d_model, chunks.identity, given=True)

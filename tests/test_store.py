@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -193,7 +194,7 @@ def test_activations_that_are_not_finite_stop_the_writing_with_their_token(tmp_p
 @pytest.mark.parametrize(
     ("damage", "error"), [("truncate", Refused), ("remove", Refused), ("other", Refused), ("flip", RunFailed)]
 )
-def test_a_damaged_shard_is_named(tmp_path, rng, small_shards, monkeypatch, damage, error):
+def test_a_damaged_shard_is_named(tmp_path, rng, small_shards, monkeypatch, capsys, damage, error):
     monkeypatch.setattr(store, "HEAD_BYTES", 1000)
     x = rng.normal(size=(2300, D)).astype(np.float32)
     folder = make(tmp_path, x, layers=(1,))[1]
@@ -211,6 +212,13 @@ def test_a_damaged_shard_is_named(tmp_path, rng, small_shards, monkeypatch, dama
         path.write_bytes(data)
     with pytest.raises(error, match="00002"):
         files.open_chunks(folder).tokens(0, 2300)
+    shown = [f"--config={Path(__file__).parents[1]}/configs/synthetic.py", f"--config.data.path={folder}"]
+    assert cli.main(["train", *shown, f"--workdir={tmp_path}/run"]) == error.exit_code
+    assert "00002" in capsys.readouterr().err
+    # Nothing has been written yet when a diagnosis meets it.
+    assert cli.main(["diagnose", f"--activations={folder}", f"--workdir={tmp_path}/w"]) == 2
+    assert "00002" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
     if damage == "flip":
         assert files.open_chunks(folder).damaged() == [str(path)]
 
