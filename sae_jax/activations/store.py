@@ -165,8 +165,9 @@ class Writer:
                            for name, values in part._asdict().items()}  # fmt: skip
                 record = self._serialise.get_tf_example(self._features.encode_example(example))
                 writer.write(record.SerializeToString(deterministic=True))  # the same bytes in every process
-        finally:
             writer.close()
+        except RuntimeError as error:  # what array_record makes of a full disk
+            raise OSError(error) from error
         data = path.read_bytes()
         shard = {
             "chunks": n_chunks, "bytes": len(data), "head": _sha256(data[:HEAD_BYTES]), "sha256": _sha256(data),
