@@ -1,5 +1,6 @@
 """The combinations of a sweep as jobs: which there are, which are chosen, what each costs."""
 
+import collections
 import hashlib
 import importlib.util
 import itertools
@@ -17,8 +18,9 @@ from sae_jax import config as config_lib
 from sae_jax.activations import facts
 from sae_jax.errors import Refused
 
-# Where activations are kept and what may run changes no result: a sweep may be continued with others.
-FREE_KEYS = (*config_lib.FREE_KEYS, "data.model.cache", "data.model.remote_code")
+# What may be given later: where activations are kept, which code may run, activations that only the user has. What it
+# comes to is in the table's column `data`.
+FREE_KEYS = (*config_lib.FREE_KEYS, "data.model.cache", "data.model.remote_code", "data.model.activations")
 
 
 class Job(NamedTuple):
@@ -68,11 +70,14 @@ def jobs(path: str, config: ConfigDict, grid: Sequence[str] = ()) -> list[Job]:
     if not hasattr(module, "sweep"):
         raise Refused("--config", path, "a file with sweep(add) beside get_config(), as configs/sweep.py")
     found: list[Job] = []
-    axes = [_axis(config, text) for text in grid]
+    axes, keys = [_axis(config, text) for text in grid], config_lib.flatten(config)
 
     def add(overrides: dict[str, Any], label: str = "") -> None:
         for point in itertools.product(*axes):
             resolved = ConfigDict(config.to_dict())
+            wrong = sorted(set(overrides) - set(keys))
+            if wrong:
+                raise Refused("--config", wrong[0], f"existing keys in the overrides of sweep(add) of {path}")
             resolved.update_from_flattened_dict({**overrides, **dict(point)})
             config_lib.check(resolved)
             model = resolved.data.model
@@ -81,10 +86,11 @@ def jobs(path: str, config: ConfigDict, grid: Sequence[str] = ()) -> list[Job]:
             found.append(Job("_".join([name, *filter(None, [label]), *tail]), resolved))
 
     module.sweep(add)
-    names = [job.name for job in found]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise Refused("--config", twice[0], "names that are unique: give add() a label")
+    if not found:
+        raise Refused("--config", path, "a sweep(add) that adds something")
+    often, count = collections.Counter(job.name for job in found).most_common(1)[0]
+    if count > 1:
+        raise Refused("--config", often, "names that are unique: give add() a label")
     return found
 
 

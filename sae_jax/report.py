@@ -28,7 +28,8 @@ COLUMNS = {
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    packages = ("sae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "ml_collections")
+    packages = ("sae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "ml_collections",
+                "torch", "transformers")  # fmt: skip
     found = {name: importlib.metadata.version(name) for name in packages if _installed(name)}
     return {"python": platform.python_version(), "backend": jax.default_backend(), **found}
 

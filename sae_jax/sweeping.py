@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from sae_jax import diagnosis, disk, report, running, statistics
 from sae_jax.activations import files, models
 from sae_jax.combinations import Job, grouped
-from sae_jax.errors import Preempted, Refused
+from sae_jax.errors import Preempted, Refused, RunFailed
 
 COLUMNS = (
     "name", "model", "layer", "domain", "hook", "d_model", "n_features", "k", "seed", "n_tokens", "gamma", "gamma_raw",
@@ -70,18 +70,22 @@ def local(workdir: str, groups: list[list[Job]]) -> None:
 def run_group(workdir: str, group: list[Job]) -> None:
     """Jobs that share a forward pass: their activations, then each."""
     group = [job for job in group if not finished(workdir, job)]
-    config = group[0].config if group else ConfigDict()
+    layers = sorted({job.config.data.model.layer for job in group})
     folders: dict[int, str] = {}
     try:
-        if group and config.data.model.id and not config.data.path:
-            cache = str(epath.Path(config.data.model.cache or "~/.cache/sae_jax").expanduser())
-            layers = sorted({job.config.data.model.layer for job in group})
-            folders = models.extract(config.data.model, layers, cache)
+        if group and group[0].config.data.model.id and not group[0].config.data.path:
+            model = group[0].config.data.model
+            folders = models.extract(model, layers, str(epath.Path(model.cache or "~/.cache/sae_jax").expanduser()))
     except Preempted:
         raise
     except Exception as error:  # whatever it is, the other models go on
+        if isinstance(error, RunFailed) and len(layers) > 1:  # it may be one layer's: each by itself
+            for layer in layers:
+                run_group(workdir, [job for job in group if job.config.data.model.layer == layer])
+            return
         for job in group:
             record(workdir, job, [failure(job, error)])
+            print(f"{job.name}: {error}", flush=True)
         return
     for job in group:
         started = time.perf_counter()
@@ -142,7 +146,7 @@ def row(job: Job, **values: Any) -> dict[str, Any]:
 
 def failure(job: Job, error: BaseException) -> dict[str, Any]:
     """The row of a combination that could not be had."""
-    return row(job, status="failed", error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    return row(job, status="failed", versions=_versions(), error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
 
 
 def _short(rows: list[dict[str, Any]]) -> str:

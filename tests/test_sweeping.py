@@ -20,7 +20,7 @@ from sae_jax import cli, combinations, statistics, sweeping
 from sae_jax import config as config_lib
 from sae_jax import sae as sae_lib
 from sae_jax.activations.facts import MODELS, PAPER
-from sae_jax.errors import Refused
+from sae_jax.errors import Refused, RunFailed
 
 ROOT = Path(__file__).parents[1]
 # The paper's table: layers and width of each model.
@@ -296,3 +296,19 @@ def test_correlation_draws_models_not_layers(rng):
     single = [spearmanr(x[i], y[i]).statistic for i in (rng.integers(100, size=100) for _ in range(300))]
     assert found.high - found.low > 2 * (np.quantile(single, 0.975) - np.quantile(single, 0.025))
     assert np.isnan(statistics.correlation(x[:25], y[:25], models[:25]).low)
+
+
+def test_a_layer_that_cannot_be_extracted_leaves_the_others_alone(monkeypatch, tmp_path, rng):
+    np.save(tmp_path / "x.npy", rng.normal(size=(2000, 16)).astype(np.float32))
+
+    def extract(model, layers, cache):
+        if 2 in layers:
+            raise RunFailed("token 7: activations not finite")
+        return dict.fromkeys(layers, str(tmp_path / "x.npy"))
+
+    monkeypatch.setattr(sweeping.models, "extract", extract)
+    every = combinations.selected(jobs("sweep", "sae.n_features=32", "sae.k=4"), ["model=gpt2", "layer=1-3"])
+    sweeping.local(str(tmp_path), combinations.grouped(every))
+    rows = sweeping.merge(str(tmp_path), every)
+    assert {(r["layer"], r["status"]) for r in rows} == {(1, "done"), (2, "failed"), (3, "done")}
+    assert next(r["error"] for r in rows if r["layer"] == 2) == "RunFailed: token 7: activations not finite"
