@@ -146,7 +146,8 @@ def row(job: Job, **values: Any) -> dict[str, Any]:
 
 def failure(job: Job, error: BaseException) -> dict[str, Any]:
     """The row of a combination that could not be had."""
-    return row(job, status="failed", versions=_versions(), error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    said = " ".join(str(error).split())[:500]
+    return row(job, status="failed", versions=_versions(), error=f"{type(error).__name__}: {said}")
 
 
 def _short(rows: list[dict[str, Any]]) -> str:
