@@ -18,7 +18,7 @@ from sae_jax import figures, sweeping
 
 TABLE = flags.DEFINE_string("table", None, "results.csv of a sweep", required=True)
 CONDITIONS = (
-    ("at init", "topk", False), ("TopK", "topk", True), ("+ AuxK", "auxk", True), ("+ centring", "centred", True),
+    ("at init", "topk", False), ("TopK", "topk", True), ("+ AuxK", "auxk", True), ("centred", "centred", True),
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def picture(found: dict[str, list[dict[str, Any]]]) -> Figure:
                 axis.annotate(CONDITIONS[j][0], (at, -2), ha="right", va="top", rotation=55, fontsize=6.5,
                               annotation_clip=False)  # fmt: skip
         axis.set_xticks(range(len(names)), [f"{name}\n$\\gamma$ = {found[name][0]['gamma']:.2f}" for name in names])
-        axis.tick_params(axis="x", pad=32, length=0, labelsize=7.5)
+        axis.tick_params(axis="x", pad=36, length=0, labelsize=7.5)
         axis.grid(visible=False, axis="x")
         axis.set(ylabel="features dead (%)", ylim=(0, 105), xlim=(-0.6, len(names) - 0.4))
         figure.legend(loc="outside upper right", ncols=2)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
+import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
@@ -36,11 +38,13 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
                 mine = sorted((r["layer"], r["dead_total"]) for r in rows
                               if r["model"] == model and r["condition"] == condition)  # fmt: skip
                 axis.plot([layer for layer, _ in mine], [100 * dead for _, dead in mine], style, ms=3, lw=1, mfc="none",
+                          clip_on=False,
                           color=colour, label=label)  # fmt: skip
             gammas = sorted((r["layer"], r["gamma"]) for r in rows if r["model"] == model and r["condition"] == "none")
             low, high = min(g for _, g in gammas), max(g for _, g in gammas)
             axis.set_title(f"{model}\n$\\gamma$ {low:.2f} to {high:.2f}")
-            axis.set(xlabel="layer", ylim=(-3, 103))
+            axis.set_yscale("function", functions=(np.sqrt, np.square))  # keeps the small ones apart
+            axis.set(xlabel="layer", ylim=(0, 104), yticks=[0, 1, 5, 20, 50, 100], yticklabels=[0, 1, 5, 20, 50, 100])
             axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
         for axis in axes[len(models) :]:
             axis.set_visible(False)

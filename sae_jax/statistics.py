@@ -11,16 +11,17 @@ class Correlation(NamedTuple):
     """Spearman's rho with what it hangs on."""
 
     rho: float
-    low: float  # 95 % interval, whole models drawn again
+    low: float  # 95 % interval, whole models drawn again; nan for one model
     high: float
-    least: float  # with each model left out in turn
+    least: float  # with each model left out in turn; nan where that leaves nothing that varies
     most: float
     n: int
     n_models: int
 
     def __str__(self) -> str:
-        return (f"rho {self.rho:.3f} (95 % {self.low:.2f} to {self.high:.2f}, models drawn; {self.least:.3f} to "
-                f"{self.most:.3f} leaving one out) over {self.n} layers of {self.n_models} models")  # fmt: skip
+        drawn, left = f"{self.low:.2f} to {self.high:.2f}", f"{self.least:.3f} to {self.most:.3f}"
+        return (f"rho {self.rho:.3f} (95 % {drawn}, models drawn; {left} leaving one out) over {self.n} layers of "
+                f"{self.n_models} models").replace("nan to nan", "undefined").replace("nan", "undefined")  # fmt: skip
 
 
 def spearman(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
