@@ -15,7 +15,7 @@ import numpy as np
 
 from sae_jax import config as config_lib
 from sae_jax import figures, outliers, report, sources
-from sae_jax.activations import bundled
+from sae_jax.activations import models
 
 LAYERS = (("gemma-3-270m", 9), ("minilm-l6", 3))
 N_TOKENS = {"smoke": 500, "cpu": 5000, "paper": 100_000}
@@ -24,7 +24,7 @@ N_TOKENS = {"smoke": 500, "cpu": 5000, "paper": 100_000}
 def tokens(model: str, layer: int, scale: str) -> np.ndarray:
     """(N, d) activations; on the smallest scale synthetic ones with four outlier dimensions."""
     if scale != "smoke":
-        return bundled.activations(model, [layer], N_TOKENS[scale])[layer].astype(np.float64)
+        return models.activations(model, [layer], N_TOKENS[scale])[layer].astype(np.float64)
     config = config_lib.base()
     config.data.update(signal="gaussian", gamma=5.0, d_model=32, mean_direction="few", statistics_tokens=500)
     return np.concatenate(list(sources.open_source(config).statistics())).astype(np.float64)
