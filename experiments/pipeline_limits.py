@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def rows(start: int) -> Iterator[tuple[int, dict[int, store.Rows]]]:
 
 def written(root: Path) -> int:
     """Writes what is missing in a process of its own, started by fork; its number."""
-    process = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # JAX has been imported but not started
+        process = os.fork()
     if process:
         return process
     code = 1

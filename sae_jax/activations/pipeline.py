@@ -116,9 +116,14 @@ class Batches(grain.MapDataset):
     def __getitem__(self, index: int | slice) -> np.ndarray:
         if isinstance(index, slice):
             return self.slice(index)
-        m = self._rows_per_lane
-        batch = np.empty((len(self._lanes), m, self._chunks.d_model), self._chunks.dtype)
-        for _ in self._readers.map(self._fill, self._lanes, [index * m] * len(batch), batch):
+        shape = (len(self._lanes), self._rows_per_lane, self._chunks.d_model)
+        batch = np.empty(shape, self._chunks.dtype)
+
+        def fill(reader: int) -> None:
+            for place in range(reader, len(batch), READERS):
+                self._fill(self._lanes[place], index * self._rows_per_lane, batch[place])
+
+        for _ in self._readers.map(fill, range(READERS)):
             pass
         return batch.reshape(-1, batch.shape[-1])
 
