@@ -30,12 +30,14 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     sae.n_features = 8192  # n, dictionary size
     sae.k = 64  # features kept per token
     sae.center = "none"  # where b_dec starts: none (zeros) | mean | geometric_median
+    sae.whiten = False  # trained behind PCA whitening, which is part of the SAE: held-out metrics are of x itself
     sae.freeze_bias = False  # b_dec stays where it starts
     sae.unit_decoder = True  # decoder rows kept at unit norm: gradient projected, rows renormalised
 
     # Where activations come from: `path` if set, else `model.id` if set, else `signal`.
     config.data = data = ConfigDict()
     data.path = ""  # a .npy file of (tokens, d_model), or a dataset folder that `sae_jax` wrote
+    data.norm = "none"  # of each token, before all else: none | layer_norm | unit
     data.statistics_tokens = 100_000  # training tokens for mu, sigma, gamma and the median
     data.model = model = ConfigDict()
     model.id = ""  # OWNER/NAME on the Hugging Face hub, or a name of activations/facts.py, as gpt2 or gemma-3-270m
@@ -221,6 +223,7 @@ def _check_data(data: ConfigDict) -> None:
     _one_of("data.signal", data.signal, ("", "sparse", "gaussian"))
     if data.model.id and not data.path:
         facts.check(data.model, [data.model.layer])
+    _one_of("data.norm", data.norm, ("none", "layer_norm", "unit"))
     _one_of("data.model.dtype", data.model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("data.mean_direction", data.mean_direction, ("one", "few", "spread"))
     _check_gamma("data.gamma", data.gamma)
@@ -248,6 +251,8 @@ def _check_member(config: ConfigDict, prefix: str) -> None:
     if not 1 <= config.sae.k <= config.sae.n_features:
         raise Refused(f"{prefix}sae.k", config.sae.k, f"1 to sae.n_features = {config.sae.n_features}")
     _one_of(f"{prefix}sae.center", config.sae.center, ("none", "mean", "geometric_median"))
+    if config.sae.whiten and config.sae.center == "geometric_median":
+        raise Refused(f"{prefix}sae.center", config.sae.center, "none or mean: whitening subtracts the mean itself")
     _one_of(f"{prefix}auxk.preset", config.auxk.preset, tuple(PRESETS))
     if config.auxk.weight != -1 and not 0 <= config.auxk.weight < math.inf:
         raise Refused(f"{prefix}auxk.weight", config.auxk.weight, "a finite number ≥ 0, or -1 for the preset's own")

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import evaluation, fates, outliers, recovery, training
+from sae_jax import evaluation, fates, outliers, preprocess, recovery, training
 from sae_jax.errors import RunFailed
+from sae_jax.preprocess import Preprocessing
 from sae_jax.sources import Source
 
 
@@ -28,6 +29,7 @@ class Ensemble:
 
     def __init__(self, config: ConfigDict, source: Source, statistics: dict[str, np.ndarray] | None):
         self.source = source
+        self.norm = config.data.norm
         self.members = config_lib.members(config)
         self.groups = training.group_members(self.members, source.d_model)
         self.statistics = statistics or self._statistics()
@@ -35,8 +37,10 @@ class Ensemble:
         self.shared_mu = self.statistics["mu"] * self.scale
 
     def _statistics(self) -> dict[str, np.ndarray]:
-        """mu, the median where a member needs it, the scale that makes ‖sigma‖ = √d, and the three gammas."""
+        """Of the tokens after `data.norm`: mu, the median and the whitening where members need them, and the scale that
+        makes ‖sigma‖ = √d. The three gammas are of the activations as they come."""
         d = self.source.d_model
+        whiten = any(member.sae.whiten for member in self.members.values())
 
         def batches() -> Iterator[np.ndarray]:
             for number, x in enumerate(self.source.statistics()):
@@ -44,35 +48,59 @@ class Ensemble:
                     raise RunFailed(f"step 0, statistics batch {number}: {culprit(x)}")
                 yield x
 
-        severity = outliers.severity(batches())
-        spread = float(np.linalg.norm(severity.raw.sigma))
+        severity = outliers.severity(batches(), covariance=whiten)
+        seen, normed = {
+            "none": (severity.raw, lambda x: x),
+            "layer_norm": (severity.layer_normed, outliers.layer_norm),
+            "unit": (severity.directions, outliers.direction),
+        }[self.norm]
+        spread = float(np.linalg.norm(seen.sigma))
         if not spread > 0:
             raise RunFailed("step 0: the activations do not vary at all")
         median = np.full(d, np.nan)
         if any(member.sae.center == "geometric_median" for member in self.members.values()):
-            median = outliers.geometric_median(batches, severity.raw.mean)
-        return {
-            "mu": severity.raw.mean,
+            median = outliers.geometric_median(lambda: map(normed, batches()), seen.mean)
+        found = {
+            "mu": seen.mean,
             "geometric_median": median,
             "scale": np.asarray(np.sqrt(d) / spread),
             "gammas": np.asarray(list(severity.gammas().values())),
         }
+        if whiten:
+            whitening = preprocess.whitening(seen)
+            found |= {"whitening": np.asarray(whitening.matrix), "unwhitening": np.asarray(whitening.inverse)}
+        return found
 
     def initial_states(self) -> tuple[training.TrainState, ...]:
         """The untrained members, group by group; a pure function of the configuration and the statistics."""
-        points = {"mean": self.statistics["mu"], "geometric_median": self.statistics["geometric_median"]}
-        states = []
-        for group in self.groups:
-            configs = [self.members[name] for name in group.names]
+        return tuple(self._initial(group) for group in self.groups)
+
+    def _initial(self, group: training.Group) -> training.TrainState:
+        configs = [self.members[name] for name in group.names]
+        if group.static.whiten:
+            before = jax.tree.map(lambda a: np.stack([a] * len(configs)), self._whitening())
+            centers = np.zeros(before.matrix.shape[:2])
+        else:
             moved = np.stack([self.mean_shift(name) for name in group.names])
-            centers = [
-                np.zeros(self.source.d_model) if c.sae.center == "none" else points[c.sae.center] * self.scale + more
-                for c, more in zip(configs, moved, strict=True)
-            ]
-            states.append(training.init_group(
-                configs, jnp.asarray(np.stack(centers), float), jnp.asarray(moved, float) if moved.any() else None
-            ))  # fmt: skip
-        return tuple(states)
+            before = Preprocessing(shift=-moved, scale=np.ones(len(configs))) if moved.any() else None
+            centers = np.stack([self._center(name) for name in group.names])
+        before = jax.tree.map(lambda a: jnp.asarray(a, float), before)
+        return training.init_group(configs, jnp.asarray(centers, float), before)
+
+    def _whitening(self) -> Preprocessing:
+        """PCA whitening of the scaled tokens."""
+        return Preprocessing(
+            shift=self.shared_mu, scale=np.asarray(1 / self.scale),
+            matrix=self.statistics["whitening"], inverse=self.statistics["unwhitening"],
+        )  # fmt: skip
+
+    def _center(self, name: str) -> np.ndarray:
+        """Where b_dec starts, (d,)."""
+        kind = self.members[name].sae.center
+        if kind == "none":
+            return np.zeros(self.source.d_model)
+        point = self.statistics["mu" if kind == "mean" else kind]
+        return point * self.scale + self.mean_shift(name)
 
     def mean_shift(self, name: str) -> np.ndarray:
         """What this member's tokens are moved by: nonzero where it has a data.gamma of its own."""
@@ -101,8 +129,8 @@ class Ensemble:
         )
         found: dict[str, Any] = {}
         letters: dict[str, str] = {}
-        for group, state, values in zip(self.groups, states, results, strict=True):
-            biases = jax.device_get(state.sae.b_dec)
+        for group, sae, values, shifts in zip(self.groups, groups, results, moved, strict=True):
+            biases = np.asarray(sae.b_dec) + shifts  # in the frame of each member's own tokens
             for i, name in enumerate(group.names):
                 if not np.isfinite(biases[i]).all() or not np.isfinite(values[i]["fve_about_zero"] or 0):
                     raise RunFailed(f"{name} no longer reconstructs anything finite")
@@ -110,7 +138,7 @@ class Ensemble:
                 letters[name] = fates.letters(seen)
                 found[name] = {**values[i], **evaluation.bias_state(biases[i], self.mu(name))}
                 if self.source.truth is not None:
-                    rows = state.sae.W_dec[i]
+                    rows = sae.W_dec[i]
                     found[name]["mmcs"] = float(recovery.mmcs(self.source.truth, rows))
                     found[name]["mmcs_alive"] = float(recovery.mmcs(self.source.truth, rows, jnp.asarray(seen.fired)))
         return {"members": {name: found[name] for name in self.members}, "fates": letters}
@@ -119,8 +147,9 @@ class Ensemble:
         """One line for every feature of every member."""
         rows: list[dict[str, Any]] = []
         for group, first, last in zip(self.groups, self.initial_states(), states, strict=True):
+            W_enc = [np.asarray(training.in_shared_frame(state).W_enc) for state in (first, last)]
             for i, name in enumerate(group.names):
-                ends = [fates.alignment(np.asarray(s.sae.W_enc[i]), self.mu(name)) for s in (first, last)]
+                ends = [fates.alignment(w[i], self.mu(name)) for w in W_enc]
                 rows += fates.rows(name, fates.ledger(history, name), *ends)
         return rows
 

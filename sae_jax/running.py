@@ -14,6 +14,7 @@ from sae_jax import config as config_lib
 from sae_jax.ensemble import Ensemble, culprit
 from sae_jax.errors import Preempted, RunFailed
 from sae_jax.objective import AllSum
+from sae_jax.preprocess import per_token
 from sae_jax.sources import Source, open_source
 from sae_jax.stopping import StopRequest
 
@@ -69,9 +70,9 @@ class Run:
     # -- what is compiled ----------------------------------------------------------------------------------------
 
     def _tokens(self, split: str, given: Array, device: Int[Array, ""], share: int) -> Array:
-        """This device's `share` of the rows of a batch, scaled."""
+        """This device's `share` of the rows of a batch, normed one by one if so configured, and scaled."""
         rows = device * share + jnp.arange(share)
-        return self.source.tokens(split, given, rows) * self.ensemble.scale
+        return per_token(self.source.tokens(split, given, rows), self.config.data.norm) * self.ensemble.scale
 
     def _steps(
         self, allsum: AllSum, device: Int[Array, ""], states: Any, inputs: Any, count: Int[Array, ""]

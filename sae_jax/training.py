@@ -13,6 +13,7 @@ from sae_jax import config as config_lib
 from sae_jax import death, objective, topk
 from sae_jax import sae as sae_lib
 from sae_jax.objective import AllSum
+from sae_jax.preprocess import Preprocessing, fold
 from sae_jax.sae import SAE
 
 
@@ -22,6 +23,7 @@ class Static(NamedTuple):
     n_features: int
     k: int
     unit_decoder: bool
+    whiten: bool
     preset: str
     steps: int
     warmup_steps: int
@@ -35,7 +37,7 @@ class Static(NamedTuple):
         """The static part of one member's configuration."""
         s, t = config.sae, config.train
         return cls(
-            s.n_features, s.k, s.unit_decoder, config.auxk.preset, t.steps, t.warmup_steps, t.decay_fraction,
+            s.n_features, s.k, s.unit_decoder, s.whiten, config.auxk.preset, t.steps, t.warmup_steps, t.decay_fraction,
             t.beta1, t.beta2, t.clip_norm,
         )  # fmt: skip
 
@@ -47,7 +49,7 @@ class Hyper(struct.PyTreeNode):
     learn_bias: Any  # () bool
     auxk_weight: Any  # ()
     dead_after_tokens: Any  # () int32
-    mean_shift: Any = None  # (d,) added to every token, where members differ in gamma; None where they do not
+    before: Any = None  # Preprocessing that is this member's own; None where it sees the tokens that all share
 
 
 class TrainState(struct.PyTreeNode):
@@ -177,12 +179,12 @@ def group_members(configs: dict[str, ConfigDict], d_model: int) -> list[Group]:
 
 
 def init_group(
-    configs: list[ConfigDict], centers: Float[Array, "M d"], mean_shifts: Float[Array, "M d"] | None = None
+    configs: list[ConfigDict], centers: Float[Array, "M r"], before: Preprocessing | None = None
 ) -> TrainState:
     """The members of one group stacked along a leading axis. Members with equal seeds start from equal rows."""
     static = Static.of(configs[0])
     keys = jax.vmap(jax.random.key)(jnp.asarray([config.seed for config in configs]))
-    hypers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(hyper, configs)).replace(mean_shift=mean_shifts)
+    hypers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(hyper, configs)).replace(before=before)
     return jax.jit(jax.vmap(lambda key, h, c: init_state(key, static, h, c)))(keys, hypers, centers)
 
 
@@ -198,13 +200,20 @@ def group_step(
         return flag if alone else jax.lax.pmax(flag.astype(jnp.int32), sae_lib.MEMBER) > 0
 
     def one(s: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-        own = x if s.hyper.mean_shift is None else x + s.hyper.mean_shift
+        own = x if s.hyper.before is None else s.hyper.before(x)
         return train_step(s, own, static=static, allsum=allsum, anywhere=anywhere)
 
     return sae_lib.each_member(one, state)
 
 
 def in_shared_frame(state: TrainState) -> SAE:
-    """The group's SAEs for the tokens that all share: with b_dec − s on x an SAE errs as with b_dec on x + s."""
-    sae: SAE = state.sae
-    return sae if state.hyper.mean_shift is None else sae.replace(b_dec=sae.b_dec - state.hyper.mean_shift)
+    """The group's SAEs for the tokens that all share: what a member does to them first is folded into its weights."""
+    before = state.hyper.before
+    if before is None:
+        sae: SAE = state.sae
+        return sae
+    if before.matrix is None:
+        moved: SAE = state.sae.replace(b_dec=state.sae.b_dec + before.shift)
+        return moved
+    pairs = [jax.tree.map(lambda a, i=i: a[i], (state.sae, before)) for i in range(len(state.step))]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fold(*pair) for pair in pairs))

@@ -5,9 +5,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import fates, parallel, running, synthetic, training
+from sae_jax import fates, outliers, parallel, running, synthetic, training
+from sae_jax import sae as sae_lib
 from sae_jax.death import Sightings
 from sae_jax.errors import Refused
+from sae_jax.preprocess import Preprocessing
 from sae_jax.sources import open_source
 
 
@@ -30,7 +32,7 @@ def test_eight_members_equal_eight_alone_over_fifty_steps(tiny):
     def step(state, x):
         return training.group_step(state, x, static=static, allsum=lambda tree: tree)
 
-    together = training.init_group(configs, jnp.zeros((8, 16)), moved)
+    together = training.init_group(configs, jnp.zeros((8, 16)), Preprocessing(shift=-moved, scale=jnp.ones(8)))
     alone = [training.init_group([c], jnp.zeros((1, 16))) for c in configs]
     for t in range(50):
         x = synthetic.sample(spec, 0, t, jnp.arange(32))
@@ -104,3 +106,70 @@ def test_ledger_counts_births_deaths_and_revivals():
     assert (line["init"], line["final"], line["born"]) == ("R", "R", 20)
     cosine = fates.alignment(np.array([[3.0, 0.0], [0.0, -2.0]]), np.array([0.0, 5.0]))
     np.testing.assert_allclose(cosine, [0, -1])
+
+
+def correlated(rng, n_tokens=4000, d=16):
+    """Tokens with a mean, whose variances span two decades."""
+    return rng.normal(size=(n_tokens, d)) * np.logspace(0, -1, d) @ rng.normal(size=(d, d)) + 3 * rng.normal(size=d)
+
+
+def after_training(config, workdir, x):
+    path = workdir.with_suffix(".npy")
+    np.save(path, x)
+    config = ConfigDict(config.to_dict())
+    config.data.path = str(path)
+    run = running.Run(config, str(workdir), parallel.Devices(1), open_source(config))
+    run.states, metrics = run._advance(run.states, run._next_inputs(4), np.int32(4))
+    record = run._record()
+    run.data.close()
+    run.checkpoints.close()
+    return run, metrics, record
+
+
+@pytest.mark.usefixtures("x64")
+def test_behind_whitening_an_sae_trains_as_on_whitened_activations_and_is_judged_on_x(tiny, tmp_path, rng):
+    x = correlated(rng)
+    tiny.data.signal, tiny.members = "", ConfigDict({"one": {}, "two": {"seed": 1}})
+    tiny.sae.whiten = True
+    run, metrics, record = after_training(tiny, tmp_path / "whiten", x)
+    before = run.ensemble._whitening()
+    y = np.asarray(before(jnp.asarray(x * run.ensemble.scale)))
+    np.testing.assert_allclose(np.cov(y.T), np.eye(16), atol=0.3)  # whitened by the training tokens alone
+
+    tiny.sae.whiten = False
+    plain, expected, judged = after_training(tiny, tmp_path / "plain", y)
+    np.testing.assert_allclose(plain.ensemble.scale, 1, rtol=1e-5)
+    for key in ("loss", "fve", "l0"):
+        np.testing.assert_allclose(metrics[0][key], expected[0][key], rtol=1e-4)
+    assert record["fates"] == judged["fates"]
+
+    held_out = np.concatenate([x[valid] for x, valid in run.source.held_out()])  # x itself, in NumPy
+    state = jax.tree.map(lambda a: a[0], run.states[0])
+    x_hat = before.invert(sae_lib.decode(state.sae, sae_lib.encode(state.sae, before(held_out * run.ensemble.scale))))
+    error = held_out - np.asarray(x_hat) / run.ensemble.scale
+    fve = 1 - np.sum(error**2) / np.sum((held_out - held_out.mean(axis=0)) ** 2)
+    assert record["members"]["one"]["fve"] == pytest.approx(fve, abs=1e-5)
+    assert record["members"]["one"]["bias_projection"] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("norm", ["layer_norm", "unit"])
+def test_a_norm_of_tokens_is_as_good_as_normed_activations(tiny, tmp_path, rng, norm):
+    x = correlated(rng)
+    normed = {"layer_norm": outliers.layer_norm, "unit": outliers.direction}[norm](x)
+    tiny.data.signal, tiny.members = "", ConfigDict({"centred": {"sae": {"center": "geometric_median"}}})
+    tiny.data.norm = norm
+    run, metrics, record = after_training(tiny, tmp_path / "norm", x)
+    tiny.data.norm = "none"
+    plain, expected, judged = after_training(tiny, tmp_path / "plain", normed)
+    np.testing.assert_allclose(metrics[0]["loss"], expected[0]["loss"], rtol=1e-6)
+    for key, value in record["members"]["centred"].items():
+        assert judged["members"]["centred"][key] == pytest.approx(value, rel=1e-6), key
+    gammas = outliers.severity(run.source.statistics()).gammas()
+    np.testing.assert_allclose(run.ensemble.statistics["gammas"], list(gammas.values()))  # of x as it comes
+
+
+def test_whitening_and_another_centre_exclude_each_other(tiny):
+    tiny.members = ConfigDict({"white": {"sae": {"whiten": True, "center": "geometric_median"}}})
+    with pytest.raises(Refused, match=r"members.white.sae.center = 'geometric_median': none or mean"):
+        config_lib.check(tiny)
