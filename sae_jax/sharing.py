@@ -11,7 +11,7 @@ from sae_jax import checkpoint, formats, report, training
 from sae_jax import config as config_lib
 from sae_jax.errors import Refused, RunFailed, missing_extra
 from sae_jax.formats import Packed
-from sae_jax.preprocess import Preprocessing
+from sae_jax.preprocess import Preprocessing, fold
 from sae_jax.sae import SAE
 
 HUB = "hf://"
@@ -102,7 +102,7 @@ def _write(target: epath.Path, files: dict[str, bytes]) -> None:
 
 
 def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: dict[str, Any]) -> Packed:
-    """One member of a checkpoint, with the scalar its data were scaled by as preprocessing."""
+    """One member of a checkpoint, with what all tokens went through (a norm, a scalar) as preprocessing."""
     members = config_lib.members(config)
     name = next(iter(members)) if member is None and len(members) == 1 else member
     if name not in members:
@@ -112,10 +112,14 @@ def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: d
     number, place = next((i, g.names.index(name)) for i, g in enumerate(groups) if name in g.names)
     group = saved.groups[number]
     sae = SAE(**{key: np.asarray(value[place]) for key, value in group["sae"].items()}, k=members[name].sae.k)
-    before = Preprocessing(shift=np.zeros_like(mu), scale=scale)
+    before = Preprocessing(shift=np.zeros_like(mu), scale=scale, norm=config.data.norm)
     gammas = dict(zip(("gamma", "gamma_raw", "gamma_direction"), saved.statistics["gammas"].tolist(), strict=True))
-    if group["hyper"].get("mean_shift") is not None:  # this member's tokens have a mean of their own
-        mu = mu + np.asarray(group["hyper"]["mean_shift"][place], np.float64) / scale
+    own: dict[str, Any] = {key: np.asarray(value[place]) for key, value in (group["hyper"].get("before") or {}).items()
+           if value is not None}  # fmt: skip
+    if members[name].sae.whiten:
+        sae = fold(sae, Preprocessing(**own))
+    elif own:  # this member's tokens have a mean of their own
+        mu = mu - np.asarray(own["shift"], np.float64) / scale
         gammas = {"gamma_raw": float(np.linalg.norm(mu)) * scale / np.sqrt(len(mu))}
     final = saved.history[-1]["members"][name]
     versions = report.versions()

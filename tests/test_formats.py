@@ -168,7 +168,7 @@ def test_saelens_ranking_by_decoder_norm_and_a_bias_not_applied_to_the_input(rng
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of two members, of different size and so in different groups."""
+    """A finished run of members of different size, or whitened, and so in different groups."""
     from ml_collections import ConfigDict
 
     from sae_jax.config import base
@@ -183,12 +183,13 @@ def run(tmp_path_factory):
         "baseline": {"sae": {"center": "none"}},
         "centred": {"sae": {"center": "mean"}},
         "wide": {"sae": {"n_features": 96}},
+        "white": {"sae": {"whiten": True}},
     })
     workdir = str(tmp_path_factory.mktemp("run") / "w")
     return config, workdir, train(config, workdir)
 
 
-@pytest.mark.parametrize("member", ["baseline", "centred", "wide"])
+@pytest.mark.parametrize("member", ["baseline", "centred", "wide", "white"])
 def test_a_member_of_a_run_comes_out_with_its_own_deaths(run, member, tmp_path):
     config, workdir, report = run
     final = next(m["final"] for m in report["members"] if m["name"] == member)
@@ -345,7 +346,7 @@ def test_another_width_than_the_activations(rng, x, tmp_path, capsys):
 @pytest.mark.parametrize(("argv", "said"), [
     (["export", "--out=o"], "--workdir = None"),
     (["export", "--workdir=RUN"], "--out"),
-    (["export", "--workdir=RUN", "--out=o"], "--member = None: one of baseline, centred, wide"),
+    (["export", "--workdir=RUN", "--out=o"], "--member = None: one of baseline, centred, wide, white"),
     (["export", "--workdir=RUN", "--out=o", "--member=x"], "--member = 'x': one of"),
     (["export", "--workdir=RUN", "--out=o", "--format=onnx"], "--format = 'onnx': one of saelens"),
     (["export", "--workdir=RUN", "--out=full", "--member=wide"], "--out = 'full': a folder that does not exist"),
