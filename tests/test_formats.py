@@ -346,7 +346,7 @@ def test_another_width_than_the_activations(rng, x, tmp_path, capsys):
 @pytest.mark.parametrize(("argv", "said"), [
     (["export", "--out=o"], "--workdir = None"),
     (["export", "--workdir=RUN"], "--out"),
-    (["export", "--workdir=RUN", "--out=o"], "--member = None: one of baseline, centred, wide, white"),
+    (["export", "--workdir=RUN", "--out=o"], "--member = None: one of baseline, centred, white, wide"),
     (["export", "--workdir=RUN", "--out=o", "--member=x"], "--member = 'x': one of"),
     (["export", "--workdir=RUN", "--out=o", "--format=onnx"], "--format = 'onnx': one of saelens"),
     (["export", "--workdir=RUN", "--out=full", "--member=wide"], "--out = 'full': a folder that does not exist"),
