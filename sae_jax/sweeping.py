@@ -200,11 +200,11 @@ def merge(workdir: str, every: list[Job]) -> list[dict[str, Any]]:
 
 
 def summary(workdir: str, found: list[Job]) -> str:
-    """How many are done, what failed and why, and gamma against death at initialisation."""
+    """How many are done, what failed, and gamma against death at initialisation."""
     left = {job.name: recorded(workdir, job) for job in found}
     rows = [r for rows in left.values() for r in rows]
     failed = [r for r in rows if r["status"] == "failed"]
-    lines = [f"{r['name']}: {r['error']}" for r in failed]
+    lines = [f"failed: {', '.join(r['name'] for r in failed)} (why: column `error`)"] if failed else []
     absent = sum(not rows for rows in left.values())
     plain = [r for r in rows if r["condition"] == "none" and r["steps"] == 0]
     if len(plain) > 2:
