@@ -53,13 +53,13 @@ def run(workdir: Path, scale: str, direction: str, seed: int, members: dict[str,
 def best_rates(workdir: Path, scale: str, direction: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """For each arm the learning rate of largest MMCS, over two seeds that are not used again; and the grid."""
     rates = SCALES[scale][6]
-    grid = {f"{arm} {rate:g} {seed}": {"seed": seed, "sae": {"center": center}, "train": {"learning_rate": rate}}
-            for arm, center in ARMS.items() for rate in rates for seed in (101, 102)}  # fmt: skip
+    grid = {f"{arm} {i} {seed}": {"seed": seed, "sae": {"center": center}, "train": {"learning_rate": rate}}
+            for arm, center in ARMS.items() for i, rate in enumerate(rates) for seed in (101, 102)}  # fmt: skip
     last = run(workdir, scale, direction, 100, grid)[-1]["members"]
     rows = [{"direction": direction, "arm": arm, "learning_rate": rate,
-             **{key: float(np.mean([last[f"{arm} {rate:g} {seed}"][key] for seed in (101, 102)]))
+             **{key: float(np.mean([last[f"{arm} {i} {seed}"][key] for seed in (101, 102)]))
                 for key in ("mmcs", "mmcs_alive", "dead_by_relu", "dead_total", "fve")}}
-            for arm in ARMS for rate in rates]  # fmt: skip
+            for arm in ARMS for i, rate in enumerate(rates)]  # fmt: skip
     best = {arm: max((r for r in rows if r["arm"] == arm), key=lambda r: r["mmcs"])["learning_rate"] for arm in ARMS}
     return best, rows
 

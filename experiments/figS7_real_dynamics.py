@@ -23,7 +23,7 @@ from sae_jax import config as config_lib
 # steps, batch, n, k, learning rate, held-out tokens
 SCALES = {
     "smoke": (20, 32, 64, 3, 1e-3, 200),
-    "cpu": (1500, 256, 1024, 8, 1e-3, 10_000),
+    "cpu": (1500, 256, 1024, 8, 1e-3, 8_000),
     "paper": (200_000, 2048, 8192, 64, 3e-4, 100_000),
 }
 CONDITIONS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ def train(workdir: Path, scale: str) -> list[dict[str, Any]]:
     if scale == "smoke":
         c.data.update(signal="sparse", gamma=5.0, d_model=16, n_true_features=64, n_active=2, statistics_tokens=1000)
     else:
-        c.data.model.update(id="gemma-3-270m", layer=9, n_tokens=120_000 if scale == "cpu" else 100_000_000)
+        c.data.model.update(id="gemma-3-270m", layer=9, n_tokens=40_000 if scale == "cpu" else 100_000_000)
     c.train.update(steps=steps, batch_size=batch, learning_rate=rate, decay_fraction=0.0)
     c.auxk.preset, c.auxk.dead_after_tokens = "none", batch * max(1, steps // 20)
     c.eval.n_tokens, c.eval.points, c.checkpoint.every = held_out, 25, max(1, steps // 10)

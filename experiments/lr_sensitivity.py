@@ -40,14 +40,14 @@ def rows_of(workdir: Path, scale: str) -> list[dict[str, Any]]:
     c.auxk.preset, c.eval.n_tokens, c.checkpoint.every = "none", 20_000, steps
     keys = [(arm, rate, seed) for arm in ARMS for rate in rates for seed in SEEDS]
     c.members = ConfigDict({
-        f"{arm} {rate:g} {seed}": {"seed": seed, "sae": {"center": ARMS[arm]}, "train": {"learning_rate": rate}}
-        for arm, rate, seed in keys
+        f"{i}": {"seed": seed, "sae": {"center": ARMS[arm]}, "train": {"learning_rate": rate}}
+        for i, (arm, rate, seed) in enumerate(keys)
     })  # fmt: skip
-    found = {member["name"]: member["final"] for member in running.train(c, str(workdir / "run"))["members"]}
+    found = [member["final"] for member in running.train(c, str(workdir / "run"))["members"]]
     return [{"arm": arm, "learning_rate": rate, "seed": seed,
-             **{key: found[f"{arm} {rate:g} {seed}"][key]
+             **{key: final[key]
                 for key in ("dead_by_relu", "dead_total", "mmcs", "mmcs_alive", "fve", "bias_projection")}}
-            for arm, rate, seed in keys]  # fmt: skip
+            for (arm, rate, seed), final in zip(keys, found, strict=True)]  # fmt: skip
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
