@@ -131,7 +131,7 @@ def picture(found: Curves) -> Figure:
                 axis.plot([e["step"] for e in entries[1:]], [factor * e[key] for e in entries[1:]], color=colour,
                           lw=1.4, label=f"gamma {gamma:g}")  # fmt: skip
             axis.set_title(title)
-        axes[0][0].legend(loc="lower left", fontsize=7)
+        axes[0][0].legend(loc="upper right", fontsize=7)
         looks = dict(zip(CONDITIONS, figures.MEMBER_COLOURS, strict=False))
         bottom = (("dead_by_topk", 20.0, "c  dead by TopK"), ("dead_by_relu", 20.0, "d  dead by ReLU"),
                   ("dead_by_relu", 5.0, "d  dead by ReLU"))  # fmt: skip
@@ -142,8 +142,9 @@ def picture(found: Curves) -> Figure:
                           ls="--" if "frozen" in condition else "-", label=condition)  # fmt: skip
             axis.set(title=f"{title} (%), gamma {gamma:g}", xlabel="step", ylim=(-2, None))
         axes[1][0].legend(loc="lower left", fontsize=7)
+        end = max(entries[-1]["step"] for entries, _ in found.values())
         for axis in axes.ravel():
-            axis.set_xscale("log")
+            axis.set(xscale="log", xlim=(min(100, end / 10), end))  # nothing moves before
     return figure
 
 

@@ -25,6 +25,7 @@ def rows(path):
     ("remedies_compared", ["remedies_compared"], []),
     ("bias_timescales", ["bias_timescales", "bias_interventions"], []),
     ("auxk_idle", ["auxk_idle"], []),
+    ("bench_ensemble", ["bench_ensemble"], []),
 ])  # fmt: skip
 def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp_path):
     importlib.import_module(script).main(tmp_path, "smoke")
