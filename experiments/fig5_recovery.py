@@ -160,11 +160,20 @@ def main(workdir: Path, scale: str, half: str = "") -> None:
     summarise(workdir)
 
 
+def sparser(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations that lie at least 5 % of their step behind the one before, and the last."""
+    kept = entries[:1]
+    for entry in entries[1:]:
+        if entry["step"] >= 1.05 * kept[-1]["step"] or entry is entries[-1]:
+            kept.append(entry)
+    return kept
+
+
 def summarise(workdir: Path) -> None:
     """The tables and the picture of what is trained so far."""
     found = curves(workdir)
-    rows = [{"condition": condition, "gamma": gamma, "step": e["step"], **{key: e[key] for key in KEYS}}
-            for (condition, gamma), (entries, _) in found.items() for e in entries]  # fmt: skip
+    rows = [{"condition": condition, "gamma": gamma, "step": e["step"], **{key: f"{e[key]:.4g}" for key in KEYS}}
+            for (condition, gamma), (entries, _) in found.items() for e in sparser(entries)]  # fmt: skip
     report.write_csv(workdir / "fig5_recovery.csv", rows)
     report.write_csv(workdir / "fig5_transitions.csv", transitions(found))
     (workdir / "fig5_recovery.png").write_bytes(figures.png(picture(found)))

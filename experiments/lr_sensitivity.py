@@ -43,11 +43,11 @@ def rows_of(workdir: Path, scale: str) -> list[dict[str, Any]]:
         f"{i}": {"seed": seed, "sae": {"center": ARMS[arm]}, "train": {"learning_rate": rate}}
         for i, (arm, rate, seed) in enumerate(keys)
     })  # fmt: skip
-    found = [member["final"] for member in running.train(c, str(workdir / "run"))["members"]]
+    found = {member["name"]: member["final"] for member in running.train(c, str(workdir / "run"))["members"]}
     return [{"arm": arm, "learning_rate": rate, "seed": seed,
-             **{key: final[key]
+             **{key: found[f"{i}"][key]
                 for key in ("dead_by_relu", "dead_total", "mmcs", "mmcs_alive", "fve", "bias_projection")}}
-            for (arm, rate, seed), final in zip(keys, found, strict=True)]  # fmt: skip
+            for i, (arm, rate, seed) in enumerate(keys)]  # fmt: skip
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
