@@ -61,8 +61,9 @@ def loss(
     auxk_weight: Float[Array, ""],
     *,
     preset: str,
+    auxk: bool = True,
     allsum: AllSum = lambda tree: tree,
-    anywhere: AllSum = lambda flag: flag,
+    shards: str | None = None,
 ) -> tuple[Float[Array, ""], Batch]:
     """This device's share of the loss (the shares add up to the loss of the whole batch), and what the batch tells.
 
@@ -72,11 +73,12 @@ def loss(
       dead: features that AuxK may use.
       auxk_weight: weight w of the auxiliary term.
       preset: a name in `PRESETS`.
+      auxk: False leaves the auxiliary term out of the program: its value while nothing is dead, or w is 0.
       allsum: adds a pytree up over the devices that share the batch.
-      anywhere: makes a flag true for all members of an ensemble if it is true for one, so that a branch stays a branch.
+      shards: the mesh axis over which the features are split, where they are.
     """
     d = x.shape[1]
-    x_hat, codes = sae_lib.reconstruct(sae, x)
+    x_hat, codes = sae_lib.reconstruct(sae, x, shards)
     e = x - x_hat
     fixed_e = jax.lax.stop_gradient(e)
 
@@ -86,38 +88,31 @@ def loss(
         _square(x - x_sum / n_tokens),
         _square(fixed_e - e_sum / n_tokens),
         _square(fixed_e),
-        (codes.values > 0).sum(dtype=x.dtype),
+        topk.over_shards((codes.values > 0).sum(dtype=x.dtype), shards),
     ))
 
     divisors = {"openai": n_tokens * d, "sparsify": variance}
     total = _square(e) / (divisors[preset] if preset in divisors else n_tokens)
-    if preset != "none":
-        active = (auxk_weight > 0) & dead.any()
-        aux = jax.lax.cond(
-            anywhere(active),
-            lambda: _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset]),
-            lambda: jnp.zeros((), x.dtype),
-        )
+    if auxk and preset != "none":
+        n_dead = topk.over_shards(dead.sum(), shards)
+        aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], shards)
         aux_divisors = {"saelens": n_tokens, "sparsify": variance}
         aux_divisor = aux_divisors[preset] if preset in aux_divisors else e_variance
-        scale = jnp.minimum(dead.sum() / (d / 2), 1.0) if PRESETS[preset].gradual else 1.0
-        share = jnp.where(aux_divisor > 0, scale * aux / jnp.where(aux_divisor > 0, aux_divisor, 1.0), 0.0)
-        total = total + jnp.where(active, auxk_weight * share, 0.0)
+        scale = jnp.minimum(n_dead / (d / 2), 1.0) if PRESETS[preset].gradual else 1.0
+        term = jnp.where(aux_divisor > 0, scale * aux / jnp.where(aux_divisor > 0, aux_divisor, 1.0), 0.0)
+        total = total + jnp.where((auxk_weight > 0) & (n_dead > 0), auxk_weight * term, 0.0)
     return total, Batch(codes, fve=1 - e_square / variance, l0=n_fired / n_tokens)
 
 
 def _auxiliary_square(
-    sae: SAE, x: Float[Array, "B d"], e: Float[Array, "B d"], dead: Bool[Array, "n"], preset: Preset
-) -> Float[Array, ""]:
-    """Σ(W_decᵀa − e)² over this device's tokens. Its own encode: the branch runs only when something is dead."""
-    z_pre = sae_lib.preactivations(sae, x)
-    k_aux = min(preset.k_aux or x.shape[1] // 2, sae.W_enc.shape[0])
-    if preset.rectified:
-        values, indices = topk.top_k(jnp.where(dead, z_pre, 0.0), k_aux)
-    else:
-        values, indices = jax.lax.top_k(jnp.where(dead, z_pre, -jnp.inf), k_aux)
-        values = jnp.where(jnp.isfinite(values), values, 0.0)  # fewer than k_aux are dead
-    return _square(topk.decode(values, indices, sae.W_dec) - e)
+    sae: SAE, x: Float[Array, "B d"], e: Float[Array, "B d"], dead: Bool[Array, "n"], preset: Preset,
+    shards: str | None = None,
+) -> Float[Array, ""]:  # fmt: skip
+    """Σ(W_decᵀa − e)² over this device's tokens. Its pre-activations are those of the main term: computed once."""
+    k_aux = min(preset.k_aux or x.shape[1] // 2, sae.W_enc.shape[0] * topk.n_shards(shards))
+    way = topk.Way(k_aux, rectified=preset.rectified, shards=shards)
+    x_hat, _ = topk.reconstruct(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, way)
+    return _square(x_hat - e)
 
 
 def _square(a: Float[Array, "..."]) -> Float[Array, ""]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sae_jax import optimizer, training
+from sae_jax import sae as sae_lib
 from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.objective import AllSum
 
@@ -123,3 +125,42 @@ def together() -> Iterator[None]:
 
 
 _psum: AllSum = lambda tree: jax.lax.psum(tree, DATA)  # noqa: E731
+
+
+# -- a mesh of members × batch × features ----------------------------------------------------------------------------
+
+FEATURE = "feature"  # name of the axis over which a dictionary is split
+
+
+def make_mesh(devices: Any, *, member: int = 1, data: int = 1, feature: int = 1) -> Mesh:
+    """member × data × feature devices, in that order; collectives over features, the most frequent, on neighbours."""
+    return Mesh(np.asarray(devices).reshape(member, data, feature), (sae_lib.MEMBER, DATA, FEATURE))
+
+
+def layout(mesh: Mesh, state: training.TrainState) -> training.TrainState:
+    """How a group's state (leading axis: members) lies on a mesh: the NamedSharding of every leaf."""
+    whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((sae_lib.MEMBER,), (sae_lib.MEMBER, FEATURE)))
+    sae = state.sae.replace(W_enc=rows, b_enc=rows, W_dec=rows, b_dec=whole)
+    hyper = jax.tree.map(lambda _: whole, state.hyper)
+    return training.TrainState(whole, sae, optimizer.Moments(sae, sae), rows, hyper)
+
+
+def mesh_step(mesh: Mesh, static: training.Static, like: training.TrainState) -> Callable[..., Any]:
+    """`training.group_step` on a mesh, compiled: (state, x (B, d)) → (state, metrics), the state's buffers given up.
+
+    Each device keeps its members, its rows of the batch and its features. Over `feature` go the k candidates a token of
+    every shard and one (B, d) sum, never pre-activations; over `data` the gradients of a device's own features.
+    """
+    shardings = layout(mesh, like)
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    allsum = _psum if mesh.shape[DATA] > 1 else lambda tree: tree
+    step = partial(
+        training.group_step, static=static, allsum=allsum, shards=FEATURE if mesh.shape[FEATURE] > 1 else None
+    )
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(specs, PartitionSpec(DATA)), out_specs=(specs, PartitionSpec(sae_lib.MEMBER)),
+        check_vma=False,
+    )  # fmt: skip
+    x = NamedSharding(mesh, PartitionSpec(DATA))
+    metrics = NamedSharding(mesh, PartitionSpec(sae_lib.MEMBER))
+    return jax.jit(mapped, in_shardings=(shardings, x), out_shardings=(shardings, metrics), donate_argnums=0)

@@ -69,10 +69,17 @@ def decode(sae: SAE, codes: Codes) -> Float[Array, "B d"]:
     return topk.decode(codes.values, codes.indices, sae.W_dec) + sae.b_dec
 
 
-def reconstruct(sae: SAE, x: Float[Array, "B d"]) -> tuple[Float[Array, "B d"], Codes]:
-    """x̂ and the kept features it is made of: `decode` of `encode`, with the cheaper gradient."""
-    x_hat, kept = topk.reconstruct(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k)
-    return x_hat, Codes(*kept)
+def reconstruct(
+    sae: SAE, x: Float[Array, "B d"], shards: str | None = None
+) -> tuple[Float[Array, "B d"], Codes]:
+    """x̂ and the kept features it is made of: `decode` of `encode`, with the cheaper gradient.
+
+    Where features are split over a mesh axis `shards`, x̂ is that of all of them, the codes are this shard's.
+    """
+    x_hat, kept = topk.reconstruct(
+        x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, None, topk.Way(sae.k, shards=shards)
+    )
+    return x_hat + sae.b_dec, Codes(*kept)
 
 
 def fired(codes: Codes, n_features: int) -> Int[Array, "n"]:

@@ -8,17 +8,20 @@ of kept entries, Aᵀ @ dense the gradient of a weight matrix. Three exact forms
     dense       A written out and multiplied: accelerators, and wherever many of the n are kept
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.sparse import BCSR
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 LARGE = 2**20  # entries of a weight matrix (n · d) from which compressed rows pay, measured on two CPU cores
 SPARSE = 1 / 32  # the largest share k / n for which the sparse forms pay there
 UNROLLED = 8  # kept entries of a token handled in one pass over memory
+FEW = 16  # tokens whose kept rows fit in a core's cache
+CHUNKS, CHUNK = 16, 128  # pieces of a batch, and least tokens in one: top-k of one runs beside the matmul of the next
 
 
 def is_large(n: int, d: int) -> bool:
@@ -27,8 +30,8 @@ def is_large(n: int, d: int) -> bool:
 
 
 def form(k: int, n: int, d: int) -> str:
-    """How products with the kept entries are computed: `dense`, `rows` or `compressed`."""
-    if jax.default_backend() != "cpu" or k > n * SPARSE:
+    """How products with the kept entries are computed on a CPU: `dense` (as elsewhere), `rows` or `compressed`."""
+    if k > n * SPARSE:
         return "dense"
     return "compressed" if is_large(n, d) else "rows"
 
@@ -72,45 +75,102 @@ def encode(
     x: Float[Array, "B d"], W_enc: Float[Array, "n d"], b_enc: Float[Array, "n"], b_dec: Float[Array, "d"], k: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
     """`top_k` of `preactivations`."""
-    return top_k(preactivations(x, W_enc, b_enc, b_dec), k)
+    values, indices = _chosen(x, W_enc, b_enc, b_dec, None, Way(k))
+    return jax.nn.relu(values), indices
 
 
 # -- the whole SAE ---------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+class Way(NamedTuple):
+    """How entries are chosen: static."""
+
+    k: int  # how many a token, over all shards
+    rectified: bool = True  # from ReLU(z_pre); False: from z_pre itself, negative values too
+    shards: str | None = None  # the mesh axis over which the features are split, where they are
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def reconstruct(
     x: Float[Array, "B d"],
     W_enc: Float[Array, "n d"],
     b_enc: Float[Array, "n"],
     W_dec: Float[Array, "n d"],
     b_dec: Float[Array, "d"],
-    k: int,
+    only: Bool[Array, "n"] | None,
+    way: Way,
 ) -> tuple[Float[Array, "B d"], tuple[Float[Array, "B k"], Int[Array, "B k"]]]:
-    """x̂ and the kept entries it is made of. The gradient goes through the kept entries only."""
-    values, indices = encode(x, W_enc, b_enc, b_dec, k)
-    return _combine(Kept(values, indices), W_dec) + b_dec, (values, indices)
+    """W_decᵀ z, and the kept entries z of this shard. The gradient goes through the kept entries only.
+
+    `only` limits the choice to some features.
+    """
+    return _reconstruct_fwd(x, W_enc, b_enc, W_dec, b_dec, only, way)[0]
 
 
 def _reconstruct_fwd(
-    x: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, k: int
+    x: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, only: Array | None, way: Way
 ) -> tuple[Any, tuple[Array, ...]]:
-    out = reconstruct(x, W_enc, b_enc, W_dec, b_dec, k)
-    return out, (x, W_enc, W_dec, b_dec, *out[1])
+    values, indices = _chosen(x, W_enc, b_enc, b_dec, only, way)
+    live = values > (0.0 if way.rectified else -jnp.inf)
+    values = jnp.where(live, values, 0.0)
+    x_hat = over_shards(_combine(Kept(values, indices), W_dec), way.shards)
+    return (x_hat, (values, indices)), (x, W_enc, W_dec, b_dec, values, indices, live)
 
 
-def _reconstruct_bwd(k: int, residuals: tuple[Array, ...], cotangents: tuple[Array, Any]) -> tuple[Array, ...]:
-    x, W_enc, W_dec, b_dec, values, indices = residuals
+def _reconstruct_bwd(way: Way, residuals: tuple[Array, ...], cotangents: tuple[Array, Any]) -> tuple[Any, ...]:
+    x, W_enc, W_dec, b_dec, values, indices, live = residuals
     g, (g_values, _) = cotangents
-    kept = Kept(values, indices)
-    g_kept = jnp.where(values > 0, _pick(g, kept, W_dec) + g_values, 0.0)  # ReLU
-    both = _scatter((values, g_kept), indices, (g, x - b_dec), W_enc.shape[0])
+    g_kept = jnp.where(live, _pick(g, Kept(values, indices), W_dec) + g_values, 0.0)
+    g_dec, g_enc = _scatter((values, g_kept), indices, (g, x - b_dec), W_enc.shape[0])
     g_sum = jnp.zeros_like(W_enc[:, 0]).at[indices.ravel()].add(g_kept.ravel())
-    # The first is computed only where somebody asks for the gradient of x; training does not.
-    return _combine(Kept(g_kept, indices), W_enc), both[1], g_sum, both[0], g.sum(0) - g_sum @ W_enc
+    # The gradient of x is computed only where somebody asks for it: training does not, and XLA drops it. That of b_dec
+    # sums over the batch first, which leaves a vector-matrix product.
+    g_x = over_shards(_combine(Kept(g_kept, indices), W_enc), way.shards)
+    return g_x, g_enc, g_sum, g_dec, -over_shards(g_sum @ W_enc, way.shards), None
 
 
 reconstruct.defvjp(_reconstruct_fwd, _reconstruct_bwd)
+
+
+def _chosen(
+    x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None, way: Way
+) -> tuple[Array, Array]:
+    """The k largest pre-activations of this shard, −inf where they are not among the k largest of all shards.
+
+    XLA's top-k on a CPU has one thread. In pieces it works while the other cores multiply, and on data in cache.
+    """
+    k, pieces = min(way.k, W_enc.shape[0]), min(CHUNKS, x.shape[0] // CHUNK)
+
+    def choose(x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None) -> tuple[Array, Array]:
+        z_pre = preactivations(x, W_enc, b_enc, b_dec)
+        values, indices = jax.lax.top_k(z_pre if only is None else jnp.where(only, z_pre, -jnp.inf), k)
+        return values, indices
+
+    def in_pieces(x: Array, *rest: Any) -> tuple[Array, Array]:
+        kept = [choose(part, *rest) for part in jnp.array_split(x, pieces)]
+        return jnp.concatenate([v for v, _ in kept]), jnp.concatenate([i for _, i in kept])
+
+    split = pieces > 1 and is_large(*W_enc.shape)
+    values, indices = _on_cpu(in_pieces if split else choose, choose, x, W_enc, b_enc, b_dec, only)
+    if way.shards is None:
+        return values, indices
+    # Candidates in order of shard, so that of equal values the lowest feature wins, as on one device.
+    candidates = jax.lax.all_gather(values, way.shards, axis=1, tiled=True)  # (B, shards · k)
+    winners = jax.lax.top_k(candidates, way.k)[1]
+    rows = jnp.arange(values.shape[0])[:, None]
+    won = jnp.zeros(candidates.shape, bool).at[rows, winners].set(True)
+    mine = jax.lax.dynamic_slice_in_dim(won, jax.lax.axis_index(way.shards) * k, k, axis=1)
+    return jnp.where(mine, values, -jnp.inf), indices
+
+
+def over_shards(tree: Any, shards: str | None) -> Any:
+    """A pytree added up over the shards of the features."""
+    return tree if shards is None else jax.lax.psum(tree, shards)
+
+
+def n_shards(shards: str | None) -> int:
+    """Into how many the features are split."""
+    return 1 if shards is None else jax.lax.axis_size(shards)
 
 
 @jax.custom_vjp
@@ -141,6 +201,11 @@ class Kept(NamedTuple):
     indices: jax.Array  # (B, k)
 
 
+def _on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
+    """One of two ways, by the platform that the program is compiled for, which need not be the one it is built on."""
+    return elsewhere(*args) if cpu is elsewhere else jax.lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
+
+
 def _dense(kept: Kept, n: int) -> Array:
     batch = kept.values.shape[0]
     return jnp.zeros((batch, n), kept.values.dtype).at[jnp.arange(batch)[:, None], kept.indices].add(kept.values)
@@ -149,25 +214,44 @@ def _dense(kept: Kept, n: int) -> Array:
 def _combine(kept: Kept, rows: Array) -> Array:
     """A @ rows, (B, d)."""
     (batch, k), (n, d) = kept.values.shape, rows.shape
-    match form(k, n, d):
-        case "dense":
-            return _dense(kept, n) @ rows
-        case "rows":
-            return _over_kept(k, lambda j, sum: sum + kept.values[:, j, None] * rows[kept.indices[:, j]],
-                              jnp.zeros((batch, d), rows.dtype))  # fmt: skip
-    starts = jnp.arange(batch + 1, dtype=kept.indices.dtype) * k
-    product: Array = BCSR((kept.values.ravel(), kept.indices.ravel(), starts), shape=(batch, n)) @ rows
+
+    def dense(kept: Kept, rows: Array) -> Array:
+        return _dense(kept, n) @ rows
+
+    def gathered(kept: Kept, rows: Array) -> Array:
+        add = lambda j, sum: sum + kept.values[:, j, None] * rows[kept.indices[:, j]]  # noqa: E731
+        return _over_kept(k, add, jnp.zeros((batch, d), rows.dtype))
+
+    def compressed(kept: Kept, rows: Array) -> Array:
+        starts = jnp.arange(batch + 1, dtype=kept.indices.dtype) * k
+        product: Array = BCSR((kept.values.ravel(), kept.indices.ravel(), starts), shape=(batch, n)) @ rows
+        return product
+
+    ways = {"dense": dense, "rows": gathered, "compressed": compressed}
+    product: Array = _on_cpu(ways[form(k, n, d)], dense, kept, rows)
     return product
 
 
 def _pick(g: Array, kept: Kept, rows: Array) -> Array:
     """(g @ rowsᵀ) at the kept entries, (B, k)."""
     (batch, k), (n, d) = kept.values.shape, rows.shape
-    if form(k, n, d) == "dense":
-        return jnp.take_along_axis(g @ rows.T, kept.indices, axis=1)
-    # One kept entry of every token at a time: a loop that fuses, where gather and einsum would write out (B, k, d).
-    return _over_kept(k, lambda j, out: out.at[:, j].set(jnp.sum(g * rows[kept.indices[:, j]], axis=1)),
-                      jnp.zeros((batch, k), g.dtype))  # fmt: skip
+
+    def dense(g: Array, indices: Array, rows: Array) -> Array:
+        return jnp.take_along_axis(g @ rows.T, indices, axis=1)
+
+    def gathered(g: Array, indices: Array, rows: Array) -> Array:
+        # One kept entry of every token at a time fuses, where gather and einsum would write out (B, k, d).
+        put = lambda j, out: out.at[:, j].set(jnp.sum(g * rows[indices[:, j]], axis=1))  # noqa: E731
+        return _over_kept(k, put, jnp.zeros((batch, k), g.dtype))
+
+    def few_tokens(g: Array, indices: Array, rows: Array) -> Array:
+        # The k rows of a few tokens at a time stay in the cache.
+        picked: Array = jax.lax.map(lambda token: rows[token[1]] @ token[0], (g, indices), batch_size=FEW)
+        return picked
+
+    ways = {"dense": dense, "rows": gathered, "compressed": few_tokens}
+    picked: Array = _on_cpu(ways[form(k, n, d)], dense, g, kept.indices, rows)
+    return picked
 
 
 def _over_kept(k: int, body: Any, start: Array) -> Array:
@@ -177,17 +261,34 @@ def _over_kept(k: int, body: Any, start: Array) -> Array:
 def _scatter(values: tuple[Array, ...], indices: Array, tokens: tuple[Array, ...], n: int) -> tuple[Array, ...]:
     """Aᵀ @ tokens, (n, d), for several A with the same indices: for every feature a weighted sum of its tokens."""
     (batch, k), d = indices.shape, tokens[0].shape[1]
-    match form(k, n, d):
-        case "dense":
-            return tuple(_dense(Kept(v, indices), n).T @ t for v, t in zip(values, tokens, strict=True))
-        case "rows":
-            return tuple(
-                jnp.zeros((n, d), v.dtype).at[indices.ravel()].add((v[:, :, None] * t[:, None]).reshape(-1, d))
-                for v, t in zip(values, tokens, strict=True)
-            )
-    position = jnp.arange(batch * k, dtype=indices.dtype)
-    features, order = jax.lax.sort((indices.ravel(), position), num_keys=1)
-    starts = jnp.searchsorted(features, jnp.arange(n + 1, dtype=indices.dtype)).astype(indices.dtype)
-    return tuple(
-        BCSR((v.ravel()[order], order // k, starts), shape=(n, batch)) @ t for v, t in zip(values, tokens, strict=True)
+
+    def dense(pairs: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
+        return tuple(_dense(Kept(v, indices), n).T @ t for v, t in pairs)
+
+    def scattered(pairs: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
+        return tuple(
+            jnp.zeros((n, d), v.dtype).at[indices.ravel()].add((v[:, :, None] * t[:, None]).reshape(-1, d))
+            for v, t in pairs
+        )
+
+    def compressed(pairs: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
+        features, order = _sorted(indices.ravel(), n)
+        starts = jnp.searchsorted(features, jnp.arange(n + 1, dtype=indices.dtype)).astype(indices.dtype)
+        return tuple(BCSR((v.ravel()[order], order // k, starts), shape=(n, batch)) @ t for v, t in pairs)
+
+    ways = {"dense": dense, "rows": scattered, "compressed": compressed}
+    sums: tuple[Array, ...] = _on_cpu(
+        ways[form(k, n, d)], dense, list(zip(values, tokens, strict=True)), indices
     )
+    return sums
+
+
+def _sorted(features: Array, n: int) -> tuple[Array, Array]:
+    """Features in ascending order, and where each stood before."""
+    position = jnp.arange(features.size, dtype=features.dtype)
+    bits = (features.size - 1).bit_length()
+    if n << bits > 2**31:
+        ordered, order = jax.lax.sort((features, position), num_keys=1)
+        return ordered, order
+    packed = jax.lax.sort((features << bits) | position)  # one key in place of a pair: four times as fast
+    return packed >> bits, packed & (2**bits - 1)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import death, objective, topk
+from sae_jax import death, objective, optimizer, topk
 from sae_jax import sae as sae_lib
 from sae_jax.objective import AllSum
 from sae_jax.preprocess import Preprocessing, fold
@@ -57,7 +57,7 @@ class TrainState(struct.PyTreeNode):
 
     step: Any  # () int32
     sae: SAE
-    opt_state: Any
+    moments: optimizer.Moments
     tokens_since_fired: Any  # (n,) int32
     hyper: Hyper
 
@@ -72,22 +72,18 @@ def hyper(config: ConfigDict) -> Hyper:
     )
 
 
-def optimizer(static: Static) -> optax.GradientTransformation:
-    """Clip, Adam, warm-up and decay; the learning rate itself is multiplied in by `train_step`."""
+def schedule(static: Static, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Warm-up, constant, decay to 0: the factor of the learning rate at a step, counted from 0."""
     decay_steps = round(static.decay_fraction * static.steps)
-    schedule = optax.join_schedules(
+    factor: Array = optax.join_schedules(
         [
             optax.linear_schedule(1 / (static.warmup_steps + 1), 1.0, static.warmup_steps),
             optax.constant_schedule(1.0),
             optax.linear_schedule(1.0, 0.0, max(decay_steps, 1)),
         ],
         [static.warmup_steps, max(static.warmup_steps, static.steps - decay_steps)],
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(static.clip_norm),
-        optax.scale_by_adam(static.beta1, static.beta2),
-        optax.scale_by_schedule(schedule),
-    )
+    )(step)
+    return factor
 
 
 def init_state(key: PRNGKeyArray, static: Static, hyper: Hyper, center: Float[Array, "d"]) -> TrainState:
@@ -96,7 +92,7 @@ def init_state(key: PRNGKeyArray, static: Static, hyper: Hyper, center: Float[Ar
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         sae=sae,
-        opt_state=optimizer(static).init(sae),
+        moments=optimizer.init(sae),
         tokens_since_fired=jnp.zeros(static.n_features, jnp.int32),
         hyper=hyper,
     )
@@ -109,49 +105,53 @@ def train_step(
     static: Static,
     allsum: AllSum = lambda tree: tree,
     anywhere: AllSum = lambda flag: flag,
+    shards: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on this device's share of a batch, scaled to ‖sigma‖ = √d. Returns the next state and scalars.
 
-    `allsum` adds a pytree up over the devices that share the batch (gradients, denominators, fired flags);
-    `anywhere` spreads a flag over the members of an ensemble. Both are the identity on one device, for one SAE.
+    `allsum` adds a pytree up over the devices that share the batch (gradients, denominators, fired flags); `anywhere`
+    spreads a flag over the members of an ensemble. Both are the identity on one device, for one SAE. `shards` names
+    the mesh axis over which the features are split, where they are.
     """
     dead = state.tokens_since_fired >= state.hyper.dead_after_tokens
+    n_dead = topk.over_shards(dead.sum(), shards)
 
-    def share(sae: SAE) -> tuple[jax.Array, objective.Batch]:
-        return objective.loss(
-            sae, x, dead, state.hyper.auxk_weight, preset=static.preset, allsum=allsum, anywhere=anywhere
-        )
+    def gradients(auxk: bool) -> Any:
+        def share(sae: SAE) -> tuple[jax.Array, objective.Batch]:
+            return objective.loss(
+                sae, x, dead, state.hyper.auxk_weight, preset=static.preset, auxk=auxk, allsum=allsum, shards=shards
+            )
 
-    (loss_share, batch), grads = jax.value_and_grad(share, has_aux=True)(state.sae)
-    loss, grads, n_fired, n_tokens = allsum((
-        loss_share,
-        grads,
-        sae_lib.fired(batch.codes, static.n_features),
-        x.shape[0] * jnp.ones((), jnp.int32),
-    ))
+        (loss, batch), grads = jax.value_and_grad(share, has_aux=True)(state.sae)
+        return loss, grads, sae_lib.fired(batch.codes, dead.shape[0]), batch.fve, batch.l0
 
-    grads = grads.replace(b_dec=jnp.where(state.hyper.learn_bias, grads.b_dec, 0.0))
-    if static.unit_decoder:
-        rows = state.sae.W_dec
-        radial = jnp.sum(grads.W_dec * rows, axis=1, keepdims=True)
-        grads = grads.replace(W_dec=grads.W_dec - radial * rows)
-    grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer(static).update(grads, state.opt_state, state.sae)
-    sae = jax.tree.map(lambda p, u: p - state.hyper.learning_rate * u, state.sae, updates)
-    if static.unit_decoder:
-        sae = sae.replace(W_dec=sae_lib.unit_rows(sae.W_dec))
+    if static.preset == "none":
+        found = gradients(auxk=False)
+    else:
+        # Two whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
+        awake = anywhere((state.hyper.auxk_weight > 0) & (n_dead > 0))
+        found = jax.lax.cond(awake, lambda: gradients(auxk=True), lambda: gradients(auxk=False))
+    loss_share, grads, fired, fve, l0 = found
+    loss, grads, n_fired, n_tokens = allsum((loss_share, grads, fired, jnp.asarray(x.shape[0], jnp.int32)))
 
+    sae, moments, grad_norm = optimizer.update(
+        state.sae,
+        state.moments,
+        grads.replace(b_dec=jnp.where(state.hyper.learn_bias, grads.b_dec, 0.0)),
+        count=state.step + 1,
+        rate=state.hyper.learning_rate * schedule(static, state.step),
+        betas=(static.beta1, static.beta2),
+        clip_norm=static.clip_norm,
+        unit_decoder=static.unit_decoder,
+        shards=shards,
+    )
     silent = death.count_tokens(state.tokens_since_fired, n_fired > 0, n_tokens)
+    n_silent = topk.over_shards((silent >= state.hyper.dead_after_tokens).sum(), shards)
     metrics = {
-        "loss": loss,
-        "fve": batch.fve,
-        "l0": batch.l0,
-        "dead": jnp.mean(silent >= state.hyper.dead_after_tokens, dtype=loss.dtype),
+        "loss": loss, "fve": fve, "l0": l0, "dead": n_silent.astype(loss.dtype) / static.n_features,
         "grad_norm": grad_norm,
-    }
-    return state.replace(
-        step=state.step + 1, sae=sae, opt_state=opt_state, tokens_since_fired=silent
-    ), metrics
+    }  # fmt: skip
+    return state.replace(step=state.step + 1, sae=sae, moments=moments, tokens_since_fired=silent), metrics
 
 
 class Group(NamedTuple):
@@ -189,7 +189,7 @@ def init_group(
 
 
 def group_step(
-    state: TrainState, x: Float[Array, "B d"], *, static: Static, allsum: AllSum
+    state: TrainState, x: Float[Array, "B d"], *, static: Static, allsum: AllSum, shards: str | None = None
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`train_step` for all members of a group on the same batch."""
 
@@ -201,7 +201,7 @@ def group_step(
 
     def one(s: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
         own = x if s.hyper.before is None else s.hyper.before(x)
-        return train_step(s, own, static=static, allsum=allsum, anywhere=anywhere)
+        return train_step(s, own, static=static, allsum=allsum, anywhere=anywhere, shards=shards)
 
     return sae_lib.each_member(one, state)
 
