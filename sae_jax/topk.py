@@ -67,8 +67,14 @@ preactivations.defvjp(_preactivations_fwd, _preactivations_bwd)
 
 def top_k(z_pre: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
     """The k largest of ReLU(z_pre), in descending order. A row with fewer than k positive entries keeps zeros."""
-    values, indices = jax.lax.top_k(z_pre, k)  # ReLU keeps the order, and costs k a token after the choice, not n
+    values, indices = largest(z_pre, k)  # ReLU keeps the order, and costs k a token after the choice, not n
     return jax.nn.relu(values), indices
+
+
+def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """`jax.lax.top_k` behind a barrier: where XLA merges it with a slice of its result it sorts all n instead."""
+    values, indices = jax.lax.top_k(z, k)  # one barrier each: XLA's partitioner aborts on one for the pair
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
 
 
 def encode(
@@ -143,8 +149,7 @@ def _chosen(
 
     def choose(x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None) -> tuple[Array, Array]:
         z_pre = preactivations(x, W_enc, b_enc, b_dec)
-        values, indices = jax.lax.top_k(z_pre if only is None else jnp.where(only, z_pre, -jnp.inf), k)
-        return values, indices
+        return largest(z_pre if only is None else jnp.where(only, z_pre, -jnp.inf), k)
 
     def in_pieces(x: Array, *rest: Any) -> tuple[Array, Array]:
         kept = [choose(part, *rest) for part in jnp.array_split(x, pieces)]
@@ -156,7 +161,7 @@ def _chosen(
         return values, indices
     # Candidates in order of shard, so that of equal values the lowest feature wins, as on one device.
     candidates = jax.lax.all_gather(values, way.shards, axis=1, tiled=True)  # (B, shards · k)
-    winners = jax.lax.top_k(candidates, way.k)[1]
+    winners = largest(candidates, way.k)[1]
     rows = jnp.arange(values.shape[0])[:, None]
     won = jnp.zeros(candidates.shape, bool).at[rows, winners].set(True)
     mine = jax.lax.dynamic_slice_in_dim(won, jax.lax.axis_index(way.shards) * k, k, axis=1)
