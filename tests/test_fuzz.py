@@ -177,7 +177,7 @@ def test_a_damaged_file_is_read_or_refused_and_memory_stays_small(originals, tmp
     whole = (originals / name).read_bytes()
     assert read_all(originals / name) == ""
 
-    @examples(200)
+    @examples(220)
     @given(st.lists(harm(), min_size=1, max_size=3))
     def check(harms):
         data = whole
