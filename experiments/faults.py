@@ -4,6 +4,7 @@ Children are forked from a process that has imported JAX but not started it: rea
 four seconds of imports each.
 """
 
+import csv
 import hashlib
 import mmap
 import os
@@ -19,7 +20,6 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THRE
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from sae_jax import checkpoint, cli, disk, report
@@ -136,19 +136,10 @@ def sha(data: bytes) -> str:
 def trained(folder: Path) -> dict[str, str]:
     """Digests of report, figures and the arrays of the last checkpoint, whose files hold times and random names."""
     found = {path.name: sha(path.read_bytes()) for path in folder.iterdir() if path.suffix in (".json", ".png")}
-    handlers = {"state": ocp.StandardCheckpointHandler(), "statistics": ocp.StandardCheckpointHandler()}
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices it was written on
-    with ocp.CheckpointManager(folder / checkpoint.FOLDER, item_handlers=handlers) as manager:
-        shapes = manager.item_metadata(manager.latest_step())
-        for item in handlers:
-            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes[item])
-            saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(**{
-                item: ocp.args.StandardRestore(like)
-            }))[item]  # fmt: skip
-            for where, leaf in jax.tree_util.tree_leaves_with_path(saved):
-                found[item + jax.tree_util.keystr(where)] = sha(np.asarray(leaf).tobytes())
-        found["step"] = str(manager.latest_step())
-    return found | {"history": sha(repr(checkpoint.history(str(folder))).encode())}
+    saved = checkpoint.saved(str(folder))
+    for where, leaf in jax.tree_util.tree_leaves_with_path((saved.groups, saved.statistics)):
+        found[jax.tree_util.keystr(where)] = sha(np.asarray(leaf).tobytes())
+    return found | {"step": str(saved.step), "history": sha(repr(saved.history).encode())}
 
 
 def steps(folder: Path) -> int:
@@ -182,6 +173,8 @@ def not_whole(folder: Path) -> list[str]:
                 disk.read_json("", epath.Path(path))
             except ValueError:
                 bad.append(str(path))
+        if path.suffix == ".csv" and len({len(row) for row in csv.reader(data.decode().splitlines())}) != 1:
+            bad.append(str(path))
         if path.suffix == ".png" and not data.endswith(b"IEND\xaeB`\x82"):
             bad.append(str(path))
         if path.suffix == ".safetensors" and len(data) < 8 + struct.unpack("<Q", data[:8])[0]:

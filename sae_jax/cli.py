@@ -92,7 +92,7 @@ def diagnose(argv: list[str]) -> int:
         raise Refused("--activations", given.activations, "a file or a dataset folder, or --config=FILE in its place")
     from sae_jax import autopsy, diagnosis, report
 
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     if given.sae is not None:
         for flag in ("n_features", "k"):
             if given[flag].value is not None:
@@ -135,7 +135,7 @@ def export(argv: list[str]) -> int:
         raise Refused("--workdir", given.workdir, "the folder of a run, or --from=SAE in its place")
     from sae_jax import sharing
 
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     sharing.export(
         given.workdir if source is None else source, given.out, given.format, member=given.member, push=given.push
     )
@@ -197,7 +197,7 @@ def sweep(argv: list[str]) -> int:
         raise Refused("--config", None, "a configuration file with sweep(add), as configs/sweep.py")
     from sae_jax import cluster, combinations, sweeping
 
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     path = next(argument for argument in argv if argument.startswith("--config=")).partition("=")[2]
     every = combinations.jobs(path, config, given.grid)
     chosen = combinations.selected(every, given.filter)

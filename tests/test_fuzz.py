@@ -13,16 +13,19 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from safetensors.flax import save_file
 
 import sae_jax
-from sae_jax import cli
+from sae_jax import cli, formats
 from sae_jax import config as config_lib
 from sae_jax.activations import files, store
 from sae_jax.errors import Refused, RunFailed
+from sae_jax.preprocess import Preprocessing
+from sae_jax.sae import SAE
 
 ROOT = Path(__file__).parents[1]
 TIMES = int(os.environ.get("FUZZ", "0"))
@@ -205,6 +208,25 @@ def test_a_dataset_with_a_damaged_file_is_read_or_refused(originals, tmp_path):
         (tmp_path / "d" / name).write_bytes(apply((folder / name).read_bytes()))
         if not read_all(tmp_path / "d"):  # then nothing that matters was hit
             np.testing.assert_array_equal(files.open_chunks(str(tmp_path / "d")).tokens(0, 300), whole)
+
+    check()
+
+
+@pytest.mark.parametrize("format", ["saelens", "dictionary_learning", "sparsify"])
+def test_a_damaged_sae_of_another_library_is_read_or_refused(tmp_path, format):
+    rng = np.random.default_rng(0)
+    shapes = {"W_enc": (9, 4), "W_dec": (9, 4), "b_enc": (9,), "b_dec": (4,)}
+    sae = SAE(**{key: np.float32(rng.normal(size=shape)) for key, shape in shapes.items()}, k=3)
+    good = formats.encode(formats.Packed(sae, Preprocessing(shift=np.zeros(4)), {"layer": 300}), format)
+
+    @examples(100)
+    @given(st.sampled_from(sorted(good)), harm())
+    def check(name, apply):
+        for each, data in good.items():
+            (tmp_path / each).write_bytes(apply(data) if each == name else data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            refusal(lambda: formats.decode(epath.Path(tmp_path)))
 
     check()
 
