@@ -201,7 +201,7 @@ def main() -> None:
     (root / "text.txt").write_text(" ".join(str(number) for number in np.random.default_rng(0).integers(0, 60, 40_000)))
     jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    for name in ("torch", "transformers.models.gpt2.modeling_gpt2", "sae_jax.activations.adapters"):
+    for name in ("torch", "transformers"):
         optional.module(name, "hf")  # once, for all children
     if not (root / "model").exists():
         in_child(lambda: make_model(root / "model"), root / "digest")
