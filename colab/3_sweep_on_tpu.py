@@ -41,7 +41,8 @@ jax.devices()
 # %% [markdown]
 # ## What to run
 #
-# A sweep is a configuration file with one more function: `sweep(add)` adds a combination of overrides at a time.
+# A sweep is a configuration file with one more function: `sweep(add)` adds a combination of overrides at a time, with a
+# label.
 
 # %%
 Path("gammas.py").write_text(f'''
@@ -69,7 +70,7 @@ def get_config():
 def sweep(add):
     for gamma in {gammas!r}:
         for seed in {seeds!r}:
-            add({{"data.gamma": float(gamma), "seed": seed}})
+            add({{"data.gamma": float(gamma), "seed": seed}}, f"gamma{{gamma}}_seed{{seed}}")
 ''');
 
 # %%
@@ -79,7 +80,7 @@ def sweep(add):
 # ## Running it
 #
 # Several machines: the same command with `--shard=0/4` … `--shard=3/4` and a `--workdir` that all of them see, as
-# `gs://bucket/gammas`, then once more with `--merge`.
+# `gs://bucket/gammas`, then once more with `--merge`. `experiments/launch_tpu_pod.sh` does that on all hosts of a slice.
 
 # %%
 # !{sys.executable} -m sae_jax sweep --config=gammas.py --workdir=runs/gammas
@@ -89,7 +90,7 @@ def sweep(add):
 
 # %%
 with open("runs/gammas/results.csv") as file:
-    rows = [row for row in csv.DictReader(file) if row["status"] == "done"]
+    rows = [row for row in csv.DictReader(file) if row["status"] == "done" and int(row["steps"]) == steps]  # not at init
 print(len(rows), "rows;", ", ".join(rows[0]))
 
 # %%

@@ -57,21 +57,28 @@ def deaths(history: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _series(history: list[dict[str, Any]], name: str, key: str) -> Float[np.ndarray, "T"]:
+    """A member's number at every entry; nan where it is not defined."""
+    return np.array([entry["members"][name][key] for entry in history], float)
+
+
+def _look(i: int) -> dict[str, Any]:
+    return {"marker": "o", "ms": 2.5, "lw": 1.2, "color": MEMBER_COLOURS[i % len(MEMBER_COLOURS)]}
+
+
 def bias_convergence(history: list[dict[str, Any]]) -> Figure:
     """How b_dec comes to mu: projection on mu and relative error over steps, and deaths against the projection left."""
     names = list(history[0]["members"])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 2.7), layout="constrained")
         axes = figure.subplots(1, 3)
+        steps = [entry["step"] for entry in history]
         for i, name in enumerate(names):
-            entries = [entry["members"][name] for entry in history]
-            steps = [entry["step"] for entry in history]
-            look = {"color": MEMBER_COLOURS[i % len(MEMBER_COLOURS)], "label": name}
-            for axis, key in ((axes[0], "bias_projection"), (axes[1], "bias_relative_error")):
-                values = [np.nan if entry[key] is None else entry[key] for entry in entries]
-                axis.plot(steps, values, marker="o", ms=2.5, lw=1.2, **look)
-            shares = [np.nan if entry["bias_projection"] is None else entry["bias_projection"] for entry in entries]
-            axes[2].plot(shares, [100 * entry["dead_by_relu"] for entry in entries], marker="o", ms=2.5, lw=1.2, **look)
+            share, missing, relu = (
+                _series(history, name, key) for key in ("bias_projection", "bias_relative_error", "dead_by_relu")
+            )
+            for axis, x, y in zip(axes, (steps, steps, share), (share, missing, 100 * relu), strict=True):
+                axis.plot(x, y, label=name, **_look(i))
         axes[0].axhline(1, color="black", lw=0.6, ls=":")
         axes[0].set(xlabel="step", ylabel="b·mu / ‖mu‖²", title="how much of the mean the bias has learned")
         axes[1].set(xlabel="step", ylabel="‖b − mu‖ / ‖mu‖", title="what is missing", ylim=(0, None))
@@ -109,12 +116,9 @@ def curves(history: list[dict[str, Any]]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.7), layout="constrained")
         axes = figure.subplots(1, 2)
-        steps = [entry["step"] for entry in history]
         for axis, key, label in ((axes[0], "fve", "FVE about the mean"), (axes[1], "l0", "features active per token")):
             for i, name in enumerate(names):
-                values = [np.nan if entry["members"][name][key] is None else entry["members"][name][key]
-                          for entry in history]  # fmt: skip
-                axis.plot(steps, values, marker="o", ms=2.5, lw=1.2, color=MEMBER_COLOURS[i % 8], label=name)
+                axis.plot([entry["step"] for entry in history], _series(history, name, key), label=name, **_look(i))
             axis.set(xlabel="step", ylabel=label)
         axes[0].set_ylim(max(-0.5, axes[0].get_ylim()[0]), 1)  # an untrained SAE far below zero would flatten the rest
         axes[1].set_ylim(0, None)
