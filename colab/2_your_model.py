@@ -52,7 +52,7 @@ if model_id:
     ids = torch.tensor(tokenizer(text).input_ids)
 else:
     torch.manual_seed(0)
-    tiny = transformers.GPT2Config(n_layer=layer + 1, n_embd=64, n_head=4, vocab_size=1000)
+    tiny = transformers.GPT2Config(n_layer=layer + 1, n_embd=64, n_head=4, vocab_size=1000, bos_token_id=None, eos_token_id=None)
     model = transformers.GPT2LMHeadModel(tiny)
     model.transformer.wpe.weight.data += 0.1 * torch.randn(64)  # a mean, as trained models have it
     ids = torch.randint(1000, (4 * n_tokens,))
