@@ -214,6 +214,9 @@ def main() -> None:
         for row in new:
             print(report.one_line({key: str(value) for key, value in row.items()}), flush=True)
 
+    for name in ("train", "extract"):  # what is exported, what is damaged
+        if not (root / "undisturbed" / name).exists():
+            undisturbed(root, name)
     known = {(row["what"], row["try"]) for row in rows}
     for number, (name, activity) in enumerate(ACTIVITIES.items()):
         if name not in cli.VERBS or name not in given.only:
@@ -230,9 +233,6 @@ def main() -> None:
                 row = killed_at_random(activity.argv(root, folder), root / "log", name, folder, by, whole, rng)
                 note([{"what": what, "try": attempt, **row, **compared(root, folder, plain, name)}])
                 shutil.rmtree(folder)
-    for name in ("train", "extract"):
-        if not (root / "undisturbed" / name).exists():
-            undisturbed(root, name)
     for number, (name, fault) in enumerate(OTHERS.items()):
         for attempt in range(given.tries):
             label = f"{name} {attempt}"

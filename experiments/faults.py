@@ -135,7 +135,7 @@ def sha(data: bytes) -> str:
 
 def trained(folder: Path) -> dict[str, str]:
     """Digests of report, figures and the arrays of the last checkpoint, whose files hold times and random names."""
-    found = {path.name: sha(path.read_bytes()) for path in folder.iterdir() if path.suffix in (".json", ".png")}
+    found = {path.name: sha(path.read_bytes()) for path in folder.iterdir() if path.suffix in (".json", ".png", ".csv")}
     saved = checkpoint.saved(str(folder))
     for where, leaf in jax.tree_util.tree_leaves_with_path((saved.groups, saved.statistics)):
         found[jax.tree_util.keystr(where)] = sha(np.asarray(leaf).tobytes())
@@ -259,7 +259,8 @@ ACTIVITIES = {
         lambda folder: 0, lambda folder: {"results": sha((folder / "results.csv").read_bytes())},
     ),
     "export": Activity(
-        lambda root, folder: ["export", f"--workdir={root}/undisturbed/train", "--format=saelens", f"--out={folder}"],
+        lambda root, folder: ["export", f"--workdir={root}/undisturbed/train", "--member=centred",
+                              f"--out={folder}/sae"],
         lambda folder: 0, files,
     ),
 }  # fmt: skip
