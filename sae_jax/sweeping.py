@@ -189,8 +189,14 @@ def finished(workdir: str, job: Job) -> bool:
 
 
 def merge(workdir: str, every: list[Job]) -> list[dict[str, Any]]:
-    """results.csv from all that the jobs have left, in their order. Returns its rows."""
-    rows = [r for job in every for r in recorded(workdir, job)]
+    """results.csv from all that the jobs have left, in their order. Returns its rows.
+
+    Seven digits: those behind hang on how many threads a process had to add with.
+    """
+    rows = [
+        {key: float(f"{value:.7g}") if isinstance(value, float) else value for key, value in r.items()}
+        for job in every for r in recorded(workdir, job)
+    ]  # fmt: skip
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
