@@ -5,7 +5,7 @@
 
 Gemma 3 270M (18 layers), MiniLM (6), AntiBERTy (8), EfficientNet-Lite0 (16), each after every block: gamma, and death
 at initialisation untreated and under every remedy (n 2048, k 16, N 20,000). Six layers are trained as well, on 60,000
-tokens: TopK, with AuxK, and centred, 1,000 steps of 128 tokens. Under 40 minutes on 2 CPU cores; kill it and run it
+tokens: TopK, with AuxK, and centred, 1,000 steps of 128 tokens. --dry_run estimates what it costs; kill it and run it
 again, it goes on.
 """
 
