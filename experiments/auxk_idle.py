@@ -39,7 +39,7 @@ def trained(scale: str, rows: int, encoder: bool, decoder: bool) -> tuple[SAE, s
     c.data.update(signal="sparse", gamma=20.0, d_model=d, n_true_features=n_true, n_active=active)
     c.train.update(steps=steps, batch_size=batch, learning_rate=1e-3)
     static, spec = training.Static.of(c), synthetic.build(c.data, c.seed)
-    optimizer, weight = training.optimizer(static), config_lib.auxk_weight(c)
+    weight = config_lib.auxk_weight(c)
 
     def step(t: jax.Array, s: training.TrainState) -> training.TrainState:
         x = synthetic.sample(spec, 0, t, jnp.arange(batch))
@@ -55,12 +55,9 @@ def trained(scale: str, rows: int, encoder: bool, decoder: bool) -> tuple[SAE, s
                 W_enc=grads.W_enc + encoder * more.W_enc, b_enc=grads.b_enc + encoder * more.b_enc,
                 b_dec=grads.b_dec + encoder * more.b_dec, W_dec=grads.W_dec + decoder * more.W_dec,
             )  # fmt: skip
-        radial = jnp.sum(grads.W_dec * s.sae.W_dec, axis=1, keepdims=True)
-        grads = grads.replace(W_dec=grads.W_dec - radial * s.sae.W_dec)
-        updates, opt_state = optimizer.update(grads, s.opt_state, s.sae)
-        sae = jax.tree.map(lambda p, u: p - s.hyper.learning_rate * u, s.sae, updates)
+        sae, moments, _ = training.descend(s, grads, static)
         fired = sae_lib.fired(batch_found.codes, static.n_features) > 0
-        return s.replace(sae=sae.replace(W_dec=sae_lib.unit_rows(sae.W_dec)), opt_state=opt_state,
+        return s.replace(step=s.step + 1, sae=sae, moments=moments,
                          tokens_since_fired=death.count_tokens(s.tokens_since_fired, fired, batch))  # fmt: skip
 
     start = training.init_state(jax.random.key(c.seed), static, training.hyper(c), spec.mu)

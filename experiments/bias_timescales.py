@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from sae_jax import config as config_lib
 from sae_jax import report, synthetic, theory, training
 from sae_jax import sae as sae_lib
+from sae_jax.preprocess import Preprocessing
 
 SHARES = (0.5, 0.9, 0.99)
 SEEDS = range(5)
@@ -61,7 +62,8 @@ def crossings(
     static, spec = training.Static.of(config), synthetic.build(config.data, config.seed)
     d, batch, total = config.data.d_model, config.train.batch_size, config.train.steps
     mus = jnp.stack([m.data.gamma * jnp.sqrt(float(d)) * spec.direction for m in members])
-    states = training.init_group(members, jnp.zeros((len(members), d)), mus - spec.mu)
+    moved = Preprocessing(shift=spec.mu - mus, scale=jnp.ones(len(members)))
+    states = training.init_group(members, jnp.zeros((len(members), d)), moved)
 
     def body(t: jax.Array, carry: Any) -> Any:
         states, found = carry

@@ -83,7 +83,7 @@ def resampling(static: training.Static) -> Step:
                 mine = getattr(leaf, "shape", ())[:1] == (static.n_features,)
                 return jnp.where(dead.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf) if mine else leaf
 
-            return s.replace(sae=new, opt_state=jax.tree.map(cleared, s.opt_state),
+            return s.replace(sae=new, moments=jax.tree.map(cleared, s.moments),
                              tokens_since_fired=jnp.where(dead, 0, s.tokens_since_fired))  # fmt: skip
 
         return jax.vmap(one)(state)
@@ -106,7 +106,6 @@ def normalised(sae: SAE, x: jax.Array) -> SAE:
 
 def batch_norm(static: training.Static) -> Step:
     """Gradient through `normalised`; Adam, clipping and unit decoder rows as in the package."""
-    optimizer = training.optimizer(static)
 
     def loss(sae: SAE, x: jax.Array) -> jax.Array:
         own = normalised(sae, x)
@@ -114,9 +113,8 @@ def batch_norm(static: training.Static) -> Step:
         return jnp.sum(e**2) / len(x)
 
     def one(s: training.TrainState, x: jax.Array) -> training.TrainState:
-        updates, opt_state = optimizer.update(jax.grad(loss)(s.sae, x), s.opt_state, s.sae)
-        sae = jax.tree.map(lambda p, u: p - s.hyper.learning_rate * u, s.sae, updates)
-        return s.replace(sae=sae.replace(W_dec=sae_lib.unit_rows(sae.W_dec)), opt_state=opt_state)
+        sae, moments, _ = training.descend(s, jax.grad(loss)(s.sae, x), static)
+        return s.replace(step=s.step + 1, sae=sae, moments=moments)
 
     return lambda state, x, t: jax.vmap(lambda s: one(s, x))(state)
 

@@ -98,6 +98,23 @@ def init_state(key: PRNGKeyArray, static: Static, hyper: Hyper, center: Float[Ar
     )
 
 
+def descend(
+    state: TrainState, grads: SAE, static: Static, shards: str | None = None
+) -> tuple[SAE, optimizer.Moments, Float[Array, ""]]:
+    """Parameters and moments one step down the gradient, and the gradient's norm."""
+    return optimizer.update(
+        state.sae,
+        state.moments,
+        grads.replace(b_dec=jnp.where(state.hyper.learn_bias, grads.b_dec, 0.0)),
+        count=state.step + 1,
+        rate=state.hyper.learning_rate * schedule(static, state.step),
+        betas=(static.beta1, static.beta2),
+        clip_norm=static.clip_norm,
+        unit_decoder=static.unit_decoder,
+        shards=shards,
+    )
+
+
 def train_step(
     state: TrainState,
     x: Float[Array, "B d"],
@@ -134,17 +151,7 @@ def train_step(
     loss_share, grads, fired, fve, l0 = found
     loss, grads, n_fired, n_tokens = allsum((loss_share, grads, fired, jnp.asarray(x.shape[0], jnp.int32)))
 
-    sae, moments, grad_norm = optimizer.update(
-        state.sae,
-        state.moments,
-        grads.replace(b_dec=jnp.where(state.hyper.learn_bias, grads.b_dec, 0.0)),
-        count=state.step + 1,
-        rate=state.hyper.learning_rate * schedule(static, state.step),
-        betas=(static.beta1, static.beta2),
-        clip_norm=static.clip_norm,
-        unit_decoder=static.unit_decoder,
-        shards=shards,
-    )
+    sae, moments, grad_norm = descend(state, grads, static, shards)
     silent = death.count_tokens(state.tokens_since_fired, n_fired > 0, n_tokens)
     n_silent = topk.over_shards((silent >= state.hyper.dead_after_tokens).sum(), shards)
     metrics = {
