@@ -49,7 +49,7 @@ def config(scale: str, half: str) -> ConfigDict:
     c.auxk.preset = PRESETS[half]
     c.auxk.dead_after_tokens = batch * min(5000, steps // 10)  # as 10M tokens are at a batch of 2,048
     c.eval.n_tokens, c.eval.points = held_out, 60
-    c.checkpoint.every = max(1, steps // 100)
+    c.checkpoint.every = max(50, steps // 100)
     c.members = ConfigDict({
         f"{gamma:g}{' frozen' if frozen else ''}": {"data": {"gamma": gamma}, "sae": {"freeze_bias": frozen}}
         for gamma in GAMMAS for frozen in (False, True)

@@ -108,7 +108,7 @@ def picture(rows: list[dict[str, Any]], real_rows: list[dict[str, Any]]) -> Figu
         figure = Figure(figsize=(9.6, 2.8), layout="constrained")
         axes = figure.subplots(1, 4)
         looks = {"baseline": figures.MEMBER_COLOURS[0], "centred": figures.MEMBER_COLOURS[3]}
-        for direction, style in zip(DIRECTIONS, ("-", "--"), strict=True):
+        for direction, style in zip(DIRECTIONS, ("-", "--"), strict=False):
             for arm, colour in looks.items():
                 mine = [r for r in rows if (r["direction"], r["arm"]) == (direction, arm)]
                 steps = sorted({r["step"] for r in mine})

@@ -129,8 +129,9 @@ class Ensemble:
         )
         found: dict[str, Any] = {}
         letters: dict[str, str] = {}
-        for group, sae, values, shifts in zip(self.groups, groups, results, moved, strict=True):
-            biases = np.asarray(sae.b_dec) + shifts  # in the frame of each member's own tokens
+        for group, state, sae, values in zip(self.groups, states, groups, results, strict=True):
+            # In the frame of each member's own tokens; going there and back would cost float32 digits at high gamma.
+            biases = np.asarray(sae.b_dec if group.static.whiten else state.sae.b_dec)
             for i, name in enumerate(group.names):
                 if not np.isfinite(biases[i]).all() or not np.isfinite(values[i]["fve_about_zero"] or 0):
                     raise RunFailed(f"{name} no longer reconstructs anything finite")
