@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sae_jax.activations.facts import PAPER
+from sae_jax.combinations import CONDITIONS
 from sae_jax.config import base
 
 
@@ -27,11 +28,7 @@ def get_config() -> ConfigDict:
     config.data.model.n_tokens = 100_000
     config.train.steps = 0
     config.auxk.preset = "none"
-    config.members = ConfigDict({
-        "topk": {"sae": {"center": "none"}},
-        "auxk": {"auxk": {"preset": "dictionary_learning"}},
-        "centred": {"sae": {"center": "geometric_median"}},
-    })
+    config.members = ConfigDict(CONDITIONS)
     return config
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sae_jax.activations.facts import BUNDLED, GEMMA
+from sae_jax.combinations import CONDITIONS
 from sae_jax.config import base
 
 TRAINED = {GEMMA: (2, 9), "minilm-l6": (3,), "antiberty": (4,), "efficientnet-lite0": (8, 16)}
@@ -31,11 +32,7 @@ def get_config() -> ConfigDict:
     config.train.batch_size = 128
     config.train.steps_per_dispatch = 50
     config.auxk.preset = "none"
-    config.members = ConfigDict({
-        "topk": {"sae": {"center": "none"}},
-        "auxk": {"auxk": {"preset": "dictionary_learning"}},
-        "centred": {"sae": {"center": "geometric_median"}},
-    })
+    config.members = ConfigDict(CONDITIONS)
     return config
 
 

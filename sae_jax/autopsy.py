@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from sae_jax import death, diagnosis, evaluation, figures, formats, outliers, remedies, report, sharing
+from sae_jax import death, diagnosis, evaluation, fates, figures, formats, outliers, remedies, report, sharing
 from sae_jax import sae as sae_lib
 from sae_jax.diagnosis import Report
 from sae_jax.errors import Refused
@@ -72,7 +72,7 @@ def dissect(
     median = outliers.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = {key: choice for key, choice in remedies.preprocessings(severity, median).items() if key in CENTRINGS}
     forecast = remedies.forecast(tokens, choices, severity.raw.mean, n_probes, seed)
-    cosines = _cosines(folded.W_enc, mu)
+    cosines = fates.alignment(folded.W_enc.astype(np.float64), mu)
     left = mu - folded.b_dec
     share = left**2 / max(float(left @ left), np.finfo(np.float64).tiny)
 
@@ -173,11 +173,6 @@ def _look(sae: SAE, severity: Severity, seen: Seen) -> Look:
         "l0": float(seen.n_fired.sum()) / moments.n_tokens,
     }
     return Look(fates, seen.n_fired, evaluation.Shift(mean, std, relu, ~relu & ~fired), numbers)
-
-
-def _cosines(rows: np.ndarray, mu: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(rows.astype(np.float64), axis=1) * np.linalg.norm(mu)
-    return rows @ mu / np.where(lengths > 0, lengths, 1)
 
 
 def _quartiles(values: np.ndarray) -> list[float] | None:

@@ -22,6 +22,13 @@ from sae_jax.errors import Refused
 # comes to is in the table's column `data`.
 FREE_KEYS = (*config_lib.FREE_KEYS, "data.model.cache", "data.model.remote_code", "data.model.activations")
 
+# What the trained jobs of both shipped sweeps compare, as members.
+CONDITIONS = {
+    "topk": {"sae": {"center": "none"}},
+    "auxk": {"auxk": {"preset": "dictionary_learning"}},
+    "centred": {"sae": {"center": "geometric_median"}},
+}
+
 
 class Job(NamedTuple):
     """One combination, resolved."""

@@ -144,10 +144,13 @@ class Ensemble:
                     found[name]["mmcs_alive"] = float(recovery.mmcs(self.source.truth, rows, jnp.asarray(seen.fired)))
         return {"members": {name: found[name] for name in self.members}, "fates": letters}
 
-    def fates(self, history: list[dict[str, Any]], states: tuple[training.TrainState, ...]) -> list[dict[str, Any]]:
+    def fates(
+        self, history: list[dict[str, Any]], first_states: tuple[training.TrainState, ...],
+        states: tuple[training.TrainState, ...],
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """One line for every feature of every member."""
         rows: list[dict[str, Any]] = []
-        for group, first, last in zip(self.groups, self.initial_states(), states, strict=True):
+        for group, first, last in zip(self.groups, first_states, states, strict=True):
             W_enc = [np.asarray(training.in_shared_frame(state).W_enc) for state in (first, last)]
             for i, name in enumerate(group.names):
                 ends = [fates.alignment(w[i], self.mu(name)) for w in W_enc]

@@ -29,6 +29,11 @@ class Preempted(RuntimeError):
     exit_code = 143
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line; its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def missing_extra(module: str, extra: str) -> Refused:
     """An optional dependency is not installed: name the extra that brings it."""
     return Refused(f"import {module}", "not installed", f'install it with: pip install "sae-jax[{extra}]"')

@@ -22,8 +22,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from sae_jax.activations.optional import module
 from sae_jax.disk import read_json
-from sae_jax.errors import Refused, missing_extra
+from sae_jax.errors import Refused
 from sae_jax.preprocess import Preprocessing, fold
 from sae_jax.sae import SAE
 
@@ -150,7 +151,7 @@ def _read_saelens(folder: epath.Path) -> tuple[SAE, Preprocessing, dict[str, Any
 
 
 def _write_dictionary_learning(sae: SAE, flag: str, metadata: dict[str, Any]) -> dict[str, bytes]:
-    torch = _torch()
+    torch = module("torch", "hf")
     n, d = sae.W_enc.shape
     config = {
         "trainer": {
@@ -172,7 +173,7 @@ def _write_dictionary_learning(sae: SAE, flag: str, metadata: dict[str, Any]) ->
 
 
 def _read_dictionary_learning(folder: epath.Path) -> tuple[SAE, Preprocessing, dict[str, Any]]:
-    torch, path = _torch(), folder / "ae.pt"
+    torch, path = module("torch", "hf"), folder / "ae.pt"
     config = read_json("--sae", folder / "config.json") if (folder / "config.json").exists() else {}
     trainer = config.get("trainer", {})
     if trainer.get("dict_class", "AutoEncoderTopK") != "AutoEncoderTopK":
@@ -268,11 +269,3 @@ def _take(arrays: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]], pat
 
 def _float32(array: Any) -> np.ndarray:
     return np.asarray(array, np.float32, order="C")
-
-
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise missing_extra("torch", "hf") from error
-    return torch

@@ -229,20 +229,23 @@ class Run:
         }
         kept = checkpoint.history(self.workdir)  # all processes together open the checkpoints
         if jax.process_index() == 0:
-            self._draw(kept, result)
-            rows = self.ensemble.fates(self.history, self.states)
+            first_states = self.ensemble.initial_states()
+            self._draw(kept, result, first_states)
+            rows = self.ensemble.fates(self.history, first_states, self.states)
             report.write_csv(epath.Path(self.workdir) / "fates.csv", rows)
             report.write_json(self.workdir, result)
         return result
 
-    def _draw(self, kept: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    def _draw(
+        self, kept: list[dict[str, Any]], result: dict[str, Any], first_states: tuple[training.TrainState, ...]
+    ) -> None:
         """The figures, and the page that shows them."""
         names = list(self.ensemble.members)[:DRAWN]
         kept = [{**entry, "members": {name: entry["members"][name] for name in names}} for entry in kept]
         share = self.config.eval.batch_size // jax.process_count()
         tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), share))
         shifts: dict[str, list[tuple[str, evaluation.Shift]]] = {name: [] for name in self.ensemble.members}
-        for when, states in (("at init", self.ensemble.initial_states()), (f"step {self.step}", self.states)):
+        for when, states in (("at init", first_states), (f"step {self.step}", self.states)):
             for group, state in zip(self.groups, states, strict=True):
                 found = evaluation.shifts(training.in_shared_frame(state), tokens, self.source.held_out())
                 for name, shift in zip(group.names, found, strict=True):

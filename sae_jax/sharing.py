@@ -9,7 +9,8 @@ from etils import epath
 
 from sae_jax import checkpoint, formats, report, training
 from sae_jax import config as config_lib
-from sae_jax.errors import Refused, RunFailed, missing_extra
+from sae_jax.activations.optional import module
+from sae_jax.errors import Refused, RunFailed, first_line
 from sae_jax.formats import Packed
 from sae_jax.preprocess import Preprocessing, fold
 from sae_jax.sae import SAE
@@ -235,11 +236,7 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
 
 
 def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise missing_extra("huggingface_hub", "hub") from error
-    return huggingface_hub
+    return module("huggingface_hub", "hub")
 
 
 def _from_hub(path: str) -> str:
@@ -251,7 +248,7 @@ def _from_hub(path: str) -> str:
     except Refused:
         raise
     except Exception as error:  # no network, no such repository, no permission: each has errors of its own
-        raise Refused("--sae", path, f"a repository on the hub that can be reached ({_first_line(error)})") from error
+        raise Refused("--sae", path, f"a repository on the hub that can be reached ({first_line(error)})") from error
     return f"{found}/{folder}"
 
 
@@ -261,7 +258,7 @@ def _repository(name: str) -> Any:
     try:
         api.create_repo(name, exist_ok=True)
     except Exception as error:
-        raise Refused("--push", name, f"a repository on the hub that can be reached ({_first_line(error)})") from error
+        raise Refused("--push", name, f"a repository on the hub that can be reached ({first_line(error)})") from error
     return api
 
 
@@ -272,7 +269,7 @@ def _commit(api: Any, name: str, folder: epath.Path) -> None:
         operations = [_hub().CommitOperationAdd(where, content) for where, content in files.items()]
         api.create_commit(name, operations, commit_message=f"Add {folder.name}")
     except Exception as error:
-        raise RunFailed(f"upload to {name}: {_first_line(error)}; {folder} is complete") from error
+        raise RunFailed(f"upload to {name}: {first_line(error)}; {folder} is complete") from error
 
 
 def commit_files(folder: epath.Path, with_card: bool) -> dict[str, str | bytes]:
@@ -281,7 +278,3 @@ def commit_files(folder: epath.Path, with_card: bool) -> dict[str, str | bytes]:
     if with_card:
         files["README.md"] = (folder / "README.md").read_text().replace("![](", f"![]({folder.name}/").encode()
     return files
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -25,7 +25,7 @@ from sae_jax.activations.network import (
     token_batches,
 )
 from sae_jax.activations.optional import module
-from sae_jax.errors import Refused
+from sae_jax.errors import Refused, first_line
 
 DIFFUSION_SIDE, NOISE = 512, 0.5  # pixels; share of noise in what the diffusion transformer sees
 IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # mean and deviation of channels
@@ -50,10 +50,9 @@ def load(model: ConfigDict) -> Network:
     except (OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if "trust_remote_code" in str(error):
             raise Refused("data.model.remote_code", model.remote_code, facts.opt_in(model.id, model.id)) from error
-        how = f"weights that can be loaded ({first_line})"
+        how = f"weights that can be loaded ({first_line(error)})"
         if known and known.gated:
             page = f"https://huggingface.co/{known.id}"
             how += f"; they are gated ({known.licence}): accept the terms at {page} and set HF_TOKEN"

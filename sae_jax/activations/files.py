@@ -12,8 +12,9 @@ import pyarrow.ipc
 from etils import epath
 
 from sae_jax.activations import pipeline
+from sae_jax.activations.optional import module
 from sae_jax.disk import read_json
-from sae_jax.errors import Refused, missing_extra
+from sae_jax.errors import Refused
 
 MOST = 100  # fold: whatever a compressed file grows by more than this is no activations
 FORMATS = "a .npy, .npz, .safetensors or .pt file, a dataset folder, or a folder that SAELens cached activations in"
@@ -156,10 +157,7 @@ def _arrays(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors of a PyTorch file, mapped; weights only, so nothing in it is run."""
-    try:
-        import torch
-    except ImportError as error:
-        raise missing_extra("torch", "hf") from error
+    torch = module("torch", "hf")
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for name, tensor in (found if isinstance(found, dict) else {path.stem: found}).items():
         if isinstance(tensor, torch.Tensor):

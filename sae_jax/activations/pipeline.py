@@ -73,6 +73,13 @@ class ArrayChunks:
         return np.ascontiguousarray(self._array[start : min(stop, self.n_tokens)], self.dtype)
 
 
+def rows_of(chunks: Chunks, start: int, stop: int) -> np.ndarray:
+    """Rows from start up to stop, of chunks that can only be had whole."""
+    first, stop = start // chunks.rows, min(stop, chunks.n_tokens)
+    blocks = [chunks[number] for number in range(first, -(-stop // chunks.rows))]
+    return np.concatenate(blocks)[start - first * chunks.rows : stop - first * chunks.rows]
+
+
 def split_chunks(n_chunks: int, n_held_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Chunk numbers for training and, evenly spaced between them, for evaluation. They never overlap."""
     held_out = (np.arange(n_held_out) * n_chunks + n_chunks // 2) // max(n_held_out, 1)

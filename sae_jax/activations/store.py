@@ -383,9 +383,7 @@ class StoredChunks:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop."""
-        first, stop = start // self.rows, min(stop, self.n_tokens)
-        blocks = [self[number] for number in range(first, -(-stop // self.rows))]
-        return np.concatenate(blocks)[start - first * self.rows : stop - first * self.rows]
+        return pipeline.rows_of(self, start, stop)
 
     def damaged(self) -> list[str]:
         """Shards whose checksum is not the recorded one; reads everything."""

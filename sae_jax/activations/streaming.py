@@ -5,7 +5,7 @@ import threading
 import numpy as np
 from ml_collections import ConfigDict
 
-from sae_jax.activations import adapters, facts, models
+from sae_jax.activations import adapters, facts, models, pipeline
 from sae_jax.errors import Refused
 
 
@@ -55,6 +55,4 @@ class StreamedChunks:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop."""
-        first, stop = start // self.rows, min(stop, self.n_tokens)
-        blocks = [self[number] for number in range(first, -(-stop // self.rows))]
-        return np.concatenate(blocks)[start - first * self.rows : stop - first * self.rows]
+        return pipeline.rows_of(self, start, stop)
