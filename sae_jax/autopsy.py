@@ -172,7 +172,8 @@ def _look(sae: SAE, severity: Severity, seen: Seen) -> Look:
         "fve": 1 - float(seen.error_square) / float(moments.square.sum()),
         "l0": float(seen.n_fired.sum()) / moments.n_tokens,
     }
-    return Look(fates, seen.n_fired, evaluation.Shift(mean, std, relu, ~relu & ~fired), numbers)
+    shift = evaluation.Shift(mean, std, relu, ~relu & ~fired, moments.n_tokens)
+    return Look(fates, seen.n_fired, shift, numbers)
 
 
 def _quartiles(values: np.ndarray) -> list[float] | None:

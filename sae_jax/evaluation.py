@@ -117,6 +117,7 @@ class Shift(NamedTuple):
     std: np.ndarray  # (n,)
     dead_by_relu: np.ndarray  # (n,) bool
     dead_by_topk: np.ndarray  # (n,) bool
+    n_tokens: int  # those it was seen on: the fewer, the more features look dead
 
 
 @jax.jit
@@ -144,6 +145,5 @@ def shifts(
         count += int(valid.sum())
     mean = total[0] / count
     std = np.sqrt(np.maximum(total[1] / count - mean**2, 0))
-    return [
-        Shift(mean[i], std[i], ~seen.positive[i], seen.positive[i] & ~seen.fired[i]) for i in range(len(mean))
-    ]
+    relu, topk = ~seen.positive, seen.positive & ~seen.fired
+    return [Shift(*of_member, count) for of_member in zip(mean, std, relu, topk, strict=True)]

@@ -149,7 +149,7 @@ def shifts(members: dict[str, list[tuple[str, Shift]]]) -> Figure:
                 )  # fmt: skip
                 axis.set(title=f"{name}, {when}: {100 * np.mean(~alive):.1f} % dead", ylabel="features")
         for axis in axes[-1]:
-            axis.set_xlabel("mean of z_pre / its standard deviation")
+            axis.set_xlabel(f"mean of z_pre / its standard deviation, over {shift.n_tokens:,d} tokens")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
