@@ -15,7 +15,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sae_jax import figures, outliers, remedies, report, theory
+from sae_jax import diagnosis_figures, figures, outliers, remedies, report, theory
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import Severity
 from sae_jax.probes import Band, Forecast
@@ -251,13 +251,13 @@ def _figures(
     spectra = {"as they are": severity.raw.eigen[0], "after LayerNorm": severity.layer_normed.eigenvalues}
     return {
         "landscape": landscape(sample, result),
-        "spectrum": figures.spectrum(spectra),
-        "death_curve": figures.death_curve(
+        "spectrum": diagnosis_figures.spectrum(spectra),
+        "death_curve": diagnosis_figures.death_curve(
             band, result["k"] / result["n_features"], result["predicted"], measured.get("none")
         ),
-        "shift_signal": figures.shift_signal(
+        "shift_signal": diagnosis_figures.shift_signal(
             probes.rows @ severity.directions.mean / unit, spread / unit, probes.best, bar,
             theory.median_extreme(result["n_tokens"]),
         ),  # fmt: skip
-        "remedies": figures.remedies(result["remedies"]),
+        "remedies": diagnosis_figures.remedies(result["remedies"]),
     }

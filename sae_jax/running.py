@@ -1,5 +1,7 @@
 """`train`: from a configuration to a workdir with checkpoints, figures and report.json. Resumes where it was."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Int
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sae_jax import checkpoint, evaluation, figures, outliers, page, parallel, report, training
@@ -19,7 +22,6 @@ from sae_jax.sources import Source, open_source
 from sae_jax.stopping import StopRequest
 
 BOARD_POINTS = 1000  # TensorBoard gets about this many points over a run
-DRAWN = 12  # members that still fit into one picture; a larger ensemble has its first ones drawn
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -240,7 +242,7 @@ class Run:
         self, kept: list[dict[str, Any]], result: dict[str, Any], first_states: tuple[training.TrainState, ...]
     ) -> None:
         """The figures, and the page that shows them."""
-        names = list(self.ensemble.members)[:DRAWN]
+        names = list(self.ensemble.members)[: page.DRAWN]
         kept = [{**entry, "members": {name: entry["members"][name] for name in names}} for entry in kept]
         share = self.config.eval.batch_size // jax.process_count()
         tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), share))
@@ -253,14 +255,17 @@ class Run:
         given, valid = next(self.source.held_out())
         normed = outliers.layer_norm(np.asarray(tokens(given), np.float64)[valid])
         standing = outliers.moments(normed)
-        drawn = {
-            "deaths": figures.deaths(kept),
-            "bias": figures.bias_convergence(kept),
-            "shifts": figures.shifts({name: shifts[name] for name in names}),
-            "curves": figures.curves(kept),
-            "comparison": figures.comparison(result["members"][:DRAWN]),
-            "landscape": figures.landscape(
-                normed[:200], outliers.standing_out(standing), len(standing.outlier_dimensions)
+        draw: dict[str, Callable[..., Figure]] = {
+            "deaths": partial(figures.deaths, kept),
+            "bias": partial(figures.bias_convergence, kept),
+            "shifts": partial(figures.shifts, {name: shifts[name] for name in names}),
+            "curves": partial(figures.curves, kept),
+            "comparison": partial(figures.comparison, result["members"][: page.DRAWN]),
+            "landscape": partial(
+                figures.landscape, normed[:200], outliers.standing_out(standing), len(standing.outlier_dimensions)
             ),
         }
-        page.write(self.workdir, result, {name: figures.png(figure) for name, figure in drawn.items()})
+        pictures = {
+            name: page.Picture(figures.png(one()), figures.png(one(narrow=True))) for name, one in draw.items()
+        }
+        page.write(self.workdir, result, pictures)
