@@ -20,7 +20,7 @@
 # happen, and prevent it. Everything runs on a CPU.
 
 # %% tags=["install"]
-# %pip install --quiet sae-jax
+# %pip install --quiet "sae-jax @ git+https://github.com/sae-jax/sae-jax"  # in a clone: -e ".."
 
 # %% tags=["parameters"]
 gamma = 20.0  # ‖mean‖ / ‖standard deviations‖ of the activations
@@ -101,15 +101,16 @@ for name in ("deaths", "bias", "shifts"):
 
 # %% [markdown]
 # The baseline's bias would have to travel the whole way to the mean, and Adam moves a coordinate by about the learning
-# rate a step. Until it arrives, what is dead by ReLU gets no gradient and stays dead. The centred SAE starts there.
-# The page `runs/ten_minutes/report.html` has all of it in one file.
+# rate a step. Until it arrives, what is dead by ReLU gets no gradient and stays dead; others join it, as the features that
+# carry the mean push them below zero. The centred SAE starts there: it finds the true features, and gives up some of the
+# rows that it has to spare, four for every true one. The page `runs/ten_minutes/report.html` has all of it in one file.
 #
 # ## Taking it with you
 #
 # Any SAE of the run can be written in the format of SAELens, dictionary_learning or sparsify; scaling is folded in.
 
 # %%
-sae_jax.export("runs/ten_minutes", "runs/ten_minutes_saelens", "saelens", member="centred")
+sae_jax.export("runs/ten_minutes", "runs/ten_minutes_saelens", "saelens", member="centred");
 
 # %% [markdown]
 # And an SAE of anybody's, in any of these formats, can be examined: who is dead, by which pathway, and what would happen

@@ -18,7 +18,7 @@
 # through a forward hook; with your own array, go straight to the diagnosis.
 
 # %% tags=["install"]
-# %pip install --quiet "sae-jax[hf]"
+# %pip install --quiet "sae-jax[hf] @ git+https://github.com/sae-jax/sae-jax"  # in a clone: -e "..[hf]"
 
 # %% tags=["parameters"]
 model_id = "openai-community/gpt2"  # a decoder on the Hugging Face hub; empty: a small random one, for a dry run
@@ -106,11 +106,13 @@ report["recommended"]
 {name: found["probe"] for name, found in report["remedies"].items()}
 
 # %% [markdown]
-# To train with the remedy: `numpy.save("activations.npy", x)`, then
+# To train with the remedy: `numpy.save("activations.npy", x)`, then, in a clone of the repository,
 #
 # ```
 # python -m sae_jax train --config=configs/default.py --config.data.path=activations.npy --workdir=runs/mine
 # ```
+#
+# or, anywhere, `sae_jax.train(sae_jax.base({"data.path": "activations.npy", "sae.center": "mean"}), "runs/mine")`.
 #
 # ## An SAE that exists already
 #

@@ -19,7 +19,7 @@
 
 # %% tags=["install"]
 # %pip install --quiet "jax[tpu]"  # on a GPU: jax[cuda12]
-# %pip install --quiet sae-jax
+# %pip install --quiet "sae-jax @ git+https://github.com/sae-jax/sae-jax"  # in a clone: -e ".."
 
 # %% tags=["parameters"]
 gammas = (0.5, 1, 2, 5, 10, 20, 40)
@@ -32,11 +32,14 @@ import csv
 import sys
 from pathlib import Path
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-jax.devices()
+# %% [markdown]
+# The accelerators are left to the jobs: a TPU belongs to one process at a time, so this one only asks another what there is.
+
+# %%
+# !{sys.executable} -c "import jax; print(jax.devices())"
 
 # %% [markdown]
 # ## What to run
@@ -80,7 +83,8 @@ def sweep(add):
 # ## Running it
 #
 # Several machines: the same command with `--shard=0/4` … `--shard=3/4` and a `--workdir` that all of them see, as
-# `gs://bucket/gammas`, then once more with `--merge`. `experiments/launch_tpu_pod.sh` does that on all hosts of a slice.
+# `gs://bucket/gammas`, then once more with `--merge`. The repository's `experiments/launch_tpu_pod.sh` does that on all
+# hosts of a slice.
 
 # %%
 # !{sys.executable} -m sae_jax sweep --config=gammas.py --workdir=runs/gammas
@@ -94,18 +98,23 @@ with open("runs/gammas/results.csv") as file:
 print(len(rows), "rows;", ", ".join(rows[0]))
 
 # %%
-figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
 for condition, colour in (("baseline", "#4d4d4d"), ("centred", "#2166ac")):
     here = [row for row in rows if row["condition"] == condition]
     gamma = np.array([float(row["gamma_raw"]) for row in here])
-    for key, style in (("dead_total", "-"), ("dead_by_relu", "--")):
+    job = np.array([row["name"].rsplit("_seed")[0] for row in here])  # the same for all seeds of a gamma
+    jobs = sorted(set(job), key=lambda name: gamma[job == name].mean())
+    for key, label, style in (("dead_total", "dead", "-"), ("dead_by_relu", "dead by ReLU", "--")):
         dead = np.array([100 * float(row[key]) for row in here])
-        order = np.argsort(gamma)
-        axis.plot(gamma, dead, "o", ms=3, color=colour, alpha=0.5)
-        axis.plot(gamma[order], dead[order], style, lw=1, color=colour, label=f"{condition}, {key.replace('_', ' ')}")
+        means = np.array([(gamma[job == name].mean(), dead[job == name].mean()) for name in jobs])
+        axis.plot(*means.T, style, lw=1.2, color=colour, label=f"{condition}: {label}")
+        axis.plot(gamma, dead, "o", ms=3.5, mew=0, color=colour, alpha=0.6)
 axis.set(xscale="log", xlabel="gamma", ylabel="features dead after training (%)", ylim=(-3, 103))
-axis.legend(frameon=False, fontsize=8);
+axis.set_xticks(gammas, [f"{value:g}" for value in gammas])
+axis.minorticks_off()
+axis.grid(alpha=0.25)
+figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9);
 
 # %% [markdown]
-# To sweep real models and layers: `configs/sweep.py` has all layers of the paper's models; `--filter=model=gpt2` picks
-# one, `--dry_run` prints what would be done.
+# To sweep real models and layers: the repository's `configs/sweep.py` has all layers of the paper's models;
+# `--filter=model=gpt2` picks one, `--dry_run` prints what would be done.

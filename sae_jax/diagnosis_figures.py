@@ -54,7 +54,7 @@ def death_curve(
         laws.set_xticks(at, [name.replace("_", " ") for name in predicted], rotation=40, ha="right")
         laws.set_xlim(-0.6, len(at) - 0.4)
         laws.set_title(f"laws at k/n = {share:.2g}" + (", lines: measured" if measured else ""))
-        laws.legend(loc="center right")
+        figure.legend(*laws.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 

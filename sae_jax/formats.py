@@ -15,6 +15,7 @@ Nothing is unpickled: safetensors, and torch files with weights only.
 
 import io
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,7 +120,7 @@ def _write_saelens(sae: SAE, flag: str, metadata: dict[str, Any]) -> dict[str, b
 
 
 def _read_saelens(folder: epath.Path) -> tuple[SAE, Preprocessing, dict[str, Any]]:
-    path, config = folder / "cfg.json", read_json("--sae", folder / "cfg.json")
+    path, config = folder / "cfg.json", _config(folder)
     if config.get("architecture") != "topk":
         raise Refused(f"{path}: architecture", config.get("architecture"), "topk")
     if config.get("reshape_activations", "none") != "none":
@@ -179,7 +180,9 @@ def _read_dictionary_learning(folder: epath.Path) -> tuple[SAE, Preprocessing, d
     if trainer.get("dict_class", "AutoEncoderTopK") != "AutoEncoderTopK":
         raise Refused(f"{folder / 'config.json'}: trainer.dict_class", trainer["dict_class"], "AutoEncoderTopK")
     try:
-        state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of pickles that it then refuses
+            warnings.simplefilter("ignore")
+            state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
         arrays = {key: value.float().numpy() for key, value in state.items()}
     except Exception as error:  # whatever else a pickle holds is refused by torch, in many words
         raise Refused(str(path), "not tensors alone", "a torch state dict; nothing else is unpickled") from error
@@ -212,7 +215,7 @@ def _write_sparsify(sae: SAE, flag: str, metadata: dict[str, Any]) -> dict[str, 
 
 
 def _read_sparsify(folder: epath.Path) -> tuple[SAE, Preprocessing, dict[str, Any]]:
-    path, config = folder / "cfg.json", read_json("--sae", folder / "cfg.json")
+    path, config = folder / "cfg.json", _config(folder)
     for key, allowed in {"activation": "topk", "skip_connection": False, "transcode": False}.items():
         if config.get(key, allowed) != allowed:
             raise Refused(f"{path}: {key}", config[key], str(allowed))
@@ -239,6 +242,13 @@ FORMATS: dict[str, tuple[str, Callable[..., dict[str, bytes]], Callable[..., Any
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _config(folder: epath.Path) -> dict[str, Any]:
+    path = folder / "cfg.json"
+    if not path.exists():
+        raise Refused(str(path), "missing", "the configuration beside the weights")
+    return read_json("--sae", path)
 
 
 def _integer(config: dict[str, Any], key: str, path: epath.Path) -> int:

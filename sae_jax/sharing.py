@@ -39,7 +39,8 @@ def load(path: str, member: str | None = None) -> Packed:
     """
     folder = epath.Path(_from_hub(path) if path.startswith(HUB) else path)
     if not folder.is_dir():
-        raise Refused("--sae", path, "a folder")
+        found = "there is a file of that name" if folder.exists() else "there is none of that name"
+        raise Refused("--sae", path, f"a folder, that of an SAE or of a run ({found})")
     if not (folder / checkpoint.FOLDER).is_dir():
         return formats.decode(folder)
     saved = checkpoint.saved(str(folder))
