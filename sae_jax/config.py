@@ -22,7 +22,10 @@ MEMBER_DATA = "data.gamma"  # synthetic data: the members share the signal and d
 
 
 def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
-    """The default configuration, which files in configs/ start from, with overrides as {"train.steps": 1000}."""
+    """The default configuration, which files in configs/ start from, with overrides as {"train.steps": 1000}.
+
+    Every key, with its meaning, stands below. Raises Refused where an override has no such key, or another type.
+    """
     config = ConfigDict()
     config.seed = 0  # initialisation, data order and synthetic data
 

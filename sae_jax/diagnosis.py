@@ -54,7 +54,10 @@ def diagnose(
       seed: of probes and measured SAEs.
 
     Returns:
-      The report; `undecided` names the remedies that may be on either side of 1 % even so, `figures` are the pictures.
+      The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead
+      at initialisation), `death_curve` (k/n → share), `remedies` (name → forecast, and count where measured),
+      `recommended` (the name of one), `advice` (a few sentences). `undecided` names the remedies that may be on either
+      side of 1 % even so, `.figures` are the pictures by their names.
 
     Raises:
       Refused: the activations cannot be diagnosed; nothing was written.

@@ -117,7 +117,7 @@ def autopsy_table(report: dict[str, Any]) -> str:
     fates = [["features", "number", "median cosine with mu"]]
     for name, found in report["alignment_with_mean"].items():
         cosine = found["cosine"][1] if found["cosine"] else None
-        fates.append([name.replace("_", " "), str(found["n"]), cell("cosine", cosine)])
+        fates.append([COLUMNS.get(name, name), str(found["n"]), cell("cosine", cosine)])
     size = f"n = {report['n_features']}, k = {report['k']}, {report['n_tokens']} tokens"
     return "\n".join([f"{size}; {_gammas(report)}", _aligned(lines), "", _aligned(fates), "", report["advice"]])
 

@@ -28,7 +28,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains the members that the configuration describes, or goes on with a run that was stopped.
 
     Returns:
-      The report, as written to report.json.
+      The report, as written to report.json: `step`, `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, and
+      `members`, a list: each with its `name` and, under `init` and `final`, `dead_by_relu`, `dead_by_topk`,
+      `dead_total` (shares of its features, on `n_eval_tokens` held-out tokens), `fve` (about the mean),
+      `fve_about_zero`, `l0`, `bias_relative_error` (‖b − mu‖ / ‖mu‖), `bias_projection` (b·mu / ‖mu‖²), and `mmcs`
+      where the true features are known.
 
     Raises:
       Refused: something in the configuration, the data or the workdir is wrong; nothing was written.

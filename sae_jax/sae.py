@@ -17,7 +17,10 @@ from sae_jax import topk
 
 
 class SAE(struct.PyTreeNode):
-    """A TopK sparse autoencoder; rows are features, in the encoder as in the decoder."""
+    """A TopK sparse autoencoder, z = TopK(ReLU(W_enc (x − b_dec) + b_enc)), x̂ = W_decᵀ z + b_dec.
+
+    Rows are features, in the encoder as in the decoder; k of them are kept of each token. A pytree of arrays.
+    """
 
     W_enc: Any  # (n, d)
     b_enc: Any  # (n,)
@@ -60,12 +63,19 @@ def preactivations(sae: SAE, x: Float[Array, "B d"]) -> Float[Array, "B n"]:
 
 
 def encode(sae: SAE, x: Float[Array, "B d"]) -> Codes:
-    """The k kept features of every token."""
+    """The k kept features of every token.
+
+    Args:
+      x: activations as the SAE takes them, in its own units: `before(x)` of what `load` returns.
+
+    Returns:
+      `values` (B, k), in the units of x, 0 where fewer than k pre-activations are positive, and their `indices`.
+    """
     return Codes(*topk.encode(x, sae.W_enc, sae.b_enc, sae.b_dec, sae.k))
 
 
 def decode(sae: SAE, codes: Codes) -> Float[Array, "B d"]:
-    """x̂ from the kept features."""
+    """x̂ from the kept features, in the units that `encode` was given."""
     return topk.decode(codes.values, codes.indices, sae.W_dec) + sae.b_dec
 
 

@@ -26,6 +26,10 @@ PICTURES = {
 def load(path: str, member: str | None = None) -> Packed:
     """An SAE: a member of a run of ours, or a folder in the format of SAELens, dictionary_learning or sparsify.
 
+        sae, before, metadata = sae_jax.load("runs/quickstart", "centred")
+        codes = sae_jax.encode(sae, before(x))                  # x of shape (tokens, d_model)
+        x_hat = before.invert(sae_jax.decode(sae, codes))
+
     Args:
       path: a workdir (its newest checkpoint is read), a folder of one of the formats, or hf://OWNER/NAME/FOLDER.
       member: which SAE of a run that trained several.
@@ -66,6 +70,9 @@ def export(
       format: saelens | dictionary_learning | sparsify.
       push: OWNER/NAME of a repository on the Hugging Face hub that gets the folder too, under its own name, in one
         commit. Needs the extra `hub`, and a token as huggingface_hub finds it.
+
+    Returns:
+      What was written, as `load` returns it.
 
     Raises:
       Refused: something about the input, or the hub cannot be reached; nothing was written.

@@ -9,7 +9,8 @@ import pytest
 from sae_jax import base
 from sae_jax.errors import Refused
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_of_five_lines_runs(tmp_path, monkeypatch, rng, capsys):
@@ -29,3 +30,26 @@ def test_the_example_of_five_lines_runs(tmp_path, monkeypatch, rng, capsys):
 def test_overrides_that_are_wrong(overrides, said):
     with pytest.raises(Refused, match=said):
         base(overrides)
+
+
+def anchors(page):
+    """As GitHub makes them of headings."""
+    titles = re.findall(r"^#+ (.*)$", page, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "experiments/README.md"])
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    links = re.findall(r"\]\(\s*([^)\s]+)\s*\)", page.read_text())
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if not path.startswith("http"):
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_the_map_has_every_module():
+    missing = [path.name for path in (ROOT / "sae_jax").glob("*.py") if f"`{path.name}`" not in README]
+    assert set(missing) <= {"__init__.py", "__main__.py"}
