@@ -18,7 +18,8 @@
 # through a forward hook; with your own array, go straight to the diagnosis.
 
 # %% tags=["install"]
-# %pip install --quiet "sae-jax[hf] @ git+https://github.com/sae-jax/sae-jax"  # in a clone: -e "..[hf]"
+# torch and transformers are there already on Colab; elsewhere: sae-jax[hf], or in a clone: -e "..[hf]"
+# %pip install --quiet "sae-jax @ git+https://github.com/sae-jax/sae-jax"
 
 # %% tags=["parameters"]
 model_id = "openai-community/gpt2"  # a decoder on the Hugging Face hub; empty: a small random one, for a dry run

@@ -15,6 +15,7 @@ in an environment of its own:
    token over its own ‖x − mu‖. Tokens on which active features differ, only by such as lie within 1e-4 of the
    threshold (ties), and otherwise. The peer runs in float64, which shows what is lost in the export, and in float32, as
    it loads. Beside it: our own float32, not exported, and the exact x̂ rounded to float32, which none can come under.
+   With --run=WORKDIR --activations=DATASET --tokens=4000 the same of the SAEs of a run.
 2. An SAE trained by the peer's own trainer: death by pathway against a count in NumPy.
 
 Exits with 1 where the root mean square passes 1e-5 (1e-4 behind a norm of each token; in float32 twice our own, where
@@ -22,9 +23,11 @@ that is more), active features differ otherwise than by ties, import → export 
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from ml_collections import ConfigDict
 warnings.filterwarnings("ignore")  # the peers' own
 
 import sae_jax  # noqa: E402
-from sae_jax import formats, outliers, report, sharing  # noqa: E402
+from sae_jax import formats, outliers, report, sharing, sources  # noqa: E402
 from sae_jax import sae as sae_lib  # noqa: E402
 from sae_jax.preprocess import per_token, whitening  # noqa: E402
 
@@ -59,11 +62,11 @@ def activations(gamma: float, n_tokens: int) -> np.ndarray:
 def trained(x: np.ndarray, folder: Path, steps: int) -> str:
     """A run of a baseline and a centred SAE on these activations."""
     np.save(folder.with_suffix(".npy"), x)
-    config = sae_jax.base()
-    config.data.path = str(folder.with_suffix(".npy"))
-    config.sae.n_features, config.sae.k = N, K
-    config.train.steps, config.train.batch_size, config.train.learning_rate = steps, 256, 1e-3
-    config.train.steps_per_dispatch, config.checkpoint.every, config.train.devices = 50, steps, 1
+    config = sae_jax.base({
+        "data.path": str(folder.with_suffix(".npy")), "sae.n_features": N, "sae.k": K, "checkpoint.every": steps,
+        "train.steps": steps, "train.batch_size": 256, "train.learning_rate": 1e-3, "train.steps_per_dispatch": 50,
+        "train.devices": 1,
+    })  # fmt: skip
     config.members = ConfigDict({"baseline": {"sae": {"center": "none"}}, "centred": {"sae": {"center": "mean"}}})
     sae_jax.train(config, str(folder))
     return str(folder)
@@ -93,25 +96,25 @@ def ours(packed: formats.Packed, x: np.ndarray, dtype: Any = np.float64) -> tupl
         z = sae_lib.preactivations(sae, y)
     z, reconstruction, x = np.asarray(z), np.asarray(reconstruction), np.asarray(x)
     if before.norm == "layer_norm_unit":
-        deviation = np.sqrt(D * (x.var(axis=1, keepdims=True) + outliers.LAYER_NORM_EPS))
+        deviation = np.sqrt(x.shape[1] * (x.var(axis=1, keepdims=True) + outliers.LAYER_NORM_EPS))
         reconstruction = reconstruction * deviation + x.mean(axis=1, keepdims=True)
     if before.norm == "unit":
         reconstruction = reconstruction * np.linalg.norm(x, axis=1, keepdims=True)
     return z, reconstruction
 
 
-def active_features(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def active_features(z: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Which are among the k largest and above 0, and where that begins."""
-    threshold = np.maximum(np.partition(z, -K, axis=1)[:, -K, None], 0)
+    threshold = np.maximum(np.partition(z, -k, axis=1)[:, -k, None], 0)
     return (z >= threshold) & (z > 0), threshold
 
 
 def compare(
-    exact: tuple[np.ndarray, np.ndarray], x: np.ndarray, active: np.ndarray, theirs: np.ndarray
+    exact: tuple[np.ndarray, np.ndarray], k: int, x: np.ndarray, active: np.ndarray, theirs: np.ndarray
 ) -> dict[str, float]:
     """What somebody has made of x (active features as (tokens, n) bools, x̂) against `ours` in float64."""
     z, reconstruction = exact
-    expected, threshold = active_features(z)
+    expected, threshold = active_features(z, k)
     differ = active != expected
     close = np.abs(z - threshold) <= TIE * np.abs(z).max(axis=1, keepdims=True)
     same = ~differ.any(axis=1)
@@ -148,7 +151,7 @@ def run_sparsify(folder: str, x: np.ndarray, dtype: str) -> tuple[np.ndarray, np
     sae = SparseCoder.load_from_disk(folder).to(getattr(torch, dtype))
     with torch.no_grad():
         out = sae(torch.from_numpy(x).to(sae.dtype))
-        dense = torch.zeros(len(x), N, dtype=sae.dtype).scatter_(1, out.latent_indices, out.latent_acts)
+        dense = torch.zeros(len(x), sae.num_latents, dtype=sae.dtype).scatter_(1, out.latent_indices, out.latent_acts)
         return dense.numpy() > 0, out.sae_out.numpy()
 
 
@@ -180,8 +183,6 @@ def train_saelens(x: np.ndarray, folder: str, steps: int) -> None:
 
 def train_dictionary_learning(x: np.ndarray, folder: str, steps: int) -> None:
     """By dictionary_learning's own trainer."""
-    import json
-
     import torch
     from dictionary_learning.trainers.top_k import TopKTrainer
 
@@ -223,13 +224,13 @@ def counted(peer: str, folder: str, x: np.ndarray) -> dict[str, float]:
 
 def conformance(peer: str, packed: formats.Packed, folder: str, x: np.ndarray) -> dict[str, Any]:
     """One row of the table, of an SAE exported to `folder`."""
-    exact = ours(packed, x)
+    exact, k = ours(packed, x), packed.sae.k
     z, single = ours(packed, x, np.float32)
     by = {
-        "float64": compare(exact, x, *RUN[peer](folder, x, "float64")),
-        "float32": compare(exact, x, *RUN[peer](folder, x, "float32")),
-        "our_float32": compare(exact, x, active_features(z)[0], single),
-        "rounded": compare(exact, x, active_features(exact[0])[0], np.float32(exact[1])),
+        "float64": compare(exact, k, x, *RUN[peer](folder, x, "float64")),
+        "float32": compare(exact, k, x, *RUN[peer](folder, x, "float32")),
+        "our_float32": compare(exact, k, x, active_features(z, k)[0], single),
+        "rounded": compare(exact, k, x, active_features(exact[0], k)[0], np.float32(exact[1])),
     }
     again = formats.encode(sharing.load(folder), peer)
     return {
@@ -241,6 +242,24 @@ def conformance(peer: str, packed: formats.Packed, folder: str, x: np.ndarray) -
     }  # fmt: skip
 
 
+Case = tuple[float, np.ndarray, dict[str, formats.Packed]]  # gamma, activations, SAEs by name
+
+
+def of_each_gamma(given: argparse.Namespace, scratch: Path) -> Iterator[Case]:
+    """SAEs trained here."""
+    for gamma in map(float, given.gammas.split(",")):
+        x = activations(gamma, given.tokens)
+        yield gamma, x, conditions(x, scratch / f"gamma{gamma}", given.steps)
+
+
+def of_a_run(given: argparse.Namespace) -> Iterator[Case]:
+    """Those of a run, on activations of its kind."""
+    x = np.concatenate(list(sources.open_tokens(given.activations).batches()))[: given.tokens].astype(np.float32)
+    names = [member["name"] for member in json.loads(Path(given.run, "report.json").read_text())["members"]]
+    packs = {name: sharing.load(given.run, name) for name in names}
+    yield round(packs[names[0]].metadata["gamma_raw"], 2), x, packs
+
+
 def main(argv: list[str]) -> int:
     """Prints a table of both parts and writes it; the exit code says whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,14 +268,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=16_000)
     parser.add_argument("--out", default="")
+    parser.add_argument("--run", default="", help="look at the SAEs of this run instead")
+    parser.add_argument("--activations", default="", help="of which kind they are: a file or a dataset's folder")
     given = parser.parse_args(argv)
     peers = given.peers.split(",")
     rows: list[dict[str, Any]] = []
     fine = True
     with tempfile.TemporaryDirectory() as scratch:
-        for gamma in map(float, given.gammas.split(",")):
-            x = activations(gamma, given.tokens)
-            for name, packed in conditions(x, Path(scratch, f"gamma{gamma}"), given.steps).items():
+        for gamma, x, packs in of_a_run(given) if given.run else of_each_gamma(given, Path(scratch)):
+            for name, packed in packs.items():
                 for peer in peers:
                     folder, norm = f"{scratch}/{peer}-{gamma}-{name}", packed.before.norm
                     try:
@@ -270,7 +290,7 @@ def main(argv: list[str]) -> int:
                     fine &= row["rms_float32"] <= max(allowed, 2 * row["rms_our_float32"])
                     rows.append({"peer": peer, "gamma": gamma, "condition": name, **row})
                     print(report.one_line({key: str(value) for key, value in rows[-1].items()}), flush=True)
-        for peer in (peer for peer in peers if peer in TRAIN):
+        for peer in (peer for peer in peers if peer in TRAIN and not given.run):
             x, folder = activations(5.0, given.tokens), f"{scratch}/{peer}-trained"
             TRAIN[peer](x, folder, given.steps)
             found = sae_jax.dissect(folder, x)
