@@ -156,7 +156,7 @@ def _chosen(
         return jnp.concatenate([v for v, _ in kept]), jnp.concatenate([i for _, i in kept])
 
     split = pieces > 1 and is_large(*W_enc.shape)
-    values, indices = _on_cpu(in_pieces if split else choose, choose, x, W_enc, b_enc, b_dec, only)
+    values, indices = on_cpu(in_pieces if split else choose, choose, x, W_enc, b_enc, b_dec, only)
     if way.shards is None:
         return values, indices
     # Candidates in order of shard, so that of equal values the lowest feature wins, as on one device.
@@ -206,7 +206,7 @@ class Kept(NamedTuple):
     indices: jax.Array  # (B, k)
 
 
-def _on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
+def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
     """One of two ways, by the platform that the program is compiled for, which need not be the one it is built on."""
     return elsewhere(*args) if cpu is elsewhere else jax.lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
 
@@ -233,7 +233,7 @@ def _combine(kept: Kept, rows: Array) -> Array:
         return product
 
     ways = {"dense": dense, "rows": gathered, "compressed": compressed}
-    product: Array = _on_cpu(ways[form(k, n, d)], dense, kept, rows)
+    product: Array = on_cpu(ways[form(k, n, d)], dense, kept, rows)
     return product
 
 
@@ -255,7 +255,7 @@ def _pick(g: Array, kept: Kept, rows: Array) -> Array:
         return picked
 
     ways = {"dense": dense, "rows": gathered, "compressed": few_tokens}
-    picked: Array = _on_cpu(ways[form(k, n, d)], dense, g, kept.indices, rows)
+    picked: Array = on_cpu(ways[form(k, n, d)], dense, g, kept.indices, rows)
     return picked
 
 
@@ -282,7 +282,7 @@ def _scatter(values: tuple[Array, ...], indices: Array, tokens: tuple[Array, ...
         return tuple(BCSR((v.ravel()[order], order // k, starts), shape=(n, batch)) @ t for v, t in pairs)
 
     ways = {"dense": dense, "rows": scattered, "compressed": compressed}
-    sums: tuple[Array, ...] = _on_cpu(
+    sums: tuple[Array, ...] = on_cpu(
         ways[form(k, n, d)], dense, list(zip(values, tokens, strict=True)), indices
     )
     return sums
