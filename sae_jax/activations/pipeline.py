@@ -12,7 +12,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import gcd
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Chunks(Protocol):
     identity: dict[str, Any]  # what data this is, for reports
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> np.ndarray: ...
+    def __getitem__(self, index: int) -> np.ndarray: ...  # of `dtype`; may be read-only and unaligned
     def tokens(self, start: int, stop: int) -> np.ndarray: ...
 
 
@@ -66,7 +66,7 @@ class ArrayChunks:
         return self.n_tokens // self.rows
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.tokens(index * self.rows, (index + 1) * self.rows)
+        return np.array(self.tokens(index * self.rows, (index + 1) * self.rows))  # read now, in one go, where mapped
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop; those after the last whole chunk too."""
@@ -114,7 +114,7 @@ class Batches(grain.MapDataset):
         share = self._n_lanes // processes
         self._lanes = range(process * share, (process + 1) * share)
         self._rows_per_lane = batch_size // self._n_lanes
-        self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # by lane, the one it is in
+        self._windows: dict[int, Window] = {}  # by lane, the one it is in
         self._readers = ThreadPoolExecutor(READERS)
 
     def __len__(self) -> int:
@@ -142,7 +142,7 @@ class Batches(grain.MapDataset):
             number = place // self._window_rows
             low, high = max(start, number * self._window_rows), min(stop, (number + 1) * self._window_rows)
             count = min(high - place, len(out) - done)
-            out[done : done + count] = self._window(lane, epoch, low, high)[place - low : place - low + count]
+            self._window(lane, epoch, low, high).take(place - low, out[done : done + count])
             done += count
 
     def _stretch(self, lane: int, row: int) -> tuple[int, int, int, int]:
@@ -159,20 +159,41 @@ class Batches(grain.MapDataset):
         start = before[1] - before[0]
         return epoch, start + row - taken, start, start + ((epoch + 1) * n + lane) // lanes - taken
 
-    def _window(self, lane: int, epoch: int, low: int, high: int) -> np.ndarray:
+    def _window(self, lane: int, epoch: int, low: int, high: int) -> "Window":
         """Rows low to high of an epoch, shuffled."""
-        held, rows = self._windows.get(lane, (None, None))
-        if rows is None or held != (epoch, low):
-            if rows is None or len(rows) != high - low:
-                rows = np.empty((high - low, self._chunks.d_model), self._chunks.dtype)
-            places = np.random.default_rng([self._seed, epoch, low]).permutation(high - low)
+        held = self._windows.get(lane)
+        if held is None or held.place != (epoch, low):
+            order = np.random.default_rng([self._seed, epoch, low]).permutation(high - low)
             size = self._chunks.rows
+            parts, starts = [], []
             for number in range(low // size, (high - 1) // size + 1):
                 first, end = max(low, number * size), min(high, (number + 1) * size)
                 chunk = self._chunks[int(self._train[self._parent[epoch * len(self._train) + number]])]
-                rows[places[first - low : end - low]] = chunk[first - number * size : end - number * size]
-            self._windows[lane] = (epoch, low), rows
-        return rows
+                parts.append(chunk[first - number * size : end - number * size])
+                starts.append(first - low)
+            self._windows[lane] = held = Window((epoch, low), order, parts, starts)
+        return held
+
+
+class Window(NamedTuple):
+    """Rows shuffled together, as they lie in their chunks: they are copied once, into the batch."""
+
+    place: tuple[int, int]  # epoch and first row
+    order: np.ndarray
+    parts: list[np.ndarray]
+    starts: list[int]  # where each part begins
+
+    def take(self, start: int, out: np.ndarray) -> None:
+        """The rows from place `start` of the order on; those of one part one after the other."""
+        rows = np.sort(self.order[start : start + len(out)])
+        cuts = [*np.searchsorted(rows, self.starts).tolist(), len(rows)]
+        for part, first, cut, end in zip(self.parts, self.starts, cuts, cuts[1:], strict=False):
+            # As bytes: what lies in a record need not be aligned, and NumPy would copy all of it to make it so.
+            np.take(_bytes(part), rows[cut:end] - first, axis=0, out=_bytes(out[cut:end]), mode="clip")
+
+
+def _bytes(rows: np.ndarray) -> np.ndarray:
+    return rows.view(np.uint8)
 
 
 def _keep_freed_memory() -> None:
