@@ -31,7 +31,7 @@ import numpy as np
 from etils import epath
 
 from sae_jax import checkpoint, cli, disk, report
-from sae_jax.activations import models, optional, store  # noqa: F401 (models: imported once, for all children)
+from sae_jax.activations import models, optional, store, stored  # noqa: F401 (models: imported once, for all children)
 
 KILLS = 5  # of one try
 Row = dict[str, Any]
@@ -109,7 +109,7 @@ def damaged(root: Path, attempt: int, rng: Any) -> list[Row]:
     shutil.rmtree(folder)
     shutil.copytree(root / "undisturbed" / "extract", folder)
     dataset = next(folder.glob(f"{store.NAME}/*/{store.VERSION}"))
-    shard = store._template(epath.Path(dataset)).sharded_filepath(shard_index=int(rng.integers(3)), num_shards=None)
+    shard = stored.template(epath.Path(dataset)).sharded_filepath(shard_index=int(rng.integers(3)), num_shards=None)
     damage(Path(shard) if attempt % 2 else dataset / store.MANIFEST, rng)
     argv = ["train", f"--config={root}/c.py", f"--config.data.path={dataset}", f"--workdir={folder}/w"]
     return [*rows, _row("damaged: dataset", Child(argv, root / "log").end())]

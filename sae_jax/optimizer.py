@@ -10,7 +10,6 @@ writes its own copy of every array.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +103,9 @@ BLOCK = 512  # rows of a matrix and its moments that stay in a core's cache
 
 
 def _in_place(
-    fn: Callable[..., tuple[Array, ...]], old: tuple[Array, ...], given: tuple[Array | None, ...], start: Array, size: int
-) -> tuple[Array, ...]:
+    fn: Callable[..., tuple[Array, ...]], old: tuple[Array, ...], given: tuple[Array | None, ...],
+    start: Array, size: int,
+) -> tuple[Array, ...]:  # fmt: skip
     """Rows from `start` on of `old` replaced by fn(*old, *given), twice `size` of them.
 
     A loop is what XLA cannot merge with its neighbours: as one expression it computes the moments a second time for the

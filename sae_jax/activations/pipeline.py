@@ -153,7 +153,7 @@ class Batches(grain.MapDataset):
         return batch
 
     def _stretches(self, lane: int, first: int) -> list[tuple[int, int, int, int, int]]:
-        """The rows of one lane from its row number `first` on: epoch, window (from, to), first row of it and how many."""
+        """A lane's share of a batch, from its row number `first` on: epoch, window (from, to), first row, count."""
         found, done = [], 0
         while done < self._rows_per_lane:
             epoch, place, start, stop = self._stretch(lane, first + done)
