@@ -87,8 +87,8 @@ def update(
 
             return jax.lax.fori_loop(0, len(p) // size, block, (p, m, v))
 
-        size = next(size for size in range(BLOCK, 0, -2) if len(p) % size == 0 or size == 2)
-        whole = p.ndim == 1 or not topk.is_large(*p.shape) or len(p) % size
+        size = next((size for size in range(BLOCK, BLOCK // 8, -2) if len(p) % size == 0), 0)
+        whole = p.ndim == 1 or not topk.is_large(*p.shape) or not size
         done: tuple[Array, Array, Array] = topk.on_cpu(at_once if whole else in_blocks, at_once, p, m, v, g, along)
         return done
 
