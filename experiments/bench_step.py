@@ -1,6 +1,7 @@
 """How fast a training step is: ours, naive JAX, SAELens and dictionary_learning, and the floors, in one run.
 
-dictionary_learning wants a torchvision that breaks transformers where torch is another build: an environment of its own,
+dictionary_learning wants a torchvision that breaks transformers where torch is another build: an environment of its
+own,
 
     python -m venv peers && peers/bin/pip install -e ".[bench]" && peers/bin/pip uninstall -y torchvision
     peers/bin/python experiments/bench_step.py --out=experiments/bench_step.csv
@@ -8,9 +9,9 @@ dictionary_learning wants a torchvision that breaks transformers where torch is 
 Whole steps: forward, backward, clip, Adam, unit decoder rows where the library keeps them, dead features tracked, AuxK
 enabled with nothing dead; then with half of the dictionary dead (bias at −1000) and AuxK at work. In turns, round by
 round, so that all meet the same machine; medians. The floors are what a step cannot do without: the encoder's matmul,
-`lax.top_k` of its result, reading and writing parameters and moments in Adam's update (ours, alone). Peak memory is that
-of a process that does nothing but three such steps. Without a peer installed its rows are left out. About 12 minutes on
-2 CPU cores; run it on an idle machine.
+`lax.top_k` of its result, reading and writing parameters and moments in Adam's update (ours, alone). Peak memory is
+that of a process that does nothing but three such steps. Without a peer installed its rows are left out. Deaths at
+initialisation are counted beside the matmuls that this takes. About 12 minutes on 2 CPU cores; on an idle machine.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import optax
 warnings.filterwarnings("ignore")  # the peers' own
 
 from sae_jax import config as config_lib  # noqa: E402
-from sae_jax import optimizer, report, topk, training  # noqa: E402
+from sae_jax import death, optimizer, report, training  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -59,11 +60,11 @@ def data(shape: Shape) -> np.ndarray:
 # -- ours ------------------------------------------------------------------------------------------------------------
 
 
-def ours(shape: Shape, half_dead: bool) -> Step:
+def ours(shape: Shape, half_dead: bool, precision: str = "float32") -> Step:
     """`training.group_step`, AuxK enabled."""
     config = config_lib.base()
     config.sae.n_features, config.sae.k, config.data.signal = shape.n, shape.k, "gaussian"
-    config.train.update(steps=10**6, batch_size=shape.batch)
+    config.train.update(steps=10**6, batch_size=shape.batch, precision=precision)
     config.auxk.dead_after_tokens = NEVER
     state = training.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
     if half_dead:
@@ -160,7 +161,15 @@ def dictionary_learning(shape: Shape, half_dead: bool) -> Step:
     return lambda: trainer.update(next(count), x)
 
 
-STEPS = {"ours": ours, "naive JAX": naive, "SAELens": saelens, "dictionary_learning": dictionary_learning}
+def in_bfloat16(shape: Shape, half_dead: bool) -> Step:
+    """Ours, the encoder's operands rounded."""
+    return ours(shape, half_dead, "bfloat16")
+
+
+STEPS = {
+    "ours": ours, "ours, bfloat16 encode": in_bfloat16, "naive JAX": naive, "SAELens": saelens,
+    "dictionary_learning": dictionary_learning,
+}  # fmt: skip
 PACKAGES = {"SAELens": "sae_lens", "dictionary_learning": "dictionary_learning"}
 
 
@@ -191,6 +200,8 @@ def floors(shape: Shape) -> dict[str, Step]:
         return jax.tree.map(lambda a: a[None], done) if done else jax.vmap(one)(*trees)
 
     update = jax.jit(members, donate_argnums=(0, 1))
+    sae, valid = jax.tree.map(lambda a: a[0] + 0, state.sae), jnp.ones(shape.batch, bool)
+    sight = jax.jit(lambda sae, x: death.sight(sae, x, valid)[0])
     held = [update(state.sae, state.moments, grads)]
 
     def updated() -> None:
@@ -198,6 +209,7 @@ def floors(shape: Shape) -> dict[str, Step]:
         jax.block_until_ready(held[0])
 
     return {
+        "deaths counted": lambda: jax.block_until_ready(sight(sae, x)),
         "encode matmul": lambda: jax.block_until_ready(matmul(W_enc)),
         "six matmuls": lambda: jax.block_until_ready(six(W_enc)),
         "lax.top_k": lambda: jax.block_until_ready(top(z)),
@@ -248,7 +260,8 @@ def measured(shape: Shape, rounds: int, repeat: int) -> list[dict[str, Any]]:
 def peak(name: str, shape: Shape) -> int:
     """Largest resident memory of a process that does three steps, in MB."""
     text = ",".join(map(str, shape))
-    done = subprocess.run([sys.executable, __file__, f"--alone={name}:{text}"], capture_output=True, text=True, check=True)
+    argv = [sys.executable, __file__, f"--alone={name}:{text}"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 

@@ -77,6 +77,17 @@ def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Ar
     return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
 
 
+def product(x: Float[Array, "B d"], W_enc: Float[Array, "n d"], precision: str) -> Float[Array, "B n"]:
+    """W_enc x in float32, or from operands rounded to bfloat16 and added up in float32.
+
+    bfloat16 keeps 8 bits, so x has to be centred: otherwise the rounding is about gamma / 400 of the signal.
+    """
+    if precision == "float32":
+        return x @ W_enc.T
+    low = (x.astype(jnp.bfloat16), W_enc.T.astype(jnp.bfloat16))
+    return jnp.matmul(*low, preferred_element_type=x.dtype)
+
+
 def encode(
     x: Float[Array, "B d"], W_enc: Float[Array, "n d"], b_enc: Float[Array, "n"], b_dec: Float[Array, "d"], k: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
@@ -94,6 +105,7 @@ class Way(NamedTuple):
     k: int  # how many a token, over all shards
     rectified: bool = True  # from ReLU(z_pre); False: from z_pre itself, negative values too
     shards: str | None = None  # the mesh axis over which the features are split, where they are
+    precision: str = "float32"  # of the encoder's matmul, as in `product`
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -141,22 +153,14 @@ reconstruct.defvjp(_reconstruct_fwd, _reconstruct_bwd)
 def _chosen(
     x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None, way: Way
 ) -> tuple[Array, Array]:
-    """The k largest pre-activations of this shard, −inf where they are not among the k largest of all shards.
-
-    XLA's top-k on a CPU has one thread. In pieces it works while the other cores multiply, and on data in cache.
-    """
-    k, pieces = min(way.k, W_enc.shape[0]), min(CHUNKS, x.shape[0] // CHUNK)
+    """The k largest pre-activations of this shard, −inf where they are not among the k largest of all shards."""
+    k = min(way.k, W_enc.shape[0])
 
     def choose(x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None) -> tuple[Array, Array]:
-        z_pre = preactivations(x, W_enc, b_enc, b_dec)
+        z_pre = product(x - b_dec, W_enc, way.precision) + b_enc
         return largest(z_pre if only is None else jnp.where(only, z_pre, -jnp.inf), k)
 
-    def in_pieces(x: Array, *rest: Any) -> tuple[Array, Array]:
-        kept = [choose(part, *rest) for part in jnp.array_split(x, pieces)]
-        return jnp.concatenate([v for v, _ in kept]), jnp.concatenate([i for _, i in kept])
-
-    split = pieces > 1 and is_large(*W_enc.shape)
-    values, indices = on_cpu(in_pieces if split else choose, choose, x, W_enc, b_enc, b_dec, only)
+    values, indices = in_pieces(choose, (x,), W_enc, b_enc, b_dec, only)
     if way.shards is None:
         return values, indices
     # Candidates in order of shard, so that of equal values the lowest feature wins, as on one device.
@@ -166,6 +170,35 @@ def _chosen(
     won = jnp.zeros(candidates.shape, bool).at[rows, winners].set(True)
     mine = jax.lax.dynamic_slice_in_dim(won, jax.lax.axis_index(way.shards) * k, k, axis=1)
     return jnp.where(mine, values, -jnp.inf), indices
+
+
+def seen(
+    x: Float[Array, "B d"], valid: Bool[Array, "B"], W_enc: Float[Array, "n d"], b_enc: Float[Array, "n"],
+    b_dec: Float[Array, "d"], k: int,
+) -> tuple[Bool[Array, "n"], Float[Array, "B k"], Int[Array, "B k"]]:  # fmt: skip
+    """Which features are positive on a valid token, and the k largest of ReLU of every token, none where not valid."""
+
+    def look(x: Array, valid: Array, W_enc: Array, b_enc: Array, b_dec: Array) -> tuple[Array, ...]:
+        z_pre = jnp.where(valid[:, None], preactivations(x, W_enc, b_enc, b_dec), -1.0)
+        return z_pre.max(axis=0)[None], *top_k(z_pre, k)
+
+    most, values, indices = in_pieces(look, (x, valid), W_enc, b_enc, b_dec)
+    return most.max(axis=0) > 0, values, indices
+
+
+def in_pieces(fn: Callable[..., tuple[Array, ...]], rows: tuple[Array, ...], W_enc: Array, *rest: Any) -> Any:
+    """fn(*rows, W_enc, *rest), whose results are then joined; at once but for large SAEs on a CPU.
+
+    XLA's top-k on a CPU has one thread. In pieces it works while the other cores multiply, and on data in cache.
+    """
+    pieces, n = min(CHUNKS, rows[0].shape[0] // CHUNK), len(rows)
+
+    def split(*args: Any) -> tuple[Array, ...]:
+        parts = zip(*(jnp.array_split(a, pieces) for a in args[:n]), strict=True)
+        found = [fn(*part, *args[n:]) for part in parts]
+        return tuple(jnp.concatenate(each) for each in zip(*found, strict=True))
+
+    return on_cpu(split if pieces > 1 and is_large(*W_enc.shape) else fn, fn, *rows, W_enc, *rest)
 
 
 def over_shards(tree: Any, shards: str | None) -> Any:

@@ -33,6 +33,7 @@ def rows(path):
     ("bias_timescales", ["bias_timescales", "bias_interventions"], []),
     ("auxk_idle", ["auxk_idle"], []),
     ("bench_ensemble", ["bench_ensemble"], []),
+    ("bfloat16_error", ["bfloat16_error"], []),
 ])  # fmt: skip
 def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp_path, monkeypatch):
     module = importlib.import_module(script)
