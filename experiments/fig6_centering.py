@@ -29,7 +29,7 @@ DIRECTIONS = ("one", "spread")
 # d, true features, n, k, batch, steps, learning rates, data seeds, initialisations of each
 SCALES: dict[str, tuple[Any, ...]] = {
     "smoke": (16, 32, 64, 3, 32, 100, (1e-3,), 1, 2),
-    "cpu": (32, 64, 128, 3, 32, 20_000, (3e-4, 1e-3, 3e-3, 1e-2), 2, 5),
+    "cpu": (32, 64, 128, 3, 32, 20_000, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 2, 5),
     "paper": (256, 1024, 8192, 64, 2048, 200_000, (1e-4, 3e-4, 1e-3, 3e-3), 2, 5),
 }
 
