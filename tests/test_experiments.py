@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 FEWER = {
     "fig6_centering": {"DIRECTIONS": ("one",)},
     "remedies_compared": {"GAMMAS": (20.0,), "ARMS": ("none", "AuxK", "encoder bias", "whitening", "batch norm",
-                                                      "resampling")},
+                                                      "resampling", "ghost gradients")},
+    "concept_f1": {"SEEDS": (0,)},
     "auxk_idle": {"ARMS": {"AuxK on the encoder": (4, True, False)}},
     "bench_ensemble": {"SHAPES": ((32, 128, 3, 32),), "MEMBERS": 2},
 }  # fmt: skip
@@ -32,6 +33,7 @@ def rows(path):
     ("remedies_compared", ["remedies_compared"], []),
     ("bias_timescales", ["bias_timescales", "bias_interventions"], []),
     ("auxk_idle", ["auxk_idle"], []),
+    ("concept_f1", ["concept_f1"], []),
     ("bench_ensemble", ["bench_ensemble"], []),
 ])  # fmt: skip
 def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp_path, monkeypatch):
