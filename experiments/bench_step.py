@@ -34,6 +34,7 @@ warnings.filterwarnings("ignore")  # the peers' own
 
 from sae_jax import config as config_lib  # noqa: E402
 from sae_jax import death, optimizer, report, training  # noqa: E402
+from sae_jax import sae as sae_lib  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -49,7 +50,31 @@ class Shape(NamedTuple):
 LARGE = (Shape(768, 8192, 64, 2048), Shape(768, 32768, 64, 2048))
 SMALL = (Shape(64, 1024, 8, 128), Shape(32, 256, 2, 64, 8))
 NEVER, LOW = 10**9, -1000.0
-Step = Callable[[], Any]  # does one step, or one piece, and waits for it
+INNER = 50  # steps of a small SAE in one compiled call, as they are trained
+Step = Callable[[], Any]  # does a turn, one step or INNER of them, and waits for it
+
+
+def inner(shape: Shape) -> int:
+    """Steps a turn."""
+    return 1 if shape in LARGE else INNER
+
+
+def looped(shape: Shape, fn: Callable[..., Any], start: Any, *given: Any) -> Step:
+    """A turn of state → fn(number, state, *given), compiled, the state's buffers given up."""
+
+    def turn(state: Any, *given: Any) -> Any:
+        if shape in LARGE:
+            return fn(0, state, *given)
+        return jax.lax.fori_loop(0, INNER, lambda i, state: fn(i, state, *given), state)
+
+    compiled = jax.jit(turn, donate_argnums=0)
+    held = [compiled(start, *given)]
+
+    def run() -> None:
+        held[0] = compiled(held[0], *given)
+        jax.block_until_ready(held[0])
+
+    return run
 
 
 def data(shape: Shape) -> np.ndarray:
@@ -73,14 +98,7 @@ def ours(shape: Shape, half_dead: bool, precision: str = "float32") -> Step:
             tokens_since_fired=state.tokens_since_fired.at[:, : shape.n // 2].set(NEVER),
         )
     static, x = training.Static.of(config), jnp.asarray(data(shape))
-    step = jax.jit(lambda s: training.group_step(s, x, static=static, allsum=lambda t: t)[0], donate_argnums=0)
-    held = [step(state)]
-
-    def run() -> None:
-        held[0] = step(held[0])
-        jax.block_until_ready(held[0])
-
-    return run
+    return looped(shape, lambda _, s, x: training.group_step(s, x, static=static, allsum=lambda t: t)[0], state, x)
 
 
 # -- the same by the book --------------------------------------------------------------------------------------------
@@ -110,14 +128,8 @@ def naive(shape: Shape, half_dead: bool) -> Step:
         p["W_dec"] /= jnp.linalg.norm(p["W_dec"], axis=1, keepdims=True)
         return p, moments, jnp.where((codes > 0).any(0), 0, silent + len(x))
 
-    step = jax.jit(jax.vmap(one), donate_argnums=(0, 1, 2))
-    held = [step(params, jax.vmap(adam.init)(params), jnp.zeros((shape.members, shape.n), jnp.int32))]
-
-    def run() -> None:
-        held[0] = step(*held[0])
-        jax.block_until_ready(held[0])
-
-    return run
+    start = params, jax.vmap(adam.init)(params), jnp.zeros((shape.members, shape.n), jnp.int32)
+    return looped(shape, lambda _, state: jax.vmap(one)(*state), start)
 
 
 # -- the peers -------------------------------------------------------------------------------------------------------
@@ -182,46 +194,37 @@ def floors(shape: Shape) -> dict[str, Step]:
     config.sae.n_features, config.sae.k = shape.n, shape.k
     state = training.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
     x, W_enc = jnp.asarray(data(shape)), state.sae.W_enc + 0
-    matmul = jax.jit(lambda w: jnp.einsum("bd,mnd->mbn", x, w))
-    six = jax.jit(lambda w: [jnp.einsum("bd,mnd->mbn", x + i, w) for i in range(6)])
-    z = matmul(W_enc)
-    top = jax.jit(lambda z: jax.lax.top_k(z, shape.k))
+    product = lambda x, w: jnp.einsum("bd,mnd->mbn", x, w)  # noqa: E731
+    z = product(x, W_enc)
     grads = jax.tree.map(lambda a: 0.01 * a + 0.001, state.sae)
-
-    def one(sae: Any, moments: Any, grads: Any) -> Any:
-        return optimizer.update(
-            sae, moments, grads, count=jnp.int32(5), rate=jnp.float32(1e-3), betas=(0.9, 0.999), clip_norm=1.0,
-            unit_decoder=True,
-        )[:2]  # fmt: skip
-
-    def members(*trees: Any) -> Any:
-        alone = [jax.tree.map(lambda a: a[0], tree) for tree in trees]
-        done = one(*alone) if shape.members == 1 else None
-        return jax.tree.map(lambda a: a[None], done) if done else jax.vmap(one)(*trees)
-
-    update = jax.jit(members, donate_argnums=(0, 1))
     sae, valid = jax.tree.map(lambda a: a[0] + 0, state.sae), jnp.ones(shape.batch, bool)
-    sight = jax.jit(lambda sae, x: death.sight(sae, x, valid)[0])
-    held = [update(state.sae, state.moments, grads)]
+    seen = death.sight(sae, x, valid)[0]
 
-    def updated() -> None:
-        held[0] = update(*held[0], grads)
-        jax.block_until_ready(held[0])
+    def update(_: Any, held: Any, grads: Any) -> Any:
+        def one(trees: Any) -> Any:
+            return optimizer.update(
+                *trees, count=jnp.int32(5), rate=jnp.float32(1e-3), betas=(0.9, 0.999), clip_norm=1.0, unit_decoder=True
+            )[:2]
 
+        return sae_lib.each_member(one, (*held, grads))
+
+    # What is multiplied hangs on the number of the step, or the compiler would do it once for all.
     return {
-        "deaths counted": lambda: jax.block_until_ready(sight(sae, x)),
-        "encode matmul": lambda: jax.block_until_ready(matmul(W_enc)),
-        "six matmuls": lambda: jax.block_until_ready(six(W_enc)),
-        "lax.top_k": lambda: jax.block_until_ready(top(z)),
-        "update": updated,
+        "encode matmul": looped(shape, lambda i, _, w, x: product(x + i, w), z + 0, W_enc, x),
+        "six matmuls": looped(
+            shape, lambda i, _, w, x: [product(x + 6 * i + j, w) for j in range(6)], [z + j for j in range(6)], W_enc, x
+        ),
+        "lax.top_k": looped(shape, lambda i, _, z: jax.lax.top_k(z + i, shape.k), jax.lax.top_k(z, shape.k), z),
+        "update": looped(shape, update, (state.sae, state.moments), grads),
+        "deaths counted": looped(shape, lambda i, _, sae, x: death.sight(sae, x + i, valid)[0], seen, sae, x),
     }
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measured(shape: Shape, rounds: int, repeat: int) -> list[dict[str, Any]]:
-    """Medians over rounds in which all take turns; each turn is `repeat` steps."""
+def measured(shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    """Medians over rounds in which all take turns."""
     runs: dict[tuple[str, bool], Step] = {(name, False): run for name, run in floors(shape).items()}
     for name, build in STEPS.items():
         if name in PACKAGES and (importlib.util.find_spec(PACKAGES[name]) is None or shape.members > 1):
@@ -233,10 +236,10 @@ def measured(shape: Shape, rounds: int, repeat: int) -> list[dict[str, Any]]:
     for number in range(rounds + 1):
         for key, run in runs.items():
             began = time.perf_counter()
-            for _ in range(repeat):
+            for _ in range(1 if key[0] not in PACKAGES else inner(shape)):
                 run()
             if number:  # the first round compiles and warms up
-                times[key].append((time.perf_counter() - began) / repeat)
+                times[key].append((time.perf_counter() - began) / inner(shape))
     median = {key: float(np.median(found)) for key, found in times.items()}
     parts = sum(median[name, False] for name in ("encode matmul", "lax.top_k", "update"))
     rows = []
@@ -281,7 +284,7 @@ def main() -> None:
         return
     rows = []
     for shape in (*LARGE, *SMALL):
-        rows += measured(shape, given.rounds, 1 if shape in LARGE else 50)
+        rows += measured(shape, given.rounds)
     report.write_csv(given.out, rows)
 
 

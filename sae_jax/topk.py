@@ -325,8 +325,9 @@ def _sorted(features: Array, n: int) -> tuple[Array, Array]:
     """Features in ascending order, and where each stood before."""
     position = jnp.arange(features.size, dtype=features.dtype)
     bits = (features.size - 1).bit_length()
-    if n << bits > 2**31:
+    if n << bits > 2**32:
         ordered, order = jax.lax.sort((features, position), num_keys=1)
         return ordered, order
-    packed = jax.lax.sort((features << bits) | position)  # one key in place of a pair: four times as fast
-    return packed >> bits, packed & (2**bits - 1)
+    # One key in place of a pair: four times as fast.
+    packed = jax.lax.sort((features.astype(jnp.uint32) << bits) | position.astype(jnp.uint32))
+    return (packed >> bits).astype(features.dtype), (packed & (2**bits - 1)).astype(features.dtype)

@@ -242,3 +242,17 @@ def test_every_form_has_the_gradients_of_the_naive_formula(monkeypatch, form, se
     dead, weight = jnp.arange(n) < n // 4, jnp.asarray(0.7)
     mine = lambda sae: objective.loss(sae, x, dead, weight, preset=preset)[0]  # noqa: E731
     assert_naive(mine, sae, x, dead, weight, preset)
+
+
+def test_in_pieces_everything_is_as_at_once(rng, monkeypatch):
+    sae = a_sae(rng, n=40, d=5, k=3, dtype=np.float32)
+    x, valid = jnp.asarray(rng.normal(size=(52, 5)), jnp.float32), jnp.arange(52) < 45
+    look = lambda: (death.sight(sae, x, valid), sae_lib.encode(sae, x))  # noqa: E731
+    expected = look()
+    monkeypatch.setattr(topk, "LARGE", 1)
+    monkeypatch.setattr(topk, "CHUNK", 8)
+    pieces = []
+    split = jnp.array_split
+    monkeypatch.setattr(jnp, "array_split", lambda a, n: pieces.append(n) or split(a, n))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), look(), expected)
+    assert set(pieces) == {6}
