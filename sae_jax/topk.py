@@ -9,7 +9,7 @@ of kept entries, Aᵀ @ dense the gradient of a weight matrix. Three exact forms
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -160,7 +160,7 @@ def _chosen(
         z_pre = product(x - b_dec, W_enc, way.precision) + b_enc
         return largest(z_pre if only is None else jnp.where(only, z_pre, -jnp.inf), k)
 
-    values, indices = in_pieces(choose, (x,), W_enc, b_enc, b_dec, only)
+    values, indices = in_pieces(choose, (jnp.concatenate,) * 2, (x,), W_enc, b_enc, b_dec, only)
     if way.shards is None:
         return values, indices
     # Candidates in order of shard, so that of equal values the lowest feature wins, as on one device.
@@ -180,14 +180,20 @@ def seen(
 
     def look(x: Array, valid: Array, W_enc: Array, b_enc: Array, b_dec: Array) -> tuple[Array, ...]:
         z_pre = jnp.where(valid[:, None], preactivations(x, W_enc, b_enc, b_dec), -1.0)
-        return z_pre.max(axis=0)[None], *top_k(z_pre, k)
+        return z_pre.max(axis=0) > 0, *top_k(z_pre, k)
 
-    most, values, indices = in_pieces(look, (x, valid), W_enc, b_enc, b_dec)
-    return most.max(axis=0) > 0, values, indices
+    anywhere = partial(reduce, jnp.logical_or)
+    found: tuple[Array, Array, Array] = in_pieces(
+        look, (anywhere, jnp.concatenate, jnp.concatenate), (x, valid), W_enc, b_enc, b_dec
+    )
+    return found
 
 
-def in_pieces(fn: Callable[..., tuple[Array, ...]], rows: tuple[Array, ...], W_enc: Array, *rest: Any) -> Any:
-    """fn(*rows, W_enc, *rest), whose results are then joined; at once but for large SAEs on a CPU.
+def in_pieces(
+    fn: Callable[..., tuple[Array, ...]], joins: tuple[Callable[..., Array], ...], rows: tuple[Array, ...],
+    W_enc: Array, *rest: Any,
+) -> Any:  # fmt: skip
+    """fn(*rows, W_enc, *rest), for large SAEs on a CPU on a part of the rows at a time, results joined as `joins` say.
 
     XLA's top-k on a CPU has one thread. In pieces it works while the other cores multiply, and on data in cache.
     """
@@ -196,7 +202,7 @@ def in_pieces(fn: Callable[..., tuple[Array, ...]], rows: tuple[Array, ...], W_e
     def split(*args: Any) -> tuple[Array, ...]:
         parts = zip(*(jnp.array_split(a, pieces) for a in args[:n]), strict=True)
         found = [fn(*part, *args[n:]) for part in parts]
-        return tuple(jnp.concatenate(each) for each in zip(*found, strict=True))
+        return tuple(join(each) for join, each in zip(joins, zip(*found, strict=True), strict=True))
 
     return on_cpu(split if pieces > 1 and is_large(*W_enc.shape) else fn, fn, *rows, W_enc, *rest)
 

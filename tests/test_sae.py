@@ -247,7 +247,7 @@ def test_every_form_has_the_gradients_of_the_naive_formula(monkeypatch, form, se
 def test_in_pieces_everything_is_as_at_once(rng, monkeypatch):
     sae = a_sae(rng, n=40, d=5, k=3, dtype=np.float32)
     x, valid = jnp.asarray(rng.normal(size=(52, 5)), jnp.float32), jnp.arange(52) < 45
-    look = lambda: (death.sight(sae, x, valid), sae_lib.encode(sae, x))  # noqa: E731
+    look = lambda: jax.jit(lambda s: (death.sight(s, x, valid), sae_lib.encode(s, x)))(sae)  # noqa: E731
     expected = look()
     monkeypatch.setattr(topk, "LARGE", 1)
     monkeypatch.setattr(topk, "CHUNK", 8)
