@@ -85,7 +85,7 @@ def reconstruct(
     """x̂ and the kept features it is made of: `decode` of `encode`, with the cheaper gradient.
 
     Where features are split over a mesh axis `shards`, x̂ is that of all of them, the codes are this shard's;
-    `precision` as in `topk.product`.
+    `precision` as in `topk.Way`.
     """
     x_hat, kept = topk.reconstruct(
         x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, None,

@@ -77,15 +77,12 @@ def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Ar
     return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
 
 
-def product(x: Float[Array, "B d"], W_enc: Float[Array, "n d"], precision: str) -> Float[Array, "B n"]:
-    """W_enc x in float32, or from operands rounded to bfloat16 and added up in float32.
+def product(x: Float[Array, "B d"], W_enc: Float[Array, "n d"]) -> Float[Array, "B n"]:
+    """W_enc x, added up in the precision of x; operands in that of W_enc, which may be bfloat16.
 
     bfloat16 keeps 8 bits, so x has to be centred: otherwise the rounding is about gamma / 400 of the signal.
     """
-    if precision == "float32":
-        return x @ W_enc.T
-    low = (x.astype(jnp.bfloat16), W_enc.T.astype(jnp.bfloat16))
-    return jnp.matmul(*low, preferred_element_type=x.dtype)
+    return jnp.matmul(x.astype(W_enc.dtype), W_enc.T, preferred_element_type=x.dtype)
 
 
 def encode(
@@ -105,7 +102,7 @@ class Way(NamedTuple):
     k: int  # how many a token, over all shards
     rectified: bool = True  # from ReLU(z_pre); False: from z_pre itself, negative values too
     shards: str | None = None  # the mesh axis over which the features are split, where they are
-    precision: str = "float32"  # of the encoder's matmul, as in `product`
+    precision: str = "float32"  # of the operands of the encoder's matmul: float32 (as they are) | bfloat16
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -157,10 +154,11 @@ def _chosen(
     k = min(way.k, W_enc.shape[0])
 
     def choose(x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None) -> tuple[Array, Array]:
-        z_pre = product(x - b_dec, W_enc, way.precision) + b_enc
+        z_pre = product(x - b_dec, W_enc) + b_enc
         return largest(z_pre if only is None else jnp.where(only, z_pre, -jnp.inf), k)
 
-    values, indices = in_pieces(choose, (jnp.concatenate,) * 2, (x,), W_enc, b_enc, b_dec, only)
+    operand = W_enc.astype(jnp.bfloat16) if way.precision == "bfloat16" else W_enc
+    values, indices = in_pieces(choose, (jnp.concatenate,) * 2, (x,), operand, b_enc, b_dec, only)
     if way.shards is None:
         return values, indices
     # Candidates in order of shard, so that of equal values the lowest feature wins, as on one device.

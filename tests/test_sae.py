@@ -74,7 +74,7 @@ def test_bfloat16_rounds_the_operands_and_nothing_else(rng):
 
     x, w = rng.normal(size=(40, 300)).astype(np.float32), rng.normal(size=(70, 300)).astype(np.float32)
     low = [a.astype(ml_dtypes.bfloat16).astype(np.float64) for a in (x, w)]
-    np.testing.assert_allclose(topk.product(jnp.asarray(x), jnp.asarray(w), "bfloat16"), low[0] @ low[1].T, atol=1e-4)
+    np.testing.assert_allclose(topk.product(jnp.asarray(x), jnp.asarray(w, jnp.bfloat16)), low[0] @ low[1].T, atol=1e-4)
     sae = sae_lib.SAE(W_enc=jnp.asarray(w), b_enc=jnp.zeros(70), W_dec=jnp.asarray(w), b_dec=jnp.zeros(300), k=5)
     rounded, codes = sae_lib.reconstruct(sae, jnp.asarray(x), precision="bfloat16")
     np.testing.assert_allclose(codes.values[:, 0], (low[0] @ low[1].T).max(axis=1), rtol=1e-5)
