@@ -105,46 +105,70 @@ class Way(NamedTuple):
     precision: str = "float32"  # of the operands of the encoder's matmul: float32 (as they are) | bfloat16
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def reconstruct(
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def square_error(
     x: Float[Array, "B d"],
+    target: Float[Array, "B d"],
     W_enc: Float[Array, "n d"],
     b_enc: Float[Array, "n"],
     W_dec: Float[Array, "n d"],
     b_dec: Float[Array, "d"],
     only: Bool[Array, "n"] | None,
     way: Way,
-) -> tuple[Float[Array, "B d"], tuple[Float[Array, "B k"], Int[Array, "B k"]]]:
-    """W_decᵀ z, and the kept entries z of this shard. The gradient goes through the kept entries only.
+) -> tuple[Float[Array, ""], Float[Array, "B d"], tuple[Float[Array, "B k"], Int[Array, "B k"]]]:
+    """Σ‖e‖² with e = target − W_decᵀ z; e itself; and the kept entries z of this shard.
 
-    `only` limits the choice to some features.
+    `b_dec` is what the encoder subtracts, `only` limits the choice to some features. The gradient is that of Σ‖e‖²,
+    through the kept entries; e and z are results without one.
     """
-    return _reconstruct_fwd(x, W_enc, b_enc, W_dec, b_dec, only, way)[0]
+    return _square_error_fwd(x, target, W_enc, b_enc, W_dec, b_dec, only, way)[0]
 
 
-def _reconstruct_fwd(
-    x: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, only: Array | None, way: Way
+def _square_error_fwd(
+    x: Array, target: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, only: Array | None, way: Way
 ) -> tuple[Any, tuple[Array, ...]]:
     values, indices = _chosen(x, W_enc, b_enc, b_dec, only, way)
     live = values > (0.0 if way.rectified else -jnp.inf)
     values = jnp.where(live, values, 0.0)
-    x_hat = over_shards(_combine(Kept(values, indices), W_dec), way.shards)
-    return (x_hat, (values, indices)), (x, W_enc, W_dec, b_dec, values, indices, live)
+    e, along = _error(target, Kept(values, indices), W_dec, way.shards)
+    return (jnp.sum(e * e), e, (values, indices)), (x, W_enc, b_dec, values, indices, live, e, along)
 
 
-def _reconstruct_bwd(way: Way, residuals: tuple[Array, ...], cotangents: tuple[Array, Any]) -> tuple[Any, ...]:
-    x, W_enc, W_dec, b_dec, values, indices, live = residuals
-    g, (g_values, _) = cotangents
-    g_kept = jnp.where(live, _pick(g, Kept(values, indices), W_dec) + g_values, 0.0)
+def _square_error_bwd(way: Way, residuals: tuple[Array, ...], cotangents: tuple[Array, Any, Any]) -> tuple[Any, ...]:
+    x, W_enc, b_dec, values, indices, live, e, along = residuals
+    factor = -2 * cotangents[0]
+    g, g_kept = factor * e, jnp.where(live, factor * along, 0.0)
     g_dec, g_enc = _scatter((values, g_kept), indices, (g, x - b_dec), W_enc.shape[0])
     g_sum = jnp.zeros_like(W_enc[:, 0]).at[indices.ravel()].add(g_kept.ravel())
     # The gradient of x is computed only where somebody asks for it: training does not, and XLA drops it. That of b_dec
     # sums over the batch first, which leaves a vector-matrix product.
     g_x = over_shards(_combine(Kept(g_kept, indices), W_enc), way.shards)
-    return g_x, g_enc, g_sum, g_dec, -over_shards(g_sum @ W_enc, way.shards), None
+    return g_x, -g, g_enc, g_sum, g_dec, -over_shards(g_sum @ W_enc, way.shards), None
 
 
-reconstruct.defvjp(_reconstruct_fwd, _reconstruct_bwd)
+square_error.defvjp(_square_error_fwd, _square_error_bwd)
+
+
+def _error(target: Array, kept: "Kept", W_dec: Array, shards: str | None) -> tuple[Array, Array]:
+    """e = target − W_decᵀ z, and (e @ W_decᵀ) at the kept entries, which is what their gradient is made of."""
+
+    def apart(target: Array, kept: Kept, W_dec: Array) -> tuple[Array, Array]:
+        e = target - over_shards(_combine(kept, W_dec), shards)
+        return e, _pick(e, kept, W_dec)
+
+    def few_tokens(target: Array, kept: Kept, W_dec: Array) -> tuple[Array, Array]:
+        # The k rows of a few tokens at a time are read once for both, and stay in the cache in between.
+        def one(token: tuple[Array, Kept]) -> tuple[Array, Array]:
+            rows = W_dec[token[1].indices]
+            e = token[0] - token[1].values @ rows
+            return e, rows @ e
+
+        found: tuple[Array, Array] = jax.lax.map(one, (target, kept), batch_size=FEW)
+        return found
+
+    fused = shards is None and form(kept.values.shape[1], *W_dec.shape) == "compressed"
+    found: tuple[Array, Array] = on_cpu(few_tokens if fused else apart, apart, target, kept, W_dec)
+    return found
 
 
 def _chosen(

@@ -76,9 +76,9 @@ def test_bfloat16_rounds_the_operands_and_nothing_else(rng):
     low = [a.astype(ml_dtypes.bfloat16).astype(np.float64) for a in (x, w)]
     np.testing.assert_allclose(topk.product(jnp.asarray(x), jnp.asarray(w, jnp.bfloat16)), low[0] @ low[1].T, atol=1e-4)
     sae = sae_lib.SAE(W_enc=jnp.asarray(w), b_enc=jnp.zeros(70), W_dec=jnp.asarray(w), b_dec=jnp.zeros(300), k=5)
-    rounded, codes = sae_lib.reconstruct(sae, jnp.asarray(x), precision="bfloat16")
+    _, rounded, codes = sae_lib.square_error(sae, jnp.asarray(x), precision="bfloat16")
     np.testing.assert_allclose(codes.values[:, 0], (low[0] @ low[1].T).max(axis=1), rtol=1e-5)
-    exact = sae_lib.reconstruct(sae, jnp.asarray(x))[0]
+    exact = sae_lib.square_error(sae, jnp.asarray(x))[1]
     assert 0 < float(jnp.linalg.norm(rounded - exact)) < 0.1 * float(jnp.linalg.norm(exact))
 
 
