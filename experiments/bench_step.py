@@ -16,7 +16,6 @@ initialisation are counted beside the matmuls that this takes. About 12 minutes 
 
 import argparse
 import importlib.util
-import resource
 import subprocess
 import sys
 import time
@@ -275,6 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_step.csv"))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--n", type=int, nargs="*", default=[], help="only these dictionary sizes")
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.alone:
@@ -282,10 +282,12 @@ def main() -> None:
         step = STEPS[name](Shape(*map(int, text.split(","))), False)
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        print(int(held.split()[1]) // 1000)
         return
     rows = []
-    for shape in (*LARGE, *SMALL):
+    for shape in [s for s in (*LARGE, *SMALL) if not given.n or s.n in given.n]:
         rows += measured(shape, given.rounds)
     report.write_csv(given.out, rows)
 
