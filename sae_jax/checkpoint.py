@@ -26,10 +26,6 @@ DAMAGED = "damaged"  # where checkpoints are put aside
 CHECKSUMS = "checksums.json"
 METADATA = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"  # orbax writes it last; nobody reads what is in it
-_HANDLERS = {
-    "state": ocp.StandardCheckpointHandler(), "statistics": ocp.StandardCheckpointHandler(),
-    "history": ocp.JsonCheckpointHandler(), "position": ocp.JsonCheckpointHandler(),
-}  # fmt: skip
 
 
 def check_workdir(workdir: str, identity: dict[str, Any]) -> None:
@@ -296,7 +292,11 @@ def saved(workdir: str) -> Saved:
     step = next((step for step in reversed(_steps(root / FOLDER)) if damage(root / FOLDER / str(step)) is None), None)
     if step is None:
         raise Refused("--workdir", workdir, "a run with a complete and intact checkpoint")
-    with ocp.CheckpointManager(root.absolute() / FOLDER, item_handlers=_HANDLERS) as manager:
+    handlers = {  # made here: they start JAX's devices, which an import must not
+        "state": ocp.StandardCheckpointHandler(), "statistics": ocp.StandardCheckpointHandler(),
+        "history": ocp.JsonCheckpointHandler(), "position": ocp.JsonCheckpointHandler(),
+    }  # fmt: skip
+    with ocp.CheckpointManager(root.absolute() / FOLDER, item_handlers=handlers) as manager:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), manager.item_metadata(step).state

@@ -206,10 +206,10 @@ def sweep(argv: list[str]) -> int:
     if given.dry_run:
         print(combinations.plan(chosen))
         return 0
+    ray = given.launcher == "ray" and not given.merge
+    launch = cluster.launcher(given.address, given.cpus, given.gpus) if ray else sweeping.local
     sweeping.check_workdir(given.workdir, every)
     if not given.merge:
-        ray = given.launcher == "ray"
-        launch = cluster.launcher(given.address, given.cpus, given.gpus) if ray else sweeping.local
         sweeping.run(given.workdir, chosen, launch, given.shard.replace("/", "-of-") or "all")
     if not given.shard:
         sweeping.merge(given.workdir, every)
