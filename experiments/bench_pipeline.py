@@ -28,7 +28,7 @@ from array_record.python import array_record_data_source, array_record_module
 
 from sae_jax import config as config_lib
 from sae_jax import report, training
-from sae_jax.activations import pipeline, store
+from sae_jax.activations import pipeline, store, stored
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/bench_pipeline", "folder for the activations")
 CHUNKS = flags.DEFINE_integer("n_chunks", 1600, "chunks of 256 tokens")
@@ -58,7 +58,7 @@ def write(root: Path) -> str:
 
 def through_the_pipeline(folder: str) -> int:
     """One epoch of batches."""
-    chunks = store.StoredChunks(folder)
+    chunks = stored.StoredChunks(folder)
     iterator = pipeline.batches(chunks, np.arange(len(chunks)), BATCH, seed=0)
     n_batches = len(chunks) * chunks.rows // BATCH
     for _ in range(n_batches):

@@ -32,7 +32,7 @@ from etils import epath
 
 from sae_jax import checkpoint, cli, disk, report
 from sae_jax.__main__ import _stop
-from sae_jax.activations import models, optional, store  # noqa: F401 (models: imported once, for all children)
+from sae_jax.activations import models, optional, store, stored  # noqa: F401 (models: imported once, for all children)
 from sae_jax.errors import Preempted
 
 KILLS = 5  # of one try
@@ -113,7 +113,7 @@ def damaged(root: Path, attempt: int, rng: Any) -> list[Row]:
     shutil.rmtree(folder)
     shutil.copytree(root / "undisturbed" / "extract", folder)
     dataset = next(folder.glob(f"{store.NAME}/*/{store.VERSION}"))
-    shard = store._template(epath.Path(dataset)).sharded_filepath(shard_index=int(rng.integers(3)), num_shards=None)
+    shard = stored.template(epath.Path(dataset)).sharded_filepath(shard_index=int(rng.integers(3)), num_shards=None)
     damage(Path(shard) if attempt % 2 else dataset / store.MANIFEST, rng)
     argv = ["train", f"--config={root}/c.py", f"--config.data.path={dataset}", f"--workdir={folder}/w"]
     return [*rows, _row("damaged: dataset", Child(argv, root / "log").end())]
@@ -206,7 +206,7 @@ def main() -> None:
     (root / "text.txt").write_text(" ".join(str(number) for number in np.random.default_rng(0).integers(0, 60, 40_000)))
     jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    needed = ["train", "extract"] if {"extract", "damage", "read-only"} & set(given.only) else ["train"]  # exported, damaged
+    needed = ["train", "extract"] if {"extract", "damage", "read-only"} & set(given.only) else ["train"]
     if "extract" in needed:
         for name in ("torch", "transformers"):
             optional.module(name, "hf")  # once, for all children

@@ -25,7 +25,7 @@ from etils import epath
 
 from sae_jax import checkpoint, disk, figures, report
 from sae_jax.__main__ import run
-from sae_jax.activations import store
+from sae_jax.activations import store, stored
 
 SETTINGS = """
 from ml_collections import ConfigDict
@@ -185,8 +185,8 @@ def not_whole(folder: Path) -> list[str]:
         if path.suffix == ".safetensors" and len(data) < 8 + struct.unpack("<Q", data[:8])[0]:
             bad.append(str(path))
         if path.name == store.MANIFEST:
-            for number, shard in enumerate(store._read_manifest("", epath.Path(path.parent))["shards"]):
-                file = store._template(epath.Path(path.parent)).sharded_filepath(shard_index=number, num_shards=None)
+            for number, shard in enumerate(stored.read_manifest("", epath.Path(path.parent))["shards"]):
+                file = stored.template(epath.Path(path.parent)).sharded_filepath(shard_index=number, num_shards=None)
                 bad += [] if sha(file.read_bytes()) == shard["sha256"] else [str(file)]
     for step in checkpoint._steps(epath.Path(folder / checkpoint.FOLDER)):
         wrong = checkpoint.damage(epath.Path(folder / checkpoint.FOLDER / str(step)))

@@ -3,7 +3,7 @@
     python experiments/fig1_mechanism.py --workdir=runs/fig1 --scale=cpu
 
 Normal data of full rank at a small and a large gamma; an untrained SAE. Left of each pair: pre-activations of one
-feature of each fate, against zero and the bar that the k-th largest sets; right: shift and signal of all features.
+feature of each fate, against zero and the bar that the k-th largest sets; right: the shifts of all features.
 Writes fig1_mechanism.csv (a row a feature) and .png; half a minute on 2 CPU cores.
 """
 
@@ -56,16 +56,13 @@ def examples(axis: Axes, rows: list[dict[str, Any]], z_pre: np.ndarray, bar: flo
     axis.set(xlabel="pre-activation", ylabel="density of tokens", yticks=[])
 
 
-def scatter(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    """Shift against signal of every feature, coloured by fate."""
-    for letter, colour, name in zip(fates.LETTERS, COLOURS, NAMES, strict=True):
-        mine = [row for row in rows if row["fate"] == letter]
-        axis.plot([row["shift"] for row in mine], [row["signal"] for row in mine], "o", ms=2, mew=0, alpha=0.6,
-                  color=colour)  # fmt: skip
-        share = 100 * len(mine) / len(rows)
-        axis.plot([], [], "o", ms=4, mew=0, color=colour, label=f"{name}: {share:.0f} %")
-    axis.set(xlabel="shift: mean pre-activation", ylabel="signal: its deviation")
-    axis.set_ylim(0, 2.3 * max(row["signal"] for row in rows))
+def shifts(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    """The shift of every feature, coloured by fate; its signal is nearly the same for all."""
+    parts = [[row["shift"] for row in rows if row["fate"] == letter] for letter in fates.LETTERS]
+    labels = [f"{name}: {100 * len(part) / len(rows):.0f} %" for name, part in zip(NAMES, parts, strict=True)]
+    axis.hist(parts, bins=60, stacked=True, histtype="stepfilled", lw=0, color=COLOURS, label=labels)
+    axis.set(xlabel="shift: mean pre-activation", ylabel="features")
+    axis.set_ylim(0, 1.45 * axis.get_ylim()[1])
     axis.legend(loc="upper left", fontsize=7)
 
 
@@ -78,7 +75,7 @@ def main(workdir: Path, scale: str) -> None:
         for pair, gamma in zip((axes[:2], axes[2:]), GAMMAS, strict=True):
             rows, z_pre, bar = seen(scale, gamma)
             examples(pair[0], rows, z_pre, bar)
-            scatter(pair[1], rows)
+            shifts(pair[1], rows)
             pair[0].set_title(f"gamma = {gamma:g}, one of each fate")
             pair[1].set_title(f"gamma = {gamma:g}, all features")
             table += rows

@@ -29,7 +29,7 @@ DIRECTIONS = ("one", "spread")
 # d, true features, n, k, batch, steps, learning rates, data seeds, initialisations of each
 SCALES: dict[str, tuple[Any, ...]] = {
     "smoke": (16, 32, 64, 3, 32, 100, (1e-3,), 1, 2),
-    "cpu": (32, 64, 128, 3, 32, 20_000, (3e-4, 1e-3, 3e-3, 1e-2), 2, 5),
+    "cpu": (32, 64, 128, 3, 32, 20_000, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 2, 5),
     "paper": (256, 1024, 8192, 64, 2048, 200_000, (1e-4, 3e-4, 1e-3, 3e-3), 2, 5),
 }
 
@@ -105,31 +105,35 @@ def table(rows: list[dict[str, Any]]) -> str:
 def picture(rows: list[dict[str, Any]], real_rows: list[dict[str, Any]]) -> Figure:
     """MMCS and death over steps at gamma = 40 (a line a seed); death and FVE of four conditions on the real layer."""
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(9.6, 2.8), layout="constrained")
+        figure = Figure(figsize=(10.4, 2.8), layout="constrained")
         axes = figure.subplots(1, 4)
-        looks = {"baseline": figures.MEMBER_COLOURS[0], "centred": figures.MEMBER_COLOURS[3]}
-        for direction, style in zip(DIRECTIONS, ("-", "--"), strict=False):
-            for arm, colour in looks.items():
-                mine = [r for r in rows if (r["direction"], r["arm"]) == (direction, arm)]
-                steps = sorted({r["step"] for r in mine})
-                for axis, key, factor in ((axes[0], "mmcs", 1), (axes[1], "dead_total", 100)):
-                    values = factor * np.array([[r[key] for r in mine if r["step"] == step] for step in steps])
-                    at = np.maximum(steps, 0.5)
-                    axis.plot(at, values.mean(axis=1), style, color=colour, lw=1.3, label=f"{arm}, {direction}")
+        looks = {("baseline", "one"): ("#4d4d4d", "-"), ("baseline", "spread"): ("#bababa", "--"),
+                 ("centred", "one"): ("#b35806", "-"), ("centred", "spread"): ("#fdb863", "--")}  # fmt: skip
+        for (arm, direction), (colour, style) in looks.items():
+            mine = [r for r in rows if (r["direction"], r["arm"]) == (direction, arm)]
+            steps = sorted({r["step"] for r in mine})
+            for axis, key, factor in ((axes[0], "mmcs", 1), (axes[1], "dead_total", 100)):
+                values = factor * np.array([[r[key] for r in mine if r["step"] == step] for step in steps])
+                at = np.maximum(steps, 0.5)
+                if len(mine):
+                    axis.plot(at, values.mean(axis=1), style, color=colour, lw=1.5, label=f"{arm}, {direction}")
                     axis.fill_between(at, values.min(axis=1), values.max(axis=1), color=colour, alpha=0.2, lw=0)
-        axes[0].set(title=f"MMCS, gamma = {GAMMA:g}", ylim=(0.2, 1.02))
-        axes[1].set(title="features dead (%)", ylim=(-2, 102))
+        floor = np.mean([r["mmcs"] for r in rows if r["step"] == 0])
+        axes[0].axhline(floor, color="black", lw=0.7, ls=":")
+        axes[0].set(title=f"synthetic, gamma = {GAMMA:g}: MMCS", ylim=(0.2, 1.02))
+        axes[1].set(title="synthetic: features dead (%)", ylim=(-2, 102))
+        axes[0].text(0.5, floor - 0.02, "untrained", fontsize=7, va="top")
         axes[0].legend(loc="upper left", fontsize=7)
-        for name, colour in zip(real.CONDITIONS, figures.MEMBER_COLOURS, strict=False):
+        for name, look in real.LOOKS.items():
             mine = [r for r in real_rows if r["condition"] == name]
             at = [max(r["step"], 0.5) for r in mine]
-            axes[2].plot(at, [100 * r["dead_total"] for r in mine], color=colour, lw=1.3, label=name)
-            axes[3].plot(at, [r["fve"] for r in mine], color=colour, lw=1.3)
-        axes[2].set(title="Gemma 3 270M, layer 9: dead (%)", ylim=(-2, 102))
-        axes[3].set(title="Gemma: FVE about the mean", ylim=(-0.05, 1.02))
-        axes[2].legend(loc="lower left", fontsize=7)
+            axes[2].plot(at, [100 * r["dead_total"] for r in mine], label=name, **look)
+            axes[3].plot(at, [r["fve"] for r in mine], **look)
+        axes[2].set(title="Gemma 3, layer 9: dead (%)", ylim=(-2, 102))
+        axes[3].set(title="Gemma 3, layer 9: FVE", ylim=(-0.05, 1.02))
+        axes[2].legend(loc="center left", fontsize=7)
         for axis in axes:
-            axis.set(xscale="log", xlabel="step")
+            axis.set(xscale="log", xlabel="step (0 at the left edge)")
     return figure
 
 

@@ -23,12 +23,18 @@ from sae_jax import config as config_lib
 # steps, batch, n, k, learning rate, held-out tokens
 SCALES = {
     "smoke": (20, 32, 64, 3, 1e-3, 200),
-    "cpu": (600, 128, 512, 4, 1e-3, 4_000),
+    "cpu": (1500, 256, 1024, 8, 3e-4, 8_000),
     "paper": (200_000, 2048, 8192, 64, 3e-4, 100_000),
 }
 CONDITIONS: dict[str, dict[str, Any]] = {
     "baseline": {}, "AuxK": {"auxk": {"preset": "dictionary_learning"}}, "frozen bias": {"sae": {"freeze_bias": True}},
     "centred": {"sae": {"center": "geometric_median"}},
+}  # fmt: skip
+# Drawn in this order: a wide line first, so that those that lie on it are seen.
+LOOKS: dict[str, dict[str, Any]] = {
+    "baseline": {"color": "#9e9e9e", "lw": 3.0}, "AuxK": {"color": figures.MEMBER_COLOURS[1], "lw": 1.3},
+    "frozen bias": {"color": figures.MEMBER_COLOURS[2], "lw": 1.3, "ls": "--"},
+    "centred": {"color": figures.MEMBER_COLOURS[3], "lw": 1.6},
 }  # fmt: skip
 
 
@@ -40,7 +46,7 @@ def train(workdir: Path, scale: str) -> list[dict[str, Any]]:
     if scale == "smoke":
         c.data.update(signal="sparse", gamma=5.0, d_model=16, n_true_features=64, n_active=2, statistics_tokens=1000)
     else:
-        c.data.model.update(id="gemma-3-270m", layer=9, n_tokens=40_000 if scale == "cpu" else 100_000_000)
+        c.data.model.update(id="gemma-3-270m", layer=9, n_tokens=120_000 if scale == "cpu" else 100_000_000)
     c.train.update(steps=steps, batch_size=batch, learning_rate=rate, decay_fraction=0.0)
     c.auxk.preset, c.auxk.dead_after_tokens = "none", batch * max(1, steps // 20)
     c.eval.n_tokens, c.eval.points, c.checkpoint.every = held_out, 25, max(1, steps // 10)
@@ -58,10 +64,10 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(9.6, 2.7), layout="constrained")
         for axis, (key, label, factor) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            for name, colour in zip(CONDITIONS, figures.MEMBER_COLOURS, strict=False):
+            for name, look in LOOKS.items():
                 mine = [row for row in rows if row["condition"] == name]
-                axis.plot([max(row["step"], 0.5) for row in mine], [factor * row[key] for row in mine],
-                          color=colour, label=name, lw=1.3, marker="o", ms=2)  # fmt: skip
+                at, values = ([max(row["step"], 0.5) for row in mine], [factor * row[key] for row in mine])
+                axis.plot(at, values, label=name, **look)
             axis.set(xscale="log", xlabel="step (0 at the left edge)", title=label)
             if key == "fve":
                 axis.set_ylim(-0.05, 1.02)

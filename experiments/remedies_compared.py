@@ -9,8 +9,9 @@
     whitening       PCA whitening of the mean-centred tokens, folded back
     batch norm      pre-activations of each feature shifted and scaled to mean 0, variance 1 over the batch
     resampling      every few thousand steps dead features take the direction of tokens that are badly reconstructed
+    ghost gradients dead features, through an exponential in place of the ReLU, are fitted to the error
 
-The last two are written here in their simplest form: rivals live in experiments, not in the package. Batch norm keeps
+The last three are written here in their simplest form: rivals live in experiments, not in the package. Batch norm keeps
 its statistics of the held-out tokens for the count. Writes remedies_compared.csv, with the features by density (share
 of tokens) in half decades. About four minutes on 2 CPU cores.
 """
@@ -119,6 +120,36 @@ def batch_norm(static: training.Static) -> Step:
     return lambda state, x, t: jax.vmap(lambda s: one(s, x))(state)
 
 
+def ghost_gradients(static: training.Static) -> Step:
+    """The loss, and that of the dead features' fit to the error, scaled to be as large.
+
+    After Jermyn and Templeton, Ghost Grads (Transformer Circuits, January 2024): dead features give exp(z_pre), their
+    reconstruction of each token is scaled to half the length of its error, and no gradient goes through either scale.
+    The largest z_pre of a token is taken off first, which that scale undoes: exp of what gamma = 20 makes overflows.
+    """
+    still = jax.lax.stop_gradient
+
+    def loss(sae: SAE, x: jax.Array, dead: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_hat, codes = sae_lib.reconstruct(sae, x)
+        e = x - x_hat
+        error = jnp.sum(e**2) / len(x)
+        z_pre = jnp.where(dead, sae_lib.preactivations(sae, x), -1e30)
+        ghost = jnp.where(dead, jnp.exp(z_pre - still(z_pre.max(axis=1, keepdims=True))), 0.0) @ sae.W_dec
+        length = jnp.linalg.norm(still(e), axis=1) / (2 * jnp.linalg.norm(still(ghost), axis=1) + 1e-6)
+        fit = jnp.sum((length[:, None] * ghost - still(e)) ** 2) / len(x)
+        share = jnp.where(dead.any(), still(error / (fit + 1e-6)), 0.0)
+        return error + share * fit, sae_lib.fired(codes, static.n_features) > 0
+
+    def one(s: training.TrainState, x: jax.Array) -> training.TrainState:
+        dead = s.tokens_since_fired >= s.hyper.dead_after_tokens
+        grads, fired = jax.grad(loss, has_aux=True)(s.sae, x, dead)
+        sae, moments, _ = training.descend(s, grads, static)
+        return s.replace(step=s.step + 1, sae=sae, moments=moments,
+                         tokens_since_fired=death.count_tokens(s.tokens_since_fired, fired, len(x)))  # fmt: skip
+
+    return lambda state, x, t: jax.vmap(lambda s: one(s, x))(state)
+
+
 def arm(name: str, scale: str, gamma: float) -> list[dict[str, Any]]:
     """Trains the seeds of one remedy in one program and counts; a row a seed."""
     configs = [settings(scale, gamma, seed, auxk=name == "AuxK") for seed in SEEDS]
@@ -134,7 +165,8 @@ def arm(name: str, scale: str, gamma: float) -> list[dict[str, Any]]:
     if name == "encoder bias":
         against = -states.sae.W_enc @ jnp.asarray(severity.mean, jnp.float32)
         states = states.replace(sae=states.sae.replace(b_enc=against))
-    step = {"batch norm": batch_norm, "resampling": resampling}.get(name, plain)(static)
+    own = {"batch norm": batch_norm, "resampling": resampling, "ghost gradients": ghost_gradients}
+    step = own.get(name, plain)(static)
 
     def body(t: jax.Array, states: training.TrainState) -> training.TrainState:
         x = synthetic.sample(spec, 0, t, jnp.arange(batch))
@@ -165,7 +197,8 @@ def arm(name: str, scale: str, gamma: float) -> list[dict[str, Any]]:
     return rows
 
 
-ARMS = ("none", "AuxK", "mean", "geometric median", "encoder bias", "whitening", "batch norm", "resampling")
+ARMS = ("none", "AuxK", "mean", "geometric median", "encoder bias", "whitening", "batch norm", "resampling",
+        "ghost gradients")  # fmt: skip
 
 
 def main(workdir: Path, scale: str) -> None:

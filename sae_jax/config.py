@@ -80,6 +80,7 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     train.warmup_steps = 0  # linear from 0
     train.decay_fraction = 0.2  # the last part of the run, linear to 0
     train.clip_norm = 1.0  # of the gradient of one SAE
+    train.precision = "float32"  # of the encoder's matmul: float32 | bfloat16, which wants a centred start
     train.steps_per_dispatch = 1  # steps in one compiled call; raise it where steps are short
     train.devices = 0  # local devices to use; 0 is all
 
@@ -257,6 +258,7 @@ def _check_member(config: ConfigDict, prefix: str) -> None:
     if config.sae.whiten and config.sae.center == "geometric_median":
         raise Refused(f"{prefix}sae.center", config.sae.center, "none or mean: whitening subtracts the mean itself")
     _one_of(f"{prefix}auxk.preset", config.auxk.preset, tuple(PRESETS))
+    _one_of(f"{prefix}train.precision", config.train.precision, ("float32", "bfloat16"))
     if config.auxk.weight != -1 and not 0 <= config.auxk.weight < math.inf:
         raise Refused(f"{prefix}auxk.weight", config.auxk.weight, "a finite number ≥ 0, or -1 for the preset's own")
     if not 0 <= config.auxk.dead_after_tokens < 2**31:

@@ -15,6 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from sae_jax import sae as sae_lib
+from sae_jax import topk
 from sae_jax.sae import SAE, Codes
 
 MAX_TOKENS = 2**31 - 1  # the counters saturate here instead of wrapping round
@@ -32,9 +33,9 @@ class Sightings(struct.PyTreeNode):
 
 def sight(sae: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> tuple[Sightings, Codes]:
     """Sightings on one batch (rows that are not `valid` are padding), and its codes."""
-    z_pre = jnp.where(valid[:, None], sae_lib.preactivations(sae, x), -1.0)
-    codes = Codes(*sae_lib.topk.top_k(z_pre, sae.k))
-    return Sightings(z_pre.max(axis=0) > 0, sae_lib.fired(codes, z_pre.shape[1]) > 0), codes
+    positive, *kept = topk.seen(x, valid, sae.W_enc, sae.b_enc, sae.b_dec, sae.k)
+    codes = Codes(*kept)
+    return Sightings(positive, sae_lib.fired(codes, len(positive)) > 0), codes
 
 
 def pathways(seen: Sightings) -> dict[str, float]:

@@ -64,6 +64,7 @@ def loss(
     auxk: bool = True,
     allsum: AllSum = lambda tree: tree,
     shards: str | None = None,
+    precision: str = "float32",
 ) -> tuple[Float[Array, ""], Batch]:
     """This device's share of the loss (the shares add up to the loss of the whole batch), and what the batch tells.
 
@@ -76,9 +77,10 @@ def loss(
       auxk: False leaves the auxiliary term out of the program: its value while nothing is dead, or w is 0.
       allsum: adds a pytree up over the devices that share the batch.
       shards: the mesh axis over which the features are split, where they are.
+      precision: of the encoder's matmul: float32 | bfloat16.
     """
     d = x.shape[1]
-    x_hat, codes = sae_lib.reconstruct(sae, x, shards)
+    x_hat, codes = sae_lib.reconstruct(sae, x, shards, precision)
     e = x - x_hat
     fixed_e = jax.lax.stop_gradient(e)
 
@@ -95,7 +97,7 @@ def loss(
     total = _square(e) / (divisors[preset] if preset in divisors else n_tokens)
     if auxk and preset != "none":
         n_dead = topk.over_shards(dead.sum(), shards)
-        aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], shards)
+        aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], shards, precision)
         aux_divisors = {"saelens": n_tokens, "sparsify": variance}
         aux_divisor = aux_divisors[preset] if preset in aux_divisors else e_variance
         scale = jnp.minimum(n_dead / (d / 2), 1.0) if PRESETS[preset].gradual else 1.0
@@ -106,11 +108,11 @@ def loss(
 
 def _auxiliary_square(
     sae: SAE, x: Float[Array, "B d"], e: Float[Array, "B d"], dead: Bool[Array, "n"], preset: Preset,
-    shards: str | None = None,
+    shards: str | None = None, precision: str = "float32",
 ) -> Float[Array, ""]:  # fmt: skip
     """Σ(W_decᵀa − e)² over this device's tokens. Its pre-activations are those of the main term: computed once."""
     k_aux = min(preset.k_aux or x.shape[1] // 2, sae.W_enc.shape[0] * topk.n_shards(shards))
-    way = topk.Way(k_aux, rectified=preset.rectified, shards=shards)
+    way = topk.Way(k_aux, rectified=preset.rectified, shards=shards, precision=precision)
     x_hat, _ = topk.reconstruct(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, way)
     return _square(x_hat - e)
 

@@ -80,14 +80,16 @@ def decode(sae: SAE, codes: Codes) -> Float[Array, "B d"]:
 
 
 def reconstruct(
-    sae: SAE, x: Float[Array, "B d"], shards: str | None = None
+    sae: SAE, x: Float[Array, "B d"], shards: str | None = None, precision: str = "float32"
 ) -> tuple[Float[Array, "B d"], Codes]:
     """x̂ and the kept features it is made of: `decode` of `encode`, with the cheaper gradient.
 
-    Where features are split over a mesh axis `shards`, x̂ is that of all of them, the codes are this shard's.
+    Where features are split over a mesh axis `shards`, x̂ is that of all of them, the codes are this shard's;
+    `precision` as in `topk.product`.
     """
     x_hat, kept = topk.reconstruct(
-        x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, None, topk.Way(sae.k, shards=shards)
+        x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, None,
+        topk.Way(sae.k, shards=shards, precision=precision),
     )
     return x_hat + sae.b_dec, Codes(*kept)
 

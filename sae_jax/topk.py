@@ -77,6 +77,17 @@ def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Ar
     return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
 
 
+def product(x: Float[Array, "B d"], W_enc: Float[Array, "n d"], precision: str) -> Float[Array, "B n"]:
+    """W_enc x in float32, or from operands rounded to bfloat16 and added up in float32.
+
+    bfloat16 keeps 8 bits, so x has to be centred: otherwise the rounding is about gamma / 400 of the signal.
+    """
+    if precision == "float32":
+        return x @ W_enc.T
+    low = (x.astype(jnp.bfloat16), W_enc.T.astype(jnp.bfloat16))
+    return jnp.matmul(*low, preferred_element_type=x.dtype)
+
+
 def encode(
     x: Float[Array, "B d"], W_enc: Float[Array, "n d"], b_enc: Float[Array, "n"], b_dec: Float[Array, "d"], k: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
@@ -94,6 +105,7 @@ class Way(NamedTuple):
     k: int  # how many a token, over all shards
     rectified: bool = True  # from ReLU(z_pre); False: from z_pre itself, negative values too
     shards: str | None = None  # the mesh axis over which the features are split, where they are
+    precision: str = "float32"  # of the encoder's matmul, as in `product`
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -141,22 +153,14 @@ reconstruct.defvjp(_reconstruct_fwd, _reconstruct_bwd)
 def _chosen(
     x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None, way: Way
 ) -> tuple[Array, Array]:
-    """The k largest pre-activations of this shard, −inf where they are not among the k largest of all shards.
-
-    XLA's top-k on a CPU has one thread. In pieces it works while the other cores multiply, and on data in cache.
-    """
-    k, pieces = min(way.k, W_enc.shape[0]), min(CHUNKS, x.shape[0] // CHUNK)
+    """The k largest pre-activations of this shard, −inf where they are not among the k largest of all shards."""
+    k = min(way.k, W_enc.shape[0])
 
     def choose(x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None) -> tuple[Array, Array]:
-        z_pre = preactivations(x, W_enc, b_enc, b_dec)
+        z_pre = product(x - b_dec, W_enc, way.precision) + b_enc
         return largest(z_pre if only is None else jnp.where(only, z_pre, -jnp.inf), k)
 
-    def in_pieces(x: Array, *rest: Any) -> tuple[Array, Array]:
-        kept = [choose(part, *rest) for part in jnp.array_split(x, pieces)]
-        return jnp.concatenate([v for v, _ in kept]), jnp.concatenate([i for _, i in kept])
-
-    split = pieces > 1 and is_large(*W_enc.shape)
-    values, indices = _on_cpu(in_pieces if split else choose, choose, x, W_enc, b_enc, b_dec, only)
+    values, indices = in_pieces(choose, (x,), W_enc, b_enc, b_dec, only)
     if way.shards is None:
         return values, indices
     # Candidates in order of shard, so that of equal values the lowest feature wins, as on one device.
@@ -166,6 +170,35 @@ def _chosen(
     won = jnp.zeros(candidates.shape, bool).at[rows, winners].set(True)
     mine = jax.lax.dynamic_slice_in_dim(won, jax.lax.axis_index(way.shards) * k, k, axis=1)
     return jnp.where(mine, values, -jnp.inf), indices
+
+
+def seen(
+    x: Float[Array, "B d"], valid: Bool[Array, "B"], W_enc: Float[Array, "n d"], b_enc: Float[Array, "n"],
+    b_dec: Float[Array, "d"], k: int,
+) -> tuple[Bool[Array, "n"], Float[Array, "B k"], Int[Array, "B k"]]:  # fmt: skip
+    """Which features are positive on a valid token, and the k largest of ReLU of every token, none where not valid."""
+
+    def look(x: Array, valid: Array, W_enc: Array, b_enc: Array, b_dec: Array) -> tuple[Array, ...]:
+        z_pre = jnp.where(valid[:, None], preactivations(x, W_enc, b_enc, b_dec), -1.0)
+        return z_pre.max(axis=0)[None], *top_k(z_pre, k)
+
+    most, values, indices = in_pieces(look, (x, valid), W_enc, b_enc, b_dec)
+    return most.max(axis=0) > 0, values, indices
+
+
+def in_pieces(fn: Callable[..., tuple[Array, ...]], rows: tuple[Array, ...], W_enc: Array, *rest: Any) -> Any:
+    """fn(*rows, W_enc, *rest), whose results are then joined; at once but for large SAEs on a CPU.
+
+    XLA's top-k on a CPU has one thread. In pieces it works while the other cores multiply, and on data in cache.
+    """
+    pieces, n = min(CHUNKS, rows[0].shape[0] // CHUNK), len(rows)
+
+    def split(*args: Any) -> tuple[Array, ...]:
+        parts = zip(*(jnp.array_split(a, pieces) for a in args[:n]), strict=True)
+        found = [fn(*part, *args[n:]) for part in parts]
+        return tuple(jnp.concatenate(each) for each in zip(*found, strict=True))
+
+    return on_cpu(split if pieces > 1 and is_large(*W_enc.shape) else fn, fn, *rows, W_enc, *rest)
 
 
 def over_shards(tree: Any, shards: str | None) -> Any:
@@ -206,7 +239,7 @@ class Kept(NamedTuple):
     indices: jax.Array  # (B, k)
 
 
-def _on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
+def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
     """One of two ways, by the platform that the program is compiled for, which need not be the one it is built on."""
     return elsewhere(*args) if cpu is elsewhere else jax.lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
 
@@ -233,7 +266,7 @@ def _combine(kept: Kept, rows: Array) -> Array:
         return product
 
     ways = {"dense": dense, "rows": gathered, "compressed": compressed}
-    product: Array = _on_cpu(ways[form(k, n, d)], dense, kept, rows)
+    product: Array = on_cpu(ways[form(k, n, d)], dense, kept, rows)
     return product
 
 
@@ -255,7 +288,7 @@ def _pick(g: Array, kept: Kept, rows: Array) -> Array:
         return picked
 
     ways = {"dense": dense, "rows": gathered, "compressed": few_tokens}
-    picked: Array = _on_cpu(ways[form(k, n, d)], dense, g, kept.indices, rows)
+    picked: Array = on_cpu(ways[form(k, n, d)], dense, g, kept.indices, rows)
     return picked
 
 
@@ -282,7 +315,7 @@ def _scatter(values: tuple[Array, ...], indices: Array, tokens: tuple[Array, ...
         return tuple(BCSR((v.ravel()[order], order // k, starts), shape=(n, batch)) @ t for v, t in pairs)
 
     ways = {"dense": dense, "rows": scattered, "compressed": compressed}
-    sums: tuple[Array, ...] = _on_cpu(
+    sums: tuple[Array, ...] = on_cpu(
         ways[form(k, n, d)], dense, list(zip(values, tokens, strict=True)), indices
     )
     return sums
@@ -292,8 +325,9 @@ def _sorted(features: Array, n: int) -> tuple[Array, Array]:
     """Features in ascending order, and where each stood before."""
     position = jnp.arange(features.size, dtype=features.dtype)
     bits = (features.size - 1).bit_length()
-    if n << bits > 2**31:
+    if n << bits > 2**32:
         ordered, order = jax.lax.sort((features, position), num_keys=1)
         return ordered, order
-    packed = jax.lax.sort((features << bits) | position)  # one key in place of a pair: four times as fast
-    return packed >> bits, packed & (2**bits - 1)
+    # One key in place of a pair: four times as fast.
+    packed = jax.lax.sort((features.astype(jnp.uint32) << bits) | position.astype(jnp.uint32))
+    return (packed >> bits).astype(features.dtype), (packed & (2**bits - 1)).astype(features.dtype)

@@ -31,6 +31,7 @@ class Static(NamedTuple):
     beta1: float
     beta2: float
     clip_norm: float
+    precision: str
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Static":
@@ -38,7 +39,7 @@ class Static(NamedTuple):
         s, t = config.sae, config.train
         return cls(
             s.n_features, s.k, s.unit_decoder, s.whiten, config.auxk.preset, t.steps, t.warmup_steps, t.decay_fraction,
-            t.beta1, t.beta2, t.clip_norm,
+            t.beta1, t.beta2, t.clip_norm, t.precision,
         )  # fmt: skip
 
 
@@ -136,8 +137,9 @@ def train_step(
     def gradients(auxk: bool) -> Any:
         def share(sae: SAE) -> tuple[jax.Array, objective.Batch]:
             return objective.loss(
-                sae, x, dead, state.hyper.auxk_weight, preset=static.preset, auxk=auxk, allsum=allsum, shards=shards
-            )
+                sae, x, dead, state.hyper.auxk_weight, preset=static.preset, auxk=auxk, allsum=allsum, shards=shards,
+                precision=static.precision,
+            )  # fmt: skip
 
         (loss, batch), grads = jax.value_and_grad(share, has_aux=True)(state.sae)
         return loss, grads, sae_lib.fired(batch.codes, dead.shape[0]), batch.fve, batch.l0

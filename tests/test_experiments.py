@@ -7,14 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from sae_jax import synthetic, training
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 FEWER = {
     "fig6_centering": {"DIRECTIONS": ("one",)},
     "remedies_compared": {"GAMMAS": (20.0,), "ARMS": ("none", "AuxK", "encoder bias", "whitening", "batch norm",
-                                                      "resampling")},
+                                                      "resampling", "ghost gradients")},
+    "concept_f1": {"SEEDS": (0,), "ARMS": {"centred 1": {"sae": {"center": "mean"}, "share": 1}}},
     "auxk_idle": {"ARMS": {"AuxK on the encoder": (4, True, False)}},
     "bench_ensemble": {"SHAPES": ((32, 128, 3, 32),), "MEMBERS": 2},
 }  # fmt: skip
@@ -35,7 +41,9 @@ def rows(path):
     ("remedies_compared", ["remedies_compared"], []),
     ("bias_timescales", ["bias_timescales", "bias_interventions"], []),
     ("auxk_idle", ["auxk_idle"], []),
+    ("concept_f1", ["concept_f1"], []),
     ("bench_ensemble", ["bench_ensemble"], []),
+    ("bfloat16_error", ["bfloat16_error"], []),
 ])  # fmt: skip
 def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp_path, monkeypatch):
     module = importlib.import_module(script)
@@ -74,3 +82,19 @@ def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):
         assert sum(float(row[a + b]) for a in "ATR" for b in "ATR") == pytest.approx(1)
     assert "| 40 | AuxK, frozen bias |" in capsys.readouterr().out
     assert (tmp_path / "fig5_recovery.png").stat().st_size > 0
+
+
+def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):
+    script = importlib.import_module("remedies_compared")
+    config = script.settings("smoke", 20.0, 0)
+    static, spec = training.Static.of(config), synthetic.build(config.data, 0)
+    x = synthetic.sample(spec, 0, 0, jnp.arange(32))
+    start = training.init_group([config], jnp.zeros((1, 16)))
+    plain, ghost = script.plain(static), script.ghost_gradients(static)
+    for a, b in zip(jax.tree.leaves(plain(start, x, 0).sae), jax.tree.leaves(ghost(start, x, 0).sae), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+    dead = jnp.arange(64) >= 60
+    late = start.replace(tokens_since_fired=jnp.where(dead, 10**6, 0)[None])
+    moved = jnp.abs(ghost(late, x, 0).sae.W_dec - plain(late, x, 0).sae.W_dec)[0].sum(axis=1)
+    assert jnp.isfinite(moved).all()
+    assert moved[60:].max() > 1e-3

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from safetensors.flax import save_file
 
-from sae_jax.activations import files, store
+from sae_jax.activations import files, store, stored
 from sae_jax.errors import Refused
 
 
@@ -69,7 +69,7 @@ def test_what_saelens_cached_is_read_and_imported_with_its_tokens(tmp_path, x):
     chunks = files.open_chunks(str(folder))
     for start, stop in ((0, 10), (170, 180), (400, 450), (699, 700)):
         np.testing.assert_array_equal(chunks.tokens(start, stop), x[start:stop])
-    dataset = store.StoredChunks(store.import_file(str(folder), str(tmp_path / "data")))
+    dataset = stored.StoredChunks(store.import_file(str(folder), str(tmp_path / "data")))
     rows = [dataset.example(i) for i in range(len(dataset))]
     np.testing.assert_array_equal(np.concatenate([row.x for row in rows]), x)
     np.testing.assert_array_equal(np.concatenate([row.token_id for row in rows]), ids)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_jax import death, objective
+from sae_jax import death, objective, topk
 from sae_jax import sae as sae_lib
 from sae_jax.sae import Codes
 
@@ -67,6 +67,19 @@ def test_float32_keeps_the_signal_at_high_gamma(rng, gamma):
     got = sae_lib.preactivations(sae, jnp.asarray(x, jnp.float32))
     # x itself is rounded to gamma · 2^-24; nothing beyond that may be lost.
     np.testing.assert_allclose(got, exact, atol=gamma * d**0.5 * 2e-7)
+
+
+def test_bfloat16_rounds_the_operands_and_nothing_else(rng):
+    import ml_dtypes
+
+    x, w = rng.normal(size=(40, 300)).astype(np.float32), rng.normal(size=(70, 300)).astype(np.float32)
+    low = [a.astype(ml_dtypes.bfloat16).astype(np.float64) for a in (x, w)]
+    np.testing.assert_allclose(topk.product(jnp.asarray(x), jnp.asarray(w), "bfloat16"), low[0] @ low[1].T, atol=1e-4)
+    sae = sae_lib.SAE(W_enc=jnp.asarray(w), b_enc=jnp.zeros(70), W_dec=jnp.asarray(w), b_dec=jnp.zeros(300), k=5)
+    rounded, codes = sae_lib.reconstruct(sae, jnp.asarray(x), precision="bfloat16")
+    np.testing.assert_allclose(codes.values[:, 0], (low[0] @ low[1].T).max(axis=1), rtol=1e-5)
+    exact = sae_lib.reconstruct(sae, jnp.asarray(x))[0]
+    assert 0 < float(jnp.linalg.norm(rounded - exact)) < 0.1 * float(jnp.linalg.norm(exact))
 
 
 # -- death by pathway ------------------------------------------------------------------------------------------------
@@ -229,3 +242,17 @@ def test_every_form_has_the_gradients_of_the_naive_formula(monkeypatch, form, se
     dead, weight = jnp.arange(n) < n // 4, jnp.asarray(0.7)
     mine = lambda sae: objective.loss(sae, x, dead, weight, preset=preset)[0]  # noqa: E731
     assert_naive(mine, sae, x, dead, weight, preset)
+
+
+def test_in_pieces_everything_is_as_at_once(rng, monkeypatch):
+    sae = a_sae(rng, n=40, d=5, k=3, dtype=np.float32)
+    x, valid = jnp.asarray(rng.normal(size=(52, 5)), jnp.float32), jnp.arange(52) < 45
+    look = lambda: (death.sight(sae, x, valid), sae_lib.encode(sae, x))  # noqa: E731
+    expected = look()
+    monkeypatch.setattr(topk, "LARGE", 1)
+    monkeypatch.setattr(topk, "CHUNK", 8)
+    pieces = []
+    split = jnp.array_split
+    monkeypatch.setattr(jnp, "array_split", lambda a, n: pieces.append(n) or split(a, n))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), look(), expected)
+    assert set(pieces) == {6}

@@ -14,7 +14,7 @@ import pytest
 
 import sae_jax
 from sae_jax import cli
-from sae_jax.activations import files, store
+from sae_jax.activations import files, store, stored
 from sae_jax.errors import Refused, RunFailed
 
 D = 12
@@ -195,7 +195,7 @@ def test_activations_that_are_not_finite_stop_the_writing_with_their_token(tmp_p
     ("damage", "error"), [("truncate", Refused), ("remove", Refused), ("other", Refused), ("flip", RunFailed)]
 )
 def test_a_damaged_shard_is_named(tmp_path, rng, small_shards, monkeypatch, capsys, damage, error):
-    monkeypatch.setattr(store, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(stored, "HEAD_BYTES", 1000)
     x = rng.normal(size=(2300, D)).astype(np.float32)
     folder = make(tmp_path, x, layers=(1,))[1]
     path = next(p for p in store.epath.Path(folder).iterdir() if p.name.endswith("00002"))
@@ -224,7 +224,7 @@ def test_a_damaged_shard_is_named(tmp_path, rng, small_shards, monkeypatch, caps
 
 
 def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path, rng, small_shards, monkeypatch):
-    monkeypatch.setattr(store, "HEAD_BYTES", 0)  # the reader alone
+    monkeypatch.setattr(stored, "HEAD_BYTES", 0)  # the reader alone
     x = rng.normal(size=(600, D)).astype(np.float32)
     folder = make(tmp_path, x, layers=(1,))[1]
     path = next(p for p in store.epath.Path(folder).iterdir() if p.name.endswith("00000"))

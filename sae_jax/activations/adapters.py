@@ -31,11 +31,15 @@ DIFFUSION_SIDE, NOISE = 512, 0.5  # pixels; share of noise in what the diffusion
 IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # mean and deviation of channels
 
 
-def load(model: ConfigDict) -> Network:
+def load(model: ConfigDict, head: bool = False) -> Network:
     """The network of `config.data.model`, its weights in float32, and the batches of its inputs.
 
+    Args:
+      head: with the language head, so that a whole forward pass gives the `logits` of the next token.
+
     Raises:
-      Refused: weights that are not there or not allowed, a missing extra, or a class without one list of blocks.
+      Refused: weights that are not there or not allowed, a missing extra, a class without one list of blocks, or a head
+        asked of what is no decoder of text.
     """
     known = facts.find(model)
     with contextlib.suppress(ImportError):  # families that do not need it go without
@@ -46,7 +50,10 @@ def load(model: ConfigDict) -> Network:
     try:
         # Conversions draw their bars whether or not anybody can see them.
         with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-            return FAMILIES[known.family if known else _family(model)](model, known.id if known else model.id)
+            family, id = (known.family, known.id) if known else (_family(model), model.id)
+            if head and family not in DECODERS:
+                raise Refused("data.model.id", model.id, "a decoder of text, which predicts the next token")
+            return FAMILIES[family](model, id, "AutoModelForCausalLM") if head else FAMILIES[family](model, id)
     except (OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise
@@ -77,10 +84,10 @@ def _options(model: ConfigDict) -> dict[str, Any]:
 # -- families of the hub ---------------------------------------------------------------------------------------------
 
 
-def _transformers(model: ConfigDict, id: str) -> Network:
+def _transformers(model: ConfigDict, id: str, kind: str = "AutoModel") -> Network:
     transformers, torch = module("transformers", "hf"), module("torch", "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(id, **_options(model))
-    network = transformers.AutoModel.from_pretrained(id, dtype=torch.float32, **_options(model))
+    network = getattr(transformers, kind).from_pretrained(id, dtype=torch.float32, **_options(model))
     return text_network(network, tokenizer, model, model.context)
 
 
@@ -202,7 +209,8 @@ def _glm2(model: ConfigDict, id: str) -> Network:
     )  # fmt: skip
 
 
-FAMILIES: dict[str, Callable[[ConfigDict, str], Network]] = {
+DECODERS = ("transformers", "gemma")  # families that may have a language head
+FAMILIES: dict[str, Callable[..., Network]] = {
     "transformers": _transformers, "vit": _vit, "sd3": _sd3, "esm2": _esm2, "esm3": _esm3, "progen": _progen,
     "evo": _evo, "glm2": _glm2, "gemma": bundled.gemma, "minilm": bundled.minilm,
     "antiberty": bundled.antiberty, "efficientnet": bundled.efficientnet,

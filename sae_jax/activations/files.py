@@ -98,10 +98,10 @@ def there(where: epath.Path) -> str:
     folder = next((parent for parent in where.parents if parent.exists()), None)
     if folder is None or not folder.is_dir():
         return ""
-    from sae_jax.activations import store
+    from sae_jax.activations import stored
 
     files = sorted(str(path) for path in folder.iterdir() if path.suffix in ENDINGS)
-    found = [*store.datasets(folder), *files]
+    found = [*stored.datasets(folder), *files]
     return f"; there is {', '.join(found[:5])}" + (", …" if len(found) > 5 else "") if found else ""
 
 
@@ -115,10 +115,10 @@ def open_chunks(path: str) -> pipeline.Chunks:
     if not found:
         raise Refused("data.path", path, f"an existing path: {FORMATS}{there(where)}")
     if where.is_dir() and not (where / "state.json").exists():
-        from sae_jax.activations import store
+        from sae_jax.activations import stored
 
         try:
-            return store.StoredChunks(path)
+            return stored.StoredChunks(path)
         except Refused:
             raise
         except Exception as error:  # as below

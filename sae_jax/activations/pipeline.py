@@ -37,7 +37,7 @@ class Chunks(Protocol):
     identity: dict[str, Any]  # what data this is, for reports
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> np.ndarray: ...
+    def __getitem__(self, index: int) -> np.ndarray: ...  # of `dtype`; may be read-only and unaligned
     def tokens(self, start: int, stop: int) -> np.ndarray: ...
 
 
@@ -114,7 +114,10 @@ class Batches(grain.MapDataset):
         share = self._n_lanes // processes
         self._lanes = range(process * share, (process + 1) * share)
         self._rows_per_lane = batch_size // self._n_lanes
-        self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}  # by lane, the one it is in
+        # The window that each lane is in: which, its rows as they were read, and where they stand in the shuffle.
+        self._held: list[tuple[int, int] | None] = [None] * share
+        self._rows = np.empty((share * self._window_rows, chunks.d_model), chunks.dtype)
+        self._order = np.empty((share, self._window_rows), np.int64)
         self._readers = ThreadPoolExecutor(READERS)
 
     def __len__(self) -> int:
@@ -123,27 +126,43 @@ class Batches(grain.MapDataset):
     def __getitem__(self, index: int | slice) -> np.ndarray:
         if isinstance(index, slice):
             return self.slice(index)
-        shape = (len(self._lanes), self._rows_per_lane, self._chunks.d_model)
-        batch = np.empty(shape, self._chunks.dtype)
+        batch = np.empty((len(self._lanes) * self._rows_per_lane, self._chunks.d_model), self._chunks.dtype)
+        source = np.zeros((len(self._lanes), self._rows_per_lane), np.int64)  # places in self._rows
+        crossing: dict[int, np.ndarray] = {}  # rows of lanes that go on to their next window within this batch
 
-        def fill(reader: int) -> None:
-            for place in range(reader, len(batch), READERS):
-                self._fill(self._lanes[place], index * self._rows_per_lane, batch[place])
+        def prepare(slots: range) -> None:
+            for slot in slots:
+                stretches = self._stretches(self._lanes[slot], index * self._rows_per_lane)
+                parts = []
+                for epoch, low, high, start, count in stretches:
+                    self._read(slot, epoch, low, high)
+                    places = self._order[slot, start - low : start - low + count]
+                    parts.append(places if len(stretches) == 1 else self._rows[places])
+                if len(parts) == 1:
+                    source[slot] = parts[0]
+                else:
+                    crossing[slot] = np.concatenate(parts)
 
-        for _ in self._readers.map(fill, range(READERS)):
+        # Neighbours to the same reader: lanes a fixed number apart often come to a new window in the same batch.
+        cuts = [len(self._lanes) * reader // READERS for reader in range(READERS + 1)]
+        for _ in self._readers.map(prepare, map(range, cuts, cuts[1:])):
             pass
-        return batch.reshape(-1, batch.shape[-1])
+        np.take(self._rows, source.ravel(), axis=0, out=batch, mode="clip")
+        for slot, rows in crossing.items():
+            batch[slot * self._rows_per_lane : (slot + 1) * self._rows_per_lane] = rows
+        return batch
 
-    def _fill(self, lane: int, first: int, out: np.ndarray) -> None:
-        """The rows of one lane from its row number `first` on."""
-        done = 0
-        while done < len(out):
+    def _stretches(self, lane: int, first: int) -> list[tuple[int, int, int, int, int]]:
+        """A lane's share of a batch, from its row number `first` on: epoch, window (from, to), first row, count."""
+        found, done = [], 0
+        while done < self._rows_per_lane:
             epoch, place, start, stop = self._stretch(lane, first + done)
             number = place // self._window_rows
             low, high = max(start, number * self._window_rows), min(stop, (number + 1) * self._window_rows)
-            count = min(high - place, len(out) - done)
-            out[done : done + count] = self._window(lane, epoch, low, high)[place - low : place - low + count]
+            count = min(high - place, self._rows_per_lane - done)
+            found.append((epoch, low, high, place, count))
             done += count
+        return found
 
     def _stretch(self, lane: int, row: int) -> tuple[int, int, int, int]:
         """Where row number `row` of a lane lies: epoch, place in it, and where the lane's stretch starts and stops.
@@ -159,20 +178,19 @@ class Batches(grain.MapDataset):
         start = before[1] - before[0]
         return epoch, start + row - taken, start, start + ((epoch + 1) * n + lane) // lanes - taken
 
-    def _window(self, lane: int, epoch: int, low: int, high: int) -> np.ndarray:
-        """Rows low to high of an epoch, shuffled."""
-        held, rows = self._windows.get(lane, (None, None))
-        if rows is None or held != (epoch, low):
-            if rows is None or len(rows) != high - low:
-                rows = np.empty((high - low, self._chunks.d_model), self._chunks.dtype)
-            places = np.random.default_rng([self._seed, epoch, low]).permutation(high - low)
-            size = self._chunks.rows
-            for number in range(low // size, (high - 1) // size + 1):
-                first, end = max(low, number * size), min(high, (number + 1) * size)
-                chunk = self._chunks[int(self._train[self._parent[epoch * len(self._train) + number]])]
-                rows[places[first - low : end - low]] = chunk[first - number * size : end - number * size]
-            self._windows[lane] = (epoch, low), rows
-        return rows
+    def _read(self, slot: int, epoch: int, low: int, high: int) -> None:
+        """Makes rows low to high of an epoch, shuffled, the window of a lane."""
+        if self._held[slot] == (epoch, low):
+            return
+        self._held[slot] = None
+        size, begin = self._chunks.rows, slot * self._window_rows
+        for number in range(low // size, (high - 1) // size + 1):
+            first, end = max(low, number * size), min(high, (number + 1) * size)
+            chunk = self._chunks[int(self._train[self._parent[epoch * len(self._train) + number]])]
+            self._rows[begin + first - low : begin + end - low] = chunk[first - number * size : end - number * size]
+        order = np.random.default_rng([self._seed, epoch, low]).permutation(high - low)
+        self._order[slot, : high - low] = begin + order
+        self._held[slot] = epoch, low
 
 
 def _keep_freed_memory() -> None:

@@ -1,89 +1,45 @@
-"""Activations on disk: a TFDS dataset (ArrayRecord, no TensorFlow) whose examples are chunks of consecutive tokens.
+"""Writes a dataset of activations, as `stored.py` describes and reads it.
 
-One example: `x` (chunk, d_model) and, for every row, `token_id`, `sequence_id` and `position`. `activations.json`
-beside the shards says which model, layer and text they come from, how numbers are kept, the moments, and each shard's
-size and checksum. Until it is finished a dataset lies in FOLDER.partial; killed at any moment, writing goes on after
-its last whole shard, and ends with the same bytes as if it had not been killed.
+Until it is finished a dataset lies in FOLDER.partial; killed at any moment, writing goes on after its last whole shard,
+and ends with the same bytes as if it had not been killed.
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_module
 from etils import epath
 
 from sae_jax import outliers
 from sae_jax.activations import pipeline
 from sae_jax.activations.pipeline import CHUNK
-from sae_jax.disk import LOCK, read_json, sole_user, write_text
+from sae_jax.activations.stored import (
+    MANIFEST,
+    NAME,
+    SPLIT,
+    STORED,
+    VERSION,
+    Rows,
+    checksum_of,
+    encode,
+    features_of,
+    find,
+    folder_of,
+    head_of,
+    read_manifest,
+    sha256,
+    template,
+)  # fmt: skip
+from sae_jax.disk import LOCK, sole_user, write_text
 from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.outliers import Moments, Severity
 from sae_jax.stopping import StopRequest
 
-NAME, SPLIT, VERSION = "activations", "tokens", "2.0.0"
-MANIFEST = "activations.json"
 SHARD_BYTES = 128 * 2**20
-HEAD_BYTES = 2**16  # of a shard, looked at when a dataset is opened: no two extractions begin alike
-# How numbers are kept: as they are; as their upper 16 bits; z-scored with the mean and deviation of the first shard.
-STORED = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
-
-
-class Rows(NamedTuple):
-    """Activations of some tokens, and where each comes from."""
-
-    x: np.ndarray  # (rows, d_model) float32
-    token_id: np.ndarray  # (rows,)
-    sequence_id: np.ndarray  # (rows,)
-    position: np.ndarray  # (rows,) in its sequence
-
-    def cut(self, start: int, stop: int | None = None) -> "Rows":
-        """Some of the rows."""
-        return Rows(*(part[start:stop] for part in self))
-
-
-def folder_of(data_dir: str, dataset: str) -> epath.Path:
-    """Where a dataset lies once it is finished."""
-    return epath.Path(data_dir) / NAME / dataset / VERSION
-
-
-def find(data_dir: str, dataset: str) -> str | None:
-    """The folder of a finished dataset, if there is one."""
-    folder = folder_of(data_dir, dataset)
-    return str(folder) if (folder / MANIFEST).exists() else None
-
-
-def datasets(root: epath.Path) -> list[str]:
-    """Folders of finished datasets at most three levels below a folder, or in it."""
-    patterns = ("", "*/", "*/*/", "*/*/*/")
-    found = [path.parent for pattern in patterns for path in root.glob(f"{pattern}{MANIFEST}")]
-    return sorted(str(folder) for folder in found if folder.name == VERSION)
-
-
-def _features(d_model: int, dtype: str, rows: int) -> tfds.features.FeaturesDict:
-    def tensor(shape: tuple[int, ...], kind: Any) -> tfds.features.Tensor:
-        return tfds.features.Tensor(shape=shape, dtype=kind, encoding=tfds.features.Encoding.BYTES)
-
-    row = tensor((rows,), np.int32)
-    return tfds.features.FeaturesDict(
-        {"x": tensor((rows, d_model), STORED[dtype]), "token_id": row, "sequence_id": row, "position": row}
-    )
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _template(folder: epath.Path) -> tfds.core.ShardedFileTemplate:
-    return tfds.core.ShardedFileTemplate(
-        dataset_name=NAME, data_dir=folder, split=SPLIT, filetype_suffix="array_record",
-        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
-    )  # fmt: skip
 
 
 class Writer:
@@ -101,7 +57,7 @@ class Writer:
     ):
         self.folder, self._partial = folder, folder.parent / (folder.name + ".partial")
         self._dtype, self._chunk = dtype, chunk
-        self._features = _features(d_model, dtype, chunk)
+        self._features = features_of(d_model, dtype, chunk)
         self._serialise = tfds.core.example_serializer.ExampleSerializer(self._features.get_serialized_info())
         self._chunks_per_shard = max(1, SHARD_BYTES // (chunk * d_model * np.dtype(STORED[dtype]).itemsize))
         self._facts = json.loads(json.dumps({**facts, "d_model": d_model, "dtype": dtype, "chunk": chunk}))
@@ -110,7 +66,7 @@ class Writer:
         self._buffer: list[Rows] = []
         self._held = 0
         if (self._partial / MANIFEST).exists():
-            found = _read_manifest("--out", self._partial)
+            found = read_manifest("--out", self._partial)
             if found["facts"] == self._facts:
                 self._manifest, self._severity = found, _severity_from(found.get("moments"))
         try:
@@ -154,8 +110,8 @@ class Writer:
             sigma = seen.raw.sigma
             self._manifest["center"] = seen.raw.mean.astype(np.float32).tolist()
             self._manifest["scale"] = np.where(sigma > 0, sigma, 1).astype(np.float32).tolist()
-        kept = _encode(x, self._dtype, self._manifest)
-        path = _template(self._partial).sharded_filepath(shard_index=number, num_shards=None)
+        kept = encode(x, self._dtype, self._manifest)
+        path = template(self._partial).sharded_filepath(shard_index=number, num_shards=None)
         # Compression saves 7 % of the space of float32 and makes reading three times slower.
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         try:
@@ -170,7 +126,7 @@ class Writer:
             raise OSError(error) from error
         data = path.read_bytes()
         shard = {
-            "chunks": n_chunks, "bytes": len(data), "head": _sha256(data[:HEAD_BYTES]), "sha256": _sha256(data),
+            "chunks": n_chunks, "bytes": len(data), "head": head_of(data), "sha256": sha256(data),
         }  # fmt: skip
         self._manifest["shards"].append(shard)
         self._manifest["moments"] = _severity_to(self._severity)
@@ -178,7 +134,7 @@ class Writer:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        sealed = {**self._manifest, "checksum": _checksum(self._manifest)}
+        sealed = {**self._manifest, "checksum": checksum_of(self._manifest)}
         write_text(self._partial / MANIFEST, json.dumps(sealed))
 
     def finish(self) -> str:
@@ -202,7 +158,7 @@ class Writer:
         shards = self._manifest["shards"]
         info.set_splits(tfds.core.SplitDict([tfds.core.SplitInfo(
             name=SPLIT, shard_lengths=[shard["chunks"] for shard in shards],
-            num_bytes=sum(shard["bytes"] for shard in shards), filename_template=_template(self._partial),
+            num_bytes=sum(shard["bytes"] for shard in shards), filename_template=template(self._partial),
         )]))  # fmt: skip
         info.write_to_directory(self._partial)
         for path in self._partial.glob(f"{NAME}-{SPLIT}.array_record-*"):  # of something else, begun here before
@@ -211,20 +167,6 @@ class Writer:
         (self._partial / LOCK).unlink(missing_ok=True)
         self._partial.rename(self.folder)
         return str(self.folder)
-
-
-def _encode(x: np.ndarray, dtype: str, manifest: dict[str, Any]) -> np.ndarray:
-    if dtype == "float16":
-        z = (x - np.asarray(manifest["center"], np.float32)) / np.asarray(manifest["scale"], np.float32)
-        return np.clip(z, -65504, 65504).astype(np.float16)
-    return x.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == "bfloat16" else x
-
-
-def _decode(kept: np.ndarray, dtype: str, manifest: dict[str, Any]) -> np.ndarray:
-    if dtype == "float16":
-        scale, center = (np.asarray(manifest[key], np.float32) for key in ("scale", "center"))
-        return kept.astype(np.float32) * scale + center
-    return kept.view(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else kept
 
 
 def _severity_to(severity: Severity) -> dict[str, Any]:
@@ -295,96 +237,3 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
 
     writer = Writer(folder, array.d_model, facts, dtype, array.rows)
     return write({0: writer}, rows)[0]
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(field: str, folder: epath.Path) -> dict[str, Any]:
-    """activations.json, refused if a bit of it is not as it was written."""
-    found = read_json(field, folder / MANIFEST, ("facts", "shards"))
-    if found.pop("checksum", None) not in (None, _checksum(found)):
-        raise Refused(field, str(folder / MANIFEST), "a file as it was written; this one's checksum is another")
-    return found
-
-
-class StoredChunks:
-    """Reads a dataset folder chunk by chunk.
-
-    Raises:
-      Refused: it is no dataset, or a shard is missing or of another size than the manifest says.
-    """
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, folder: str):
-        root = epath.Path(folder)
-        if not (root / MANIFEST).exists():
-            inside = datasets(root)
-            there = f"; there is {', '.join(inside[:5])}" if inside else ""
-            raise Refused("data.path", folder, f"a dataset folder (one with {MANIFEST}) or a .npy file{there}")
-        self._root, self._manifest = root, _read_manifest("data.path", root)
-        self._shards = self._manifest["shards"]
-        for number, shard in enumerate(self._shards):
-            path = self._path(number)
-            size = path.stat().length if path.exists() else None
-            if size != shard["bytes"]:
-                raise Refused("data.path", str(path), f"a shard of {shard['bytes']} bytes, not {size or 'none'}")
-            with path.open("rb") as file:
-                if _sha256(file.read(HEAD_BYTES)) != shard["head"]:
-                    raise Refused("data.path", str(path), f"the shard that {MANIFEST} describes, not one of other data")
-        facts = self._manifest["facts"]
-        self._dtype, self.rows, self.d_model = facts["dtype"], facts["chunk"], facts["d_model"]
-        # What TFDS would make of features.json it would import by name, from a folder that may be anybody's.
-        self._features = _features(self.d_model, self._dtype, self.rows)
-        self._x = tfds.features.FeaturesDict({"x": self._features["x"]})
-        paths = [str(self._path(number)) for number in range(len(self._shards))]
-        try:
-            self._records = array_record_data_source.ArrayRecordDataSource(paths)
-        except Exception as error:  # as in `example`
-            names = ", ".join(self.damaged()) or "none of those by their checksums"
-            raise Refused("data.path", folder, f"shards as they were written; damaged: {names} ({error})") from error
-        self.n_tokens: int = self._manifest["n_tokens"]
-        checksum = _sha256("".join(shard["sha256"] for shard in self._shards).encode())
-        self.identity = {"path": str(folder), "tokens": self.n_tokens, "sha256": checksum, **facts}
-
-    def _path(self, number: int) -> epath.Path:
-        return _template(self._root).sharded_filepath(shard_index=number, num_shards=None)
-
-    def __len__(self) -> int:
-        return sum(shard["chunks"] for shard in self._shards)
-
-    def example(self, index: int) -> Rows:
-        """One chunk, with where each row comes from."""
-        found = self._read(index, self._features)
-        return Rows(_decode(found["x"], self._dtype, self._manifest), *(found[name] for name in Rows._fields[1:]))
-
-    def _read(self, index: int, features: tfds.features.FeaturesDict) -> dict[str, np.ndarray]:
-        try:
-            return features.deserialize_example_np(self._records[int(index)])
-        except Exception as error:  # the reader of a damaged file raises what it likes
-            raise RunFailed(f"chunk {index} cannot be read: {self._culprit(int(index))} ({error})") from error
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return _decode(self._read(index, self._x)["x"], self._dtype, self._manifest)
-
-    def _intact(self, number: int) -> bool:
-        return _sha256(self._path(number).read_bytes()) == self._shards[number]["sha256"]
-
-    def _culprit(self, index: int) -> str:
-        ends = np.cumsum([shard["chunks"] for shard in self._shards])
-        number = int(np.searchsorted(ends, index, side="right"))
-        path = self._path(number)
-        with contextlib.suppress(OSError):
-            if self._intact(number):
-                return f"{path} (its checksum is right)"
-        return f"{path} is damaged: its checksum is not the one in {MANIFEST}"
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Rows from start up to stop."""
-        return pipeline.rows_of(self, start, stop)
-
-    def damaged(self) -> list[str]:
-        """Shards whose checksum is not the recorded one; reads everything."""
-        return [str(self._path(number)) for number in range(len(self._shards)) if not self._intact(number)]
