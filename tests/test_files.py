@@ -92,13 +92,13 @@ def test_a_damaged_cache_is_refused(tmp_path, x, damage):
         files.open_chunks(str(folder))
 
 
-@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/hostname", "inner/../../outside.arrow", ".."])
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/hostname", "inner/../../outside.arrow"])
 def test_a_cache_cannot_name_files_outside_of_it(tmp_path, x, name):
     folder = cache(tmp_path / "cache", x, ids=np.zeros(700, int))
     (folder / "inner").mkdir()
     (folder / "data-00000-of-00002.arrow").rename(tmp_path / "outside.arrow")
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-    with pytest.raises(Refused, match=r"files beside state.json, not .*\."):
+    with pytest.raises(Refused, match=f"files beside state.json, not {name}"):
         files.open_chunks(str(folder))
 
 
