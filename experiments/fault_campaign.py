@@ -31,7 +31,9 @@ import numpy as np
 from etils import epath
 
 from sae_jax import checkpoint, cli, disk, report
+from sae_jax.__main__ import _stop
 from sae_jax.activations import models, optional, store, stored  # noqa: F401 (models: imported once, for all children)
+from sae_jax.errors import Preempted
 
 KILLS = 5  # of one try
 Row = dict[str, Any]
@@ -48,13 +50,15 @@ def killed_at_random(argv: list[str], log: Path, name: str, folder: Path, by: in
             ended = Child(argv, log).end(at=kept + moment * (whole.reached - kept), by=by)
         else:
             ended = Child(argv, log).end(after=moment * whole.seconds, by=by)
-        row["half_visible"] += len(not_whole(folder)) if folder.exists() else 0
+        half = not_whole(folder) if folder.exists() else []
+        row["half_visible"] += len(half)
+        row["said"] = row.get("said", "") + "; ".join(half)
         if ended.code == 0:  # it was done before the signal: from the beginning
             row["too_late"] += 1
             shutil.rmtree(folder)
-        elif ended.code in (-by, 143 if by == signal.SIGTERM else -by):
+        elif ended.code == (Preempted.exit_code if by == signal.SIGTERM else -by):
             row["kills"] += 1
-            row["saved_first"] += ended.code == 143
+            row["saved_first"] += "stopped on request;" not in ended.said and by == signal.SIGTERM
             kept = ACTIVITIES[name].kept(folder) if folder.exists() else 0
             row["lost"] = max(row["lost"], ended.reached - kept)
             row["slowest_stop"] = max(row["slowest_stop"], round(ended.dying, 2))
@@ -195,16 +199,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[*ACTIVITIES, *OTHERS], help="activities and other faults to do")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, _stop)  # children have it from their first moment, not only once they have begun
     root: Path = given.workdir.absolute()
     (root / "work").mkdir(parents=True, exist_ok=True)
     (root / "c.py").write_text(SETTINGS)
     (root / "text.txt").write_text(" ".join(str(number) for number in np.random.default_rng(0).integers(0, 60, 40_000)))
     jax.config.update("jax_compilation_cache_dir", str(root / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    for name in ("torch", "transformers"):
-        optional.module(name, "hf")  # once, for all children
-    if not (root / "model").exists():
-        in_child(lambda: make_model(root / "model"), root / "digest")
+    needed = ["train", "extract"] if {"extract", "damage", "read-only"} & set(given.only) else ["train"]
+    if "extract" in needed:
+        for name in ("torch", "transformers"):
+            optional.module(name, "hf")  # once, for all children
+        if not (root / "model").exists():
+            in_child(lambda: make_model(root / "model"), root / "digest")
     table = root / "fault_campaign.csv"
     rows = list(csv.DictReader(table.open())) if table.exists() else []
 
@@ -214,9 +221,9 @@ def main() -> None:
         for row in new:
             print(report.one_line({key: str(value) for key, value in row.items()}), flush=True)
 
-    for name in ("train", "extract"):  # what is exported, what is damaged
+    for name in needed:
         if not (root / "undisturbed" / name).exists():
-            undisturbed(root, name)
+            undisturbed(root, name, times=1)
     known = {(row["what"], row["try"]) for row in rows}
     for number, (name, activity) in enumerate(ACTIVITIES.items()):
         if name not in cli.VERBS or name not in given.only:
@@ -242,10 +249,10 @@ def main() -> None:
     print(summary(rows))
 
 
-def undisturbed(root: Path, name: str) -> Ended:
+def undisturbed(root: Path, name: str, times: int = 2) -> Ended:
     """Does an activity without a fault, twice: once to compile, once to take the time."""
     plain = root / "undisturbed" / name
-    for _ in range(2):
+    for _ in range(times):
         shutil.rmtree(plain, ignore_errors=True)
         plain.parent.mkdir(exist_ok=True)
         ended = Child(ACTIVITIES[name].argv(root, plain), root / "log").end()

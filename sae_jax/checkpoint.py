@@ -25,6 +25,7 @@ FOLDER = "checkpoints"
 DAMAGED = "damaged"  # where checkpoints are put aside
 CHECKSUMS = "checksums.json"
 METADATA = "_CHECKPOINT_METADATA"
+REMOVED = "removed.partial"  # under FOLDER: old ones on their way out, which nobody may take for whole any more
 COMMITTED = "commit_success.txt"  # orbax writes it last; nobody reads what is in it
 
 
@@ -188,6 +189,7 @@ class Checkpoints:
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
+                todelete_subdir=REMOVED,
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
@@ -207,7 +209,7 @@ class Checkpoints:
           RunFailed: the checkpoint before this one could not be written, as on a full disk.
         """
         with self._writing():
-            self._manager.wait_until_finished()
+            self._wait()
             self._saving = step
             self._manager.save(
                 step,
@@ -260,8 +262,15 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for saves that are under way."""
         with self._writing():
-            self._manager.wait_until_finished()
+            self._wait()
         self._manager.close()
+
+    def _wait(self) -> None:
+        """For the save that is under way; then what it has replaced is deleted."""
+        self._manager.wait_until_finished()
+        removed = self._folder / REMOVED
+        if jax.process_index() == 0 and removed.exists():
+            removed.rmtree()
 
 
 def history(workdir: str) -> list[Any]:
@@ -292,7 +301,7 @@ def saved(workdir: str) -> Saved:
     step = next((step for step in reversed(_steps(root / FOLDER)) if damage(root / FOLDER / str(step)) is None), None)
     if step is None:
         raise Refused("--workdir", workdir, "a run with a complete and intact checkpoint")
-    handlers = {  # made here: they start JAX's devices, which an import must not
+    handlers = {  # made here: the first one starts JAX's devices, after which no process can join others
         "state": ocp.StandardCheckpointHandler(), "statistics": ocp.StandardCheckpointHandler(),
         "history": ocp.JsonCheckpointHandler(), "position": ocp.JsonCheckpointHandler(),
     }  # fmt: skip

@@ -8,6 +8,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from sae_jax import config as config_lib
+from sae_jax import disk
 from sae_jax.errors import Preempted, Refused, RunFailed
 
 USAGE = """usage:
@@ -90,6 +91,8 @@ def diagnose(argv: list[str]) -> int:
     given, config = _parse(argv, define)
     if (given.activations is None) == (config is None):
         raise Refused("--activations", given.activations, "a file or a dataset folder, or --config=FILE in its place")
+    if given.member is not None and given.sae is None:
+        raise Refused("--member", given.member, "--sae=RUN beside it")
     from sae_jax import autopsy, diagnosis, report
 
     logging.set_verbosity(logging.FATAL)
@@ -198,8 +201,7 @@ def sweep(argv: list[str]) -> int:
     from sae_jax import cluster, combinations, sweeping
 
     logging.set_verbosity(logging.FATAL)
-    path = next(argument for argument in argv if argument.startswith("--config=")).partition("=")[2]
-    every = combinations.jobs(path, config, given.grid)
+    every = combinations.jobs(config_flags.get_config_filename(given["config"]), config, given.grid)
     chosen = combinations.selected(every, given.filter)
     if given.shard:
         chosen = combinations.share(chosen, given.shard)
@@ -231,6 +233,9 @@ def _parse(argv: list[str], define: Define, folder: str = "workdir") -> tuple[fl
     values, plain = _read(others, define)
     if not values[folder].value:
         raise Refused(f"--{folder}", values[folder].value, "a folder to write to")
+    for name in ("workdir", "out", "activations", "from"):
+        if name in values and values[name].value:
+            disk.check_reachable(f"--{name}", values[name].value)
     if plain is None:
         if overrides:
             raise Refused(overrides[0], "", "--config=FILE before its overrides")
@@ -260,7 +265,7 @@ def _read(argv: list[str], define: Define) -> tuple[flags.FlagValues, ConfigDict
         found = config.value
         if found is not None:
             config_lib.flatten(found)  # a file that could not be loaded speaks up here
-    except Exception as error:  # a configuration file is code: whatever it raises is the user's to see in one line
+    except (Exception, SystemExit) as error:  # a configuration file is code: what it raises, the user sees in one line
         raise Refused("flags", " ".join(argv[1:]), f"flags that can be read ({error})") from error
     if len(rest) > 1:
         raise Refused("argument", rest[1], "flags only, as --config.train.steps=1000")

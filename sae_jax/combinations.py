@@ -90,9 +90,15 @@ def jobs(path: str, config: ConfigDict, grid: Sequence[str] = ()) -> list[Job]:
             model = resolved.data.model
             name = f"{model.id.replace('/', '--')}_L{model.layer:02d}" if model.id else resolved.data.signal or "data"
             tail = [f"{key.split('.')[-1]}{value}" for key, value in point]
-            found.append(Job("_".join([name, *filter(None, [label]), *tail]), resolved))
+            # Names become those of files in the workdir, and must not lead out of it.
+            found.append(Job("_".join([name, *filter(None, [label]), *tail]).replace("/", "-"), resolved))
 
-    module.sweep(add)
+    try:
+        module.sweep(add)
+    except Refused:
+        raise
+    except Exception as error:  # as of the file itself
+        raise Refused("--config", path, f"a sweep(add) that runs ({type(error).__name__}: {error})") from error
     if not found:
         raise Refused("--config", path, "a sweep(add) that adds something")
     often, count = collections.Counter(job.name for job in found).most_common(1)[0]

@@ -109,8 +109,8 @@ def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None
         raise Refused("n_features", n_features, "1 to 2^31 - 1")
     if not 1 <= k <= n_features:
         raise Refused("k", k, f"1 to n_features = {n_features}")
-    if n_probes < 16:
-        raise Refused("n_probes", n_probes, "an integer ≥ 16")
+    if not 16 <= n_probes <= 2**20:
+        raise Refused("n_probes", n_probes, "16 to 2^20")
     if not 0 <= seed < 2**31:
         raise Refused("seed", seed, "0 to 2^31 - 1")
     if workdir and "://" not in workdir:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from sae_jax.errors import Refused
+from sae_jax.errors import Refused, first_line
 
 LOCK = ".lock"
 
@@ -42,6 +42,15 @@ def read_json(field: str, path: epath.Path, keys: tuple[str, ...] = ()) -> dict[
         return found
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Refused(field, str(path), f"a whole file, as it was written; this one is damaged ({error})") from error
+
+
+def check_reachable(field: str, path: str) -> None:
+    """Refuses a path that nothing here can look at, as gs:// without the package for it or a scheme that is none."""
+    try:
+        epath.Path(path).exists()
+    except Exception as error:  # from the libraries behind the schemes: missing packages, networks, rights
+        allowed = "a path on this machine, or of an object store whose package is installed, as gs:// with gcsfs"
+        raise Refused(field, path, f"{allowed} ({first_line(error)})") from error
 
 
 def check_free(folder: epath.PathLike, field: str) -> None:

@@ -119,40 +119,44 @@ class Run:
 
     def to_the_end(self) -> dict[str, Any]:
         """Evaluate and save, then advance, until the last step; then the report and the figures."""
+        board = report.Board(self.workdir) if jax.process_index() == 0 else None
+        with StopRequest(self.devices) as stop:  # until the last checkpoint is whole
+            try:
+                self._advance_to_the_end(stop, board)
+            finally:
+                self.data.close()
+                self.checkpoints.close()
+                if board:
+                    board.close()
+        return self._finish()
+
+    def _advance_to_the_end(self, stop: StopRequest, board: report.Board | None) -> None:
         total, every = self.config.train.steps, config_lib.checkpoint_every(self.config)
         pending: tuple[int, int, Any] | None = None
-        board = report.Board(self.workdir) if jax.process_index() == 0 else None
-        try:
-            with parallel.together(), report.progress(total, self.step) as bar, StopRequest(self.devices) as stop:
-                while True:
-                    due = self.step % every == 0 or self.step == total
-                    evaluate, stopping = self.step in self._evaluation_steps, stop.requested()
-                    if evaluate or stopping:
-                        self._settle(pending, board)
-                        pending = None
-                        if evaluate:
-                            self._evaluate_once(board)
-                        if due or stopping:
-                            self._save()
-                    if self.step == total:
-                        break
-                    if stopping:
-                        raise Preempted(f"stopped on request at step {self.step} of {total}; run again to go on")
-                    ahead = next(step for step in self._evaluation_steps if step > self.step) - self.step
-                    count = min(self.config.train.steps_per_dispatch, ahead)
-                    self.states, metrics = self._advance(self.states, self._next_inputs(count), np.int32(count))
-                    # Metrics of the dispatch before: while the device works on this one the next inputs are read and
-                    # on their way to it, so that it never waits for us.
+        with parallel.together(), report.progress(total, self.step) as bar:
+            while True:
+                due = self.step % every == 0 or self.step == total
+                evaluate, stopping = self.step in self._evaluation_steps, stop.requested()
+                if evaluate or stopping:
                     self._settle(pending, board)
-                    pending = (self.step, count, metrics)
-                    self.step += count
-                    bar.update(count)
-        finally:
-            self.data.close()
-            self.checkpoints.close()
-            if board:
-                board.close()
-        return self._finish()
+                    pending = None
+                    if evaluate:
+                        self._evaluate_once(board)
+                    if due or stopping:
+                        self._save()
+                if self.step == total:
+                    break
+                if stopping:
+                    raise Preempted(f"stopped on request at step {self.step} of {total}; run again to go on")
+                ahead = next(step for step in self._evaluation_steps if step > self.step) - self.step
+                count = min(self.config.train.steps_per_dispatch, ahead)
+                self.states, metrics = self._advance(self.states, self._next_inputs(count), np.int32(count))
+                # Metrics of the dispatch before: while the device works on this one the next inputs are read and
+                # on their way to it, so that it never waits for us.
+                self._settle(pending, board)
+                pending = (self.step, count, metrics)
+                self.step += count
+                bar.update(count)
 
     def _next_inputs(self, count: int) -> np.ndarray:
         inputs = [next(self.data) for _ in range(count)]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sae_jax import checkpoint, formats, report, training
+from sae_jax import checkpoint, disk, formats, report, training
 from sae_jax import config as config_lib
 from sae_jax.activations.optional import module
 from sae_jax.errors import Refused, RunFailed, first_line
@@ -41,7 +41,10 @@ def load(path: str, member: str | None = None) -> Packed:
     Raises:
       Refused: there is nothing like that; see `formats.decode`.
     """
-    folder = epath.Path(_from_hub(path) if path.startswith(HUB) else path)
+    if path.startswith(HUB):
+        path = _from_hub(path)
+    disk.check_reachable("--sae", path)
+    folder = epath.Path(path)
     if not folder.is_dir():
         found = "there is a file of that name" if folder.exists() else "there is none of that name"
         raise Refused("--sae", path, f"a folder, that of an SAE or of a run ({found})")
@@ -251,6 +254,8 @@ def _from_hub(path: str) -> str:
     """The folder hf://OWNER/NAME/FOLDER, downloaded into the hub's cache."""
     owner, _, rest = path.removeprefix(HUB).strip("/").partition("/")
     name, _, folder = rest.partition("/")
+    if ".." in folder.split("/"):
+        raise Refused("--sae", path, "hf://OWNER/NAME/FOLDER, a folder inside the repository")
     try:
         found = _hub().snapshot_download(f"{owner}/{name}", allow_patterns=f"{folder}/*" if folder else None)
     except Refused:

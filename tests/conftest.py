@@ -1,12 +1,20 @@
-"""Two fake CPU devices, shapes checked against their annotations, and a float64 switch."""
+"""Two fake CPU devices, shapes checked against their annotations, a float64 switch; nothing is compiled twice."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
+if COMPILED not in os.environ:  # workers, and the processes that tests start, inherit it
+    os.environ[COMPILED] = tempfile.mkdtemp(prefix="compiled")
+    atexit.register(shutil.rmtree, os.environ[COMPILED], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook  # noqa: E402
 
 NUMERIC = ("sae", "topk", "objective", "death", "outliers", "synthetic", "recovery", "fates", "training", "evaluation")
 install_import_hook([f"sae_jax.{name}" for name in NUMERIC], "beartype.beartype")
@@ -16,7 +24,11 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
+from sae_jax import figures  # noqa: E402
 from sae_jax.config import base  # noqa: E402
+
+FULL_DPI = figures.STYLE["figure.dpi"]
+figures.STYLE["figure.dpi"] = 40  # half of the time of a run this small went into its pictures
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import pytest
 
 from sae_jax import synthetic, training
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
 FEWER = {
     "fig6_centering": {"DIRECTIONS": ("one",)},
     "remedies_compared": {"GAMMAS": (20.0,), "ARMS": ("none", "AuxK", "encoder bias", "whitening", "batch norm",
@@ -51,6 +54,19 @@ def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp
         assert rows(tmp_path / f"{name}.csv")
     for name in pictures:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_slice_of_the_fault_campaign(tmp_path):
+    """An export killed ten times, in a process of its own, which forks."""
+    command = [sys.executable, "experiments/fault_campaign.py", f"--workdir={tmp_path}", "--tries=1", "--only=export"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "fault_campaign.csv")
+    assert [row["what"] for row in found] == ["export: SIGTERM", "export: SIGKILL"]
+    for row in found:
+        assert (row["resumed"], row["identical"], row["half_visible"]) == ("1", "1", "0"), row
+        assert int(row["kills"]) + int(row["too_late"]) >= 5
+    assert f"| export: SIGKILL | 1 | {found[1]['kills']} | 1 | 1 | 0 |" in done.stdout
 
 
 def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):

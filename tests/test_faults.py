@@ -87,6 +87,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, capsys, 
     assert checkpoint.damage(checkpoint.epath.Path(workdir / "checkpoints" / "20")) is None
 
 
+DELETED: list[str] | None = None  # what is being deleted, while it is a list
+
+
+def _note_deletions(event, given):
+    if DELETED is not None and event in ("os.remove", "os.rmdir", "shutil.rmtree"):
+        DELETED.append(os.path.abspath(given[0]) if isinstance(given[0], str | os.PathLike) else "")
+
+
+def test_an_old_checkpoint_is_out_of_sight_before_it_is_deleted(tiny, tmp_path, monkeypatch):
+    sys.addaudithook(_note_deletions)  # there is no taking it off
+    monkeypatch.setattr(sys.modules[__name__], "DELETED", [])
+    tiny.checkpoint.keep = 1
+    sae_jax.train(tiny, str(tmp_path))
+    folder = tmp_path / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["40"]
+    inside = {Path(path).relative_to(folder).parts[0] for path in DELETED if path.startswith(f"{folder}/")}
+    assert inside == {checkpoint.REMOVED}
+
+
 def test_without_a_good_checkpoint_the_run_is_refused_and_never_begun_again(run):
     workdir, config = run
     for step in ("10", "20"):
@@ -282,6 +301,24 @@ def test_sigterm_stops_an_extraction_after_a_batch_and_the_next_run_ends_alike(t
     whole, cut = relative("whole"), relative("cut")
     assert whole.keys() == cut.keys()
     assert {p for p in whole if whole[p] != cut[p]} <= {p for p in whole if p.name == "dataset_info.json"}
+
+
+ENDS = """
+    import signal, sys
+    import sae_jax.__main__, sae_jax.checkpoint, sae_jax.cli, sae_jax.running, sae_jax.sharing, sae_jax.sweeping
+    from jax._src import xla_bridge
+    print(xla_bridge.backends_are_initialized(), flush=True)
+    sae_jax.cli.VERBS["diagnose"] = lambda argv: signal.raise_signal(signal.SIGTERM)
+    sys.argv[1:] = ["diagnose"]
+    sae_jax.__main__.run()
+"""
+
+
+def test_importing_starts_no_devices_and_sigterm_ends_every_verb_with_143():
+    """With devices started it would be too late for jax.distributed.initialize."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(ENDS)], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (143, "False\n"), done.stderr
+    assert done.stderr == "sae_jax: stopped on request; run again to go on\n"
 
 
 def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):

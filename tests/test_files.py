@@ -1,4 +1,6 @@
+import io
 import json
+import zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,30 @@ def test_a_damaged_cache_is_refused(tmp_path, x, damage):
         (folder / "state.json").write_text("{}" if damage == "state" else '{"_data_files": []}')
     with pytest.raises(Refused, match="cache"):
         files.open_chunks(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../outside.arrow", "/etc/hostname", "inner/../../outside.arrow"])
+def test_a_cache_cannot_name_files_outside_of_it(tmp_path, x, name):
+    folder = cache(tmp_path / "cache", x, ids=np.zeros(700, int))
+    (folder / "inner").mkdir()
+    (folder / "data-00000-of-00002.arrow").rename(tmp_path / "outside.arrow")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(Refused, match=f"files beside state.json, not {name}"):
+        files.open_chunks(str(folder))
+
+
+def test_names_inside_an_archive_lead_nowhere(tmp_path, x, monkeypatch):
+    """Members are read where they lie; none is unpacked, whatever it calls itself."""
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    with zipfile.ZipFile("a.npz", "w") as archive:
+        packed = io.BytesIO()
+        np.save(packed, x)
+        archive.writestr("../../escaped.npy", packed.getvalue(), zipfile.ZIP_DEFLATED)
+    np.testing.assert_array_equal(whole("a.npz"), x)
+    store.import_file("a.npz", "data")
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}
+    assert {path.name for path in (tmp_path / "in").iterdir()} == {"a.npz", "data"}
 
 
 def test_half_precision_comes_as_it_is_or_as_float32(tmp_path, x):

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import FULL_DPI
 from safetensors.numpy import load_file, save_file
 
-from sae_jax import autopsy, cli, formats, outliers, sharing
+from sae_jax import autopsy, cli, figures, formats, outliers, sharing
 from sae_jax import sae as sae_lib
 from sae_jax.errors import Refused
 from sae_jax.formats import Packed
@@ -188,7 +189,9 @@ def run(tmp_path_factory):
         "white": {"sae": {"whiten": True}},
     })
     workdir = str(tmp_path_factory.mktemp("run") / "w")
-    return config, workdir, train(config, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(figures.STYLE, "figure.dpi", FULL_DPI)  # its page is looked at in a browser
+        return config, workdir, train(config, workdir)
 
 
 @pytest.mark.parametrize("member", ["baseline", "centred", "wide", "white"])
@@ -356,6 +359,7 @@ def test_another_width_than_the_activations(rng, x, tmp_path, capsys):
     (["export", "--from=full", "--out=o"], "a folder with one of"),
     (["export", "--workdir=RUN", "--out=o", "--member=wide", "--push=a/b"], "--push = 'a/b': a repository on the hub"),
     (["export", "--from=hf://a/b/c", "--out=o"], "--sae = 'hf://a/b/c': a repository on the hub"),
+    (["export", "--from=hf://a/b/../../full", "--out=o"], "a folder inside the repository"),
     (["diagnose", "--sae=full", "--activations=x.npy", "--workdir=o", "--k=3"], "--k = 3: left out"),
 ])  # fmt: skip
 def test_wrong_flags_write_nothing(run, tmp_path, capsys, monkeypatch, argv, said):

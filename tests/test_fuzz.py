@@ -284,16 +284,23 @@ BAD = [
     # flags
     ["trian"], ["--config=x"], [*TRAIN, "--steps=3"], [*TRAIN, "more"], TRAIN[:2], [TRAIN[0], TRAIN[2]],
     ["train", "--config={tmp}/none.py", TRAIN[2]], ["train", "--config={tmp}/text.txt", TRAIN[2]],
-    ["train", "--config={tmp}/raises.py", TRAIN[2]], ["train", "--config={tmp}/number.py", TRAIN[2]],
+    ["train", "--config={tmp}/raises.py", TRAIN[2]], ["train", "--config={tmp}/leaves.py", TRAIN[2]],
+    ["train", "--config={tmp}/number.py", TRAIN[2]],
     ["train", "--config={tmp}/extra.py", TRAIN[2]], ["train", "--config={tmp}/fewer.py", TRAIN[2]],
     [*TRAIN[:2], "--workdir={tmp}/good.npy"], [*TRAIN[:2], "--workdir={tmp}/good.npy/w"],
     [*TRAIN[:2], "--workdir={tmp}/" + "w" * 300], [*TRAIN[:2], "--workdir="],
+    # schemes that are none, or that need a package
+    [*TRAIN[:2], "--workdir=foo://b/w"], [*TRAIN, "--config.data.path=foo://b/x.npy"], [*EXTRACT, "--out=foo://b"],
+    [*EXTRACT, "--from=foo://b/x"], [*DIAGNOSE, "--activations=foo://b/x"], [*DIAGNOSE, "--sae=foo://b/x"],
+    ["export", "--workdir=foo://b/w", "--out={tmp}/w"], ["export", "--from={tmp}", "--out=foo://b/w"],
+    ["sweep", "--config={configs}/sweep.py", "--workdir=foo://b/w"],
     # diagnose
     *([*DIAGNOSE, flag] for flag in (
         "--k=0", "--k=65", "--k=four", "--n_features=0", "--n_features=" + "9" * 30, "--n_probes=3", "--seed=-1",
         "--config={configs}/synthetic.py", "--activations={tmp}/none.npy", "--activations={tmp}/three_rows.npy",
         "--activations={tmp}/nan.npy", "--activations={tmp}/constant.npy", "--activations={tmp}",
-        "--workdir={tmp}/good.npy", "--measure=perhaps",
+        "--workdir={tmp}/good.npy", "--measure=perhaps", "--activations={tmp}/pipe.npy", "--member=a",
+        "--n_probes=" + "9" * 30,
     )),
     ["diagnose", DIAGNOSE[2]], DIAGNOSE[:2],
     # extract
@@ -322,7 +329,9 @@ def place(tmp_path_factory):
     for name in ("text.txt", "text.safetensors", "text.pt"):
         (folder / name).write_text("not at all")
     start = "from sae_jax.config import base\ndef get_config():\n  config = base(); config.data.signal = 'sparse'\n  "
+    os.mkfifo(folder / "pipe.npy")
     (folder / "raises.py").write_text(start + "raise KeyError('x')")
+    (folder / "leaves.py").write_text(start + "raise SystemExit(0)")
     (folder / "number.py").write_text("def get_config():\n  return 3")
     (folder / "extra.py").write_text(start + "config.unlock(); config.sae.colour = 'red'; return config")
     (folder / "fewer.py").write_text(start + "config.unlock(); del config.sae.k; return config")

@@ -113,28 +113,37 @@ def test_sigterm_saves_and_the_next_start_goes_on(tiny, tmp_path, monkeypatch):
     assert_equal(final_states(tiny, tmp_path / "whole"), final_states(tiny, tmp_path / "cut"))
 
 
-def test_kill_9_loses_at_most_the_work_since_the_last_checkpoint(tiny, tmp_path, rng):
-    """Real processes, real .npy data, killed without warning; parameters, counters and data order end bit-identical."""
+def test_the_command_stopped_and_killed_ends_as_if_nothing_had_been(tiny, tmp_path, rng):
+    """On a file of activations: SIGTERM, then SIGKILL; parameters, counters and data order end bit-identical."""
     np.save(tmp_path / "x.npy", (rng.normal(size=(4000, 16)) + 2).astype(np.float32))
     tiny.data.signal, tiny.data.path = "", str(tmp_path / "x.npy")
     tiny.train.steps, tiny.train.steps_per_dispatch = 400, 1
-    script = tmp_path / "go.py"
-    script.write_text(
-        "import json, sys\nfrom ml_collections import ConfigDict\nimport sae_jax\n"
-        f"sae_jax.train(ConfigDict(json.loads({tiny.to_json()!r})), sys.argv[1])\n"
+    (tmp_path / "c.py").write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict(json.loads({tiny.to_json()!r}))\n"
     )
-    command = [sys.executable, str(script)]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True)
-    process = subprocess.Popen([*command, str(tmp_path / "cut")])
+    command = [sys.executable, "-m", "sae_jax", "train", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/cut"]
     saved = tmp_path / "cut" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not (saved / "30").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert (saved / "30").exists()
-    assert not (saved / "400").exists()
-    subprocess.run([*command, str(tmp_path / "cut")], check=True)
+
+    def newest():
+        return max((int(path.name) for path in saved.glob("[0-9]*") if path.name.isdecimal()), default=0)
+
+    def disturbed(by):
+        kept, deadline = newest(), time.monotonic() + 120
+        with subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True) as process:
+            while newest() < kept + 30 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.send_signal(by)
+            return process.communicate(timeout=60)[1], process.returncode
+
+    said, code = disturbed(signal.SIGTERM)
+    assert code == 143, said
+    assert f"stopped on request at step {newest()} of 400; run again to go on" in said
+    said, code = disturbed(signal.SIGKILL)
+    assert code == -signal.SIGKILL, said
+    assert 60 <= newest() < 400
+    for name in ("whole", "cut"):
+        sae_jax.train(tiny, str(tmp_path / name))
     assert_equal(final_states(tiny, tmp_path / "whole"), final_states(tiny, tmp_path / "cut"))
     assert checkpoint.history(str(tmp_path / "whole")) == checkpoint.history(str(tmp_path / "cut"))
 

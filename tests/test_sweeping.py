@@ -162,6 +162,22 @@ def test_a_file_without_combinations_and_names_that_repeat_are_refused(capsys, t
         jobs("sweep", "seed=0,0")
 
 
+def test_names_of_jobs_stay_in_the_workdir(small):
+    config = cli._read(["x", f"--config={small}"], lambda values: None)[1]
+    found = combinations.jobs(str(small), config, ["data.path=/up/../../x.npy,/y.npy"])
+    assert {Path(job.name).name for job in found} == {job.name for job in found}
+    assert "data_low_path-up-..-..-x.npy" in {job.name for job in found}
+
+
+def test_a_sweep_that_raises_is_one_line(capsys, tmp_path, small):
+    (tmp_path / "c.py").write_text(small.read_text() + "    add({'sae.k': 'many'})\n")
+    assert run("--config", tmp_path / "c.py", f"--workdir={tmp_path}/w") == 2  # a flag may be two words
+    message = capsys.readouterr().err.strip()
+    assert "a sweep(add) that runs (TypeError" in message
+    assert "\n" not in message
+    assert not (tmp_path / "w").exists()
+
+
 def test_one_table_with_a_row_for_what_failed(small, whole, tmp_path, capsys):
     workdir = tmp_path / "w"
     shutil.copytree(whole, workdir)

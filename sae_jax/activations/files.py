@@ -47,7 +47,10 @@ class CachedSequences:
 
     def __init__(self, folder: Path):
         found: dict[str, list[Any]] = {}
-        for path in (folder / entry["filename"] for entry in _state(folder)["_data_files"]):
+        for entry in _state(folder)["_data_files"]:
+            path = folder / entry["filename"]
+            if path.parent != folder:  # whoever wrote the folder says what is read in it, and only in it
+                raise ValueError(f"files beside state.json, not {entry['filename']}")
             for batch in pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))):
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
                     found.setdefault(name, []).append(getattr(column, "storage", column))
@@ -104,10 +107,10 @@ def there(where: epath.Path) -> str:
 
 def open_chunks(path: str) -> pipeline.Chunks:
     """A file or a dataset folder, as chunks of rows."""
-    where = epath.Path(path)
     try:
+        where = epath.Path(path)
         found = where.exists()
-    except (OSError, ValueError) as error:  # a name that is too long, or is none
+    except Exception as error:  # a name that is too long, or is none; an object store that needs a package
         raise Refused("data.path", path, f"a path: {FORMATS} ({error})") from error
     if not found:
         raise Refused("data.path", path, f"an existing path: {FORMATS}{there(where)}")
@@ -125,6 +128,8 @@ def open_chunks(path: str) -> pipeline.Chunks:
 
 def open_array(path: str) -> Any:
     """The one matrix of floating point numbers in a file or SAELens folder; rows are read when they are asked for."""
+    if not (Path(path).is_file() or Path(path).is_dir()):  # the pipe of a shell, say, would be waited on for ever
+        raise Refused("data.path", path, f"{FORMATS}, not a device or a pipe")
     try:
         arrays = {name: array for name, array in _arrays(Path(path)) if hasattr(array, "shape")}
     except Refused:
