@@ -235,7 +235,7 @@ def _parse(argv: list[str], define: Define, folder: str = "workdir") -> tuple[fl
         raise Refused(f"--{folder}", values[folder].value, "a folder to write to")
     for name in ("workdir", "out", "activations", "from"):
         if name in values and values[name].value:
-            disk.check_reachable(f"--{name}", values[name].value)
+            disk.check_reachable(f"--{name}", str(values[name].value))
     if plain is None:
         if overrides:
             raise Refused(overrides[0], "", "--config=FILE before its overrides")

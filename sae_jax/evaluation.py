@@ -39,13 +39,13 @@ def evaluate_batch(
     def one(sae: SAE) -> tuple[Sightings, Sums]:
         if shards is None:
             seen, codes = death.sight(sae, x, valid)
-            x_hat = sae_lib.decode(sae, codes)
+            error = x - sae_lib.decode(sae, codes)
         else:
-            x_hat, codes = sae_lib.reconstruct(sae, x, shards)
+            _, error, codes = sae_lib.square_error(sae, x, shards)
             codes = codes._replace(values=jnp.where(valid[:, None], codes.values, 0.0))
             positive = (sae_lib.preactivations(sae, x) > 0) & valid[:, None]
             seen = Sightings(positive.any(axis=0), sae_lib.fired(codes, sae.W_enc.shape[0]) > 0)
-        error = jnp.where(valid[:, None], x - x_hat, 0.0)
+        error = jnp.where(valid[:, None], error, 0.0)
         n_fired = topk.over_shards(jnp.sum(codes.values > 0, dtype=x.dtype), shards)
         return seen, Sums(jnp.sum(error**2), n_fired)
 

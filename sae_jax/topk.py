@@ -1,11 +1,7 @@
 """The hot kernel: pre-activations, top-k through `jax.lax.top_k`, sparse decode, and their gradients.
 
-Notation: batch B, width d (d_model), dictionary size n (n_features), k kept entries a token. `A` is the (B, n) matrix
-of kept entries, Aᵀ @ dense the gradient of a weight matrix. Three exact forms of the products with A, by measured cost:
-
-    compressed  A in compressed rows, one sort by feature for both weight gradients: one large SAE on a CPU
-    rows        k gathered rows a token, rows scattered back: small SAEs on a CPU, under vmap too
-    dense       A written out and multiplied: accelerators, and wherever many of the n are kept
+Notation: batch B, width d (d_model), dictionary size n (n_features), k kept entries a token. Products with what is kept
+are those of `kept.py`.
 """
 
 from collections.abc import Callable
@@ -14,26 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.sparse import BCSR
 from jaxtyping import Array, Bool, Float, Int
 
-LARGE = 2**20  # entries of a weight matrix (n · d) from which compressed rows pay, measured on two CPU cores
-SPARSE = 1 / 32  # the largest share k / n for which the sparse forms pay there
-UNROLLED = 8  # kept entries of a token handled in one pass over memory
-FEW = 16  # tokens whose kept rows fit in a core's cache
+from sae_jax.kept import FEW, Kept, combine, form, is_large, on_cpu, pick, scatter
+
 CHUNKS, CHUNK = 16, 128  # pieces of a batch, and least tokens in one: top-k of one runs beside the matmul of the next
-
-
-def is_large(n: int, d: int) -> bool:
-    """Whether one SAE keeps the machine busy by itself."""
-    return n * d >= LARGE
-
-
-def form(k: int, n: int, d: int) -> str:
-    """How products with the kept entries are computed on a CPU: `dense` (as elsewhere), `rows` or `compressed`."""
-    if k > n * SPARSE:
-        return "dense"
-    return "compressed" if is_large(n, d) else "rows"
 
 
 # -- encode ----------------------------------------------------------------------------------------------------------
@@ -78,11 +59,12 @@ def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Ar
 
 
 def product(x: Float[Array, "B d"], W_enc: Float[Array, "n d"]) -> Float[Array, "B n"]:
-    """W_enc x, added up in the precision of x; operands in that of W_enc, which may be bfloat16.
+    """W_enc x, added up in the precision of x; W_enc may be bfloat16, then so is the other operand.
 
     bfloat16 keeps 8 bits, so x has to be centred: otherwise the rounding is about gamma / 400 of the signal.
     """
-    return jnp.matmul(x.astype(W_enc.dtype), W_enc.T, preferred_element_type=x.dtype)
+    operand = x.astype(W_enc.dtype) if W_enc.dtype == jnp.bfloat16 else x
+    return jnp.matmul(operand, W_enc.T, preferred_element_type=x.dtype)
 
 
 def encode(
@@ -138,23 +120,23 @@ def _square_error_bwd(way: Way, residuals: tuple[Array, ...], cotangents: tuple[
     x, W_enc, b_dec, values, indices, live, e, along = residuals
     factor = -2 * cotangents[0]
     g, g_kept = factor * e, jnp.where(live, factor * along, 0.0)
-    g_dec, g_enc = _scatter((values, g_kept), indices, (g, x - b_dec), W_enc.shape[0])
+    g_dec, g_enc = scatter((values, g_kept), indices, (g, x - b_dec), W_enc.shape[0])
     g_sum = jnp.zeros_like(W_enc[:, 0]).at[indices.ravel()].add(g_kept.ravel())
     # The gradient of x is computed only where somebody asks for it: training does not, and XLA drops it. That of b_dec
     # sums over the batch first, which leaves a vector-matrix product.
-    g_x = over_shards(_combine(Kept(g_kept, indices), W_enc), way.shards)
+    g_x = over_shards(combine(Kept(g_kept, indices), W_enc), way.shards)
     return g_x, -g, g_enc, g_sum, g_dec, -over_shards(g_sum @ W_enc, way.shards), None
 
 
 square_error.defvjp(_square_error_fwd, _square_error_bwd)
 
 
-def _error(target: Array, kept: "Kept", W_dec: Array, shards: str | None) -> tuple[Array, Array]:
+def _error(target: Array, kept: Kept, W_dec: Array, shards: str | None) -> tuple[Array, Array]:
     """e = target − W_decᵀ z, and (e @ W_decᵀ) at the kept entries, which is what their gradient is made of."""
 
     def apart(target: Array, kept: Kept, W_dec: Array) -> tuple[Array, Array]:
-        e = target - over_shards(_combine(kept, W_dec), shards)
-        return e, _pick(e, kept, W_dec)
+        e = target - over_shards(combine(kept, W_dec), shards)
+        return e, pick(e, kept, W_dec)
 
     def few_tokens(target: Array, kept: Kept, W_dec: Array) -> tuple[Array, Array]:
         # The k rows of a few tokens at a time are read once for both, and stay in the cache in between.
@@ -242,7 +224,7 @@ def n_shards(shards: str | None) -> int:
 @jax.custom_vjp
 def decode(values: Float[Array, "B k"], indices: Int[Array, "B k"], rows: Float[Array, "n d"]) -> Float[Array, "B d"]:
     """Σ_j values[:, j] · rows[indices[:, j]]."""
-    return _combine(Kept(values, indices), rows)
+    return combine(Kept(values, indices), rows)
 
 
 def _decode_fwd(values: Array, indices: Array, rows: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -251,111 +233,7 @@ def _decode_fwd(values: Array, indices: Array, rows: Array) -> tuple[Array, tupl
 
 def _decode_bwd(residuals: tuple[Array, ...], g: Array) -> tuple[Array, None, Array]:
     values, indices, rows = residuals
-    return _pick(g, Kept(values, indices), rows), None, _scatter((values,), indices, (g,), rows.shape[0])[0]
+    return pick(g, Kept(values, indices), rows), None, scatter((values,), indices, (g,), rows.shape[0])[0]
 
 
 decode.defvjp(_decode_fwd, _decode_bwd)
-
-
-# -- products with the (B, n) matrix A of kept entries ---------------------------------------------------------------
-
-
-class Kept(NamedTuple):
-    """The entries of A, k a token."""
-
-    values: jax.Array  # (B, k)
-    indices: jax.Array  # (B, k)
-
-
-def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
-    """One of two ways, by the platform that the program is compiled for, which need not be the one it is built on."""
-    return elsewhere(*args) if cpu is elsewhere else jax.lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
-
-
-def _dense(kept: Kept, n: int) -> Array:
-    batch = kept.values.shape[0]
-    return jnp.zeros((batch, n), kept.values.dtype).at[jnp.arange(batch)[:, None], kept.indices].add(kept.values)
-
-
-def _combine(kept: Kept, rows: Array) -> Array:
-    """A @ rows, (B, d)."""
-    (batch, k), (n, d) = kept.values.shape, rows.shape
-
-    def dense(kept: Kept, rows: Array) -> Array:
-        return _dense(kept, n) @ rows
-
-    def gathered(kept: Kept, rows: Array) -> Array:
-        add = lambda j, sum: sum + kept.values[:, j, None] * rows[kept.indices[:, j]]  # noqa: E731
-        return _over_kept(k, add, jnp.zeros((batch, d), rows.dtype))
-
-    def compressed(kept: Kept, rows: Array) -> Array:
-        starts = jnp.arange(batch + 1, dtype=kept.indices.dtype) * k
-        product: Array = BCSR((kept.values.ravel(), kept.indices.ravel(), starts), shape=(batch, n)) @ rows
-        return product
-
-    ways = {"dense": dense, "rows": gathered, "compressed": compressed}
-    product: Array = on_cpu(ways[form(k, n, d)], dense, kept, rows)
-    return product
-
-
-def _pick(g: Array, kept: Kept, rows: Array) -> Array:
-    """(g @ rowsᵀ) at the kept entries, (B, k)."""
-    (batch, k), (n, d) = kept.values.shape, rows.shape
-
-    def dense(g: Array, indices: Array, rows: Array) -> Array:
-        return jnp.take_along_axis(g @ rows.T, indices, axis=1)
-
-    def gathered(g: Array, indices: Array, rows: Array) -> Array:
-        # One kept entry of every token at a time fuses, where gather and einsum would write out (B, k, d).
-        put = lambda j, out: out.at[:, j].set(jnp.sum(g * rows[indices[:, j]], axis=1))  # noqa: E731
-        return _over_kept(k, put, jnp.zeros((batch, k), g.dtype))
-
-    def few_tokens(g: Array, indices: Array, rows: Array) -> Array:
-        # The k rows of a few tokens at a time stay in the cache.
-        picked: Array = jax.lax.map(lambda token: rows[token[1]] @ token[0], (g, indices), batch_size=FEW)
-        return picked
-
-    ways = {"dense": dense, "rows": gathered, "compressed": few_tokens}
-    picked: Array = on_cpu(ways[form(k, n, d)], dense, g, kept.indices, rows)
-    return picked
-
-
-def _over_kept(k: int, body: Any, start: Array) -> Array:
-    return jax.lax.fori_loop(0, k, body, start, unroll=min(k, UNROLLED))
-
-
-def _scatter(values: tuple[Array, ...], indices: Array, tokens: tuple[Array, ...], n: int) -> tuple[Array, ...]:
-    """Aᵀ @ tokens, (n, d), for several A with the same indices: for every feature a weighted sum of its tokens."""
-    (batch, k), d = indices.shape, tokens[0].shape[1]
-
-    def dense(pairs: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
-        return tuple(_dense(Kept(v, indices), n).T @ t for v, t in pairs)
-
-    def scattered(pairs: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
-        return tuple(
-            jnp.zeros((n, d), v.dtype).at[indices.ravel()].add((v[:, :, None] * t[:, None]).reshape(-1, d))
-            for v, t in pairs
-        )
-
-    def compressed(pairs: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
-        features, order = _sorted(indices.ravel(), n)
-        starts = jnp.searchsorted(features, jnp.arange(n + 1, dtype=indices.dtype)).astype(indices.dtype)
-        return tuple(BCSR((v.ravel()[order], order // k, starts), shape=(n, batch)) @ t for v, t in pairs)
-
-    ways = {"dense": dense, "rows": scattered, "compressed": compressed}
-    sums: tuple[Array, ...] = on_cpu(
-        ways[form(k, n, d)], dense, list(zip(values, tokens, strict=True)), indices
-    )
-    return sums
-
-
-def _sorted(features: Array, n: int) -> tuple[Array, Array]:
-    """Features in ascending order, and where each stood before."""
-    position = jnp.arange(features.size, dtype=features.dtype)
-    bits = (features.size - 1).bit_length()
-    if n << bits > 2**32:
-        ordered, order = jax.lax.sort((features, position), num_keys=1)
-        return ordered, order
-    # One key in place of a pair: four times as fast.
-    packed = jax.lax.sort((features.astype(jnp.uint32) << bits) | position.astype(jnp.uint32))
-    return (packed >> bits).astype(features.dtype), (packed & (2**bits - 1)).astype(features.dtype)

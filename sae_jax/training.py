@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import death, objective, optimizer, topk
+from sae_jax import death, kept, objective, optimizer, topk
 from sae_jax import sae as sae_lib
 from sae_jax.objective import AllSum
 from sae_jax.preprocess import Preprocessing, fold
@@ -179,7 +179,7 @@ def group_members(configs: dict[str, ConfigDict], d_model: int) -> list[Group]:
     groups: list[Group] = []
     for name, config in configs.items():
         static = Static.of(config)
-        room = config_lib.mesh(config)["member"] if topk.is_large(static.n_features, d_model) else len(configs)
+        room = config_lib.mesh(config)["member"] if kept.is_large(static.n_features, d_model) else len(configs)
         alike = [group for group in groups if group.static == static and len(group.names) < room]
         if alike:
             alike[0].names.append(name)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_jax import death, objective, topk
+from sae_jax import death, kept, objective, topk
 from sae_jax import sae as sae_lib
 from sae_jax.sae import Codes
 
@@ -233,7 +233,8 @@ def test_fve_is_about_the_mean_and_exact_at_high_gamma(rng):
 )  # fmt: skip
 def test_every_form_has_the_gradients_of_the_naive_formula(monkeypatch, form, seed, n, k, d, tied, preset):
     """Any shape, k = 1 and k = n; ties between features; tokens with fewer than k positive pre-activations."""
-    monkeypatch.setattr("sae_jax.topk.form", lambda k, n, d: form)
+    for module in (kept, topk):
+        monkeypatch.setattr(module, "form", lambda k, n, d: form)
     rng = np.random.default_rng(seed)
     sae, x = a_sae(rng, n=n, d=d, k=min(k, n)), jnp.asarray(rng.normal(size=(10, d)))
     if tied:  # every feature has a twin: equal pre-activations, of which the first is kept
@@ -249,7 +250,7 @@ def test_in_pieces_everything_is_as_at_once(rng, monkeypatch):
     x, valid = jnp.asarray(rng.normal(size=(52, 5)), jnp.float32), jnp.arange(52) < 45
     look = lambda: jax.jit(lambda s: (death.sight(s, x, valid), sae_lib.encode(s, x)))(sae)  # noqa: E731
     expected = look()
-    monkeypatch.setattr(topk, "LARGE", 1)
+    monkeypatch.setattr(kept, "LARGE", 1)
     monkeypatch.setattr(topk, "CHUNK", 8)
     pieces = []
     split = jnp.array_split
