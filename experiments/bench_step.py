@@ -16,7 +16,6 @@ initialisation are counted beside the matmuls that this takes. About 12 minutes 
 
 import argparse
 import importlib.util
-import resource
 import subprocess
 import sys
 import time
@@ -194,8 +193,9 @@ def floors(shape: Shape) -> dict[str, Step]:
     config.sae.n_features, config.sae.k = shape.n, shape.k
     state = training.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
     x, W_enc = jnp.asarray(data(shape)), state.sae.W_enc + 0
-    product = lambda x, w: jnp.einsum("bd,mnd->mbn", x, w)  # noqa: E731
-    z = product(x, W_enc)
+    # As one plain matmul: a batched one is slower.
+    product = lambda x, w: x @ w.reshape(-1, shape.d).T  # noqa: E731
+    z = product(x, W_enc).reshape(-1, shape.n)
     grads = jax.tree.map(lambda a: 0.01 * a + 0.001, state.sae)
     sae, valid = jax.tree.map(lambda a: a[0] + 0, state.sae), jnp.ones(shape.batch, bool)
     seen = death.sight(sae, x, valid)[0]
@@ -210,9 +210,10 @@ def floors(shape: Shape) -> dict[str, Step]:
 
     # What is multiplied hangs on the number of the step, or the compiler would do it once for all.
     return {
-        "encode matmul": looped(shape, lambda i, _, w, x: product(x + i, w), z + 0, W_enc, x),
+        "encode matmul": looped(shape, lambda i, _, w, x: product(x + i, w), product(x, W_enc), W_enc, x),
         "six matmuls": looped(
-            shape, lambda i, _, w, x: [product(x + 6 * i + j, w) for j in range(6)], [z + j for j in range(6)], W_enc, x
+            shape, lambda i, _, w, x: [product(x + 6 * i + j, w) for j in range(6)],
+            [product(x, W_enc) + j for j in range(6)], W_enc, x,
         ),
         "lax.top_k": looped(shape, lambda i, _, z: jax.lax.top_k(z + i, shape.k), jax.lax.top_k(z, shape.k), z),
         "update": looped(shape, update, (state.sae, state.moments), grads),
@@ -273,6 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_step.csv"))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--n", type=int, nargs="*", default=[], help="only these dictionary sizes")
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.alone:
@@ -280,10 +282,12 @@ def main() -> None:
         step = STEPS[name](Shape(*map(int, text.split(","))), False)
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        print(int(held.split()[1]) // 1000)
         return
     rows = []
-    for shape in (*LARGE, *SMALL):
+    for shape in [s for s in (*LARGE, *SMALL) if not given.n or s.n in given.n]:
         rows += measured(shape, given.rounds)
     report.write_csv(given.out, rows)
 

@@ -34,7 +34,7 @@ def main(workdir: Path, scale: str) -> None:
             exact = (x.astype(np.float64) - b) @ rows.T.astype(np.float64)
             kept = np.sort(np.argpartition(-exact, k, axis=1)[:, :k], axis=1)
             for precision in ("float32", "bfloat16"):
-                z = topk.product(jnp.asarray(x) - b, jnp.asarray(rows), precision)
+                z = topk.product(jnp.asarray(x) - b, jnp.asarray(rows, precision))
                 chosen = np.asarray(jax.lax.top_k(z, k)[1])
                 same = np.mean([len(np.intersect1d(a, c)) for a, c in zip(kept, chosen, strict=True)]) / k
                 error = np.sqrt(np.mean((np.asarray(z, np.float64) - exact) ** 2)) / exact.std(axis=0).mean()

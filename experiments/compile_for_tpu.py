@@ -6,10 +6,13 @@
 libtpu compiles ahead of time for a described topology, with no TPU present. For every chip, way of mapping (pmap; mesh
 of data × feature) and n: FLOPs, bytes, memory a chip and collectives by kind and size, as XLA gives them, and a
 roofline: the step takes at least the largest of FLOPs / peak, bytes / memory bandwidth and bytes sent / link bandwidth.
-Nothing is run, so times are bounds, not measurements. About 10 minutes on 2 CPU cores.
+Nothing is run, so times are bounds, not measurements; what a sort, a gather or a scatter takes is not in them. The step
+is one branch while AuxK finds nothing dead, another from then on; the numbers of XLA are those of the dearer one, so
+`asleep` is the step compiled without AuxK. Cases in the file are not compiled again; about a minute each.
 """
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +27,9 @@ from sae_jax.config import base
 OUT = flags.DEFINE_string("out", "experiments/compile_for_tpu.csv", "results")
 ONLY = flags.DEFINE_string("only", "", "a case: its topology, as v5e:2x4")
 WIDTHS = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}  # bytes
+COLUMNS = (
+    "fits", "memory_gb", "gflops", "gbytes", "collectives_mb", "roofline_ms", "bound_by", "tokens_per_s",
+)  # fmt: skip
 D, K, TOKENS = 4096, 64, 2048  # width, kept entries, tokens a chip of the data axis
 
 
@@ -52,10 +58,24 @@ class Compiled(NamedTuple):
     sent: dict[str, float]  # collective → bytes that a chip gives or takes
 
 
-def build(topology: Any, mode: str, n: int, data: int, feature: int) -> Any:
+class Case(NamedTuple):
+    """One program: the first columns of the table."""
+
+    topology: str
+    mode: str
+    data: int
+    feature: int
+    n: int
+    auxk: str  # awake | asleep
+
+
+def build(case: Case) -> Any:
     """The training step of one SAE, compiled; the batch grows with the chips of the data axis."""
+    name, mode, data, feature, n, auxk = case
+    topology = topologies.get_topology_desc(name, platform="tpu")
     config = base()
     config.sae.n_features, config.sae.k, config.data.signal = n, K, "gaussian"
+    config.auxk.preset = config.auxk.preset if auxk == "awake" else "none"
     static = training.Static.of(config)
     state = jax.eval_shape(lambda: training.init_group([config], jnp.zeros((1, D), jnp.float32)))
     if mode == "pmap":
@@ -85,49 +105,50 @@ def cost(compiled: Any) -> Compiled:
     return Compiled(found["flops"], found["bytes accessed"], held - memory.alias_size_in_bytes, sent)
 
 
-def cases() -> list[tuple[str, str, int, int, int]]:
-    """(topology, mode, n, data, feature)."""
-    sizes = [2**14, 2**15, 2**16, 2**17, 2**18]
-    small = [("v5e:2x4", "pmap", n, 8, 1) for n in sorted([*sizes[:4], 5 * 2**14, 3 * 2**15])]
-    small += [("v5e:2x4", "mesh", n, 1, 8) for n in sizes]
-    wide = [("v5e:16x16", "pmap", n, 256, 1) for n in sizes[:2]]
-    wide += [("v5e:16x16", "mesh", n, 256 // f, f) for n in sizes for f in (1, 8, 16) if n // f <= 2**15]
-    scaling = [("v5e:4x4", "mesh", 2**17, 2, 8), ("v5e:8x8", "mesh", 2**17, 8, 8)]
-    return small + wide + scaling + [("v4:2x2x2", "mesh", 2**17, 1, 8), ("v5p:2x2x2", "mesh", 2**17, 1, 8)]
+def cases() -> list[Case]:
+    """In the order of the table."""
+    awake, asleep = "awake", "asleep"
+    found = [Case("v5e:2x4", "pmap", 8, 1, n * 2**14, awake) for n in (1, 4, 6, 7)]
+    found += [Case("v5e:2x4", "pmap", 8, 1, n * 2**14, asleep) for n in (1, 4, 6)]
+    found += [Case("v5e:2x4", "mesh", 1, 8, n, a) for n, a in ((2**17, awake), (2**17, asleep), (2**18, asleep))]
+    found += [Case(f"v5e:{shape}", "mesh", data, 8, 2**17, asleep) for shape, data in (("4x4", 2), ("8x8", 8))]
+    found += [Case("v5e:16x16", "mesh", 256 // f, f, n, asleep) for n in (2**17, 2**18) for f in (8, 16)]
+    found += [Case("v5e:16x16", "mesh", 32, 8, 2**17, awake), Case("v5e:16x16", "pmap", 256, 1, 2**15, asleep)]
+    return found + [Case(f"{chip}:2x2x2", "mesh", 1, 8, 2**17, asleep) for chip in ("v4", "v5p")]
+
+
+def measured(case: Case) -> str:
+    """The other columns of the table."""
+    chip = CHIPS[case.topology.split(":")[0]]
+    try:
+        found = cost(build(case))
+    except jax.errors.JaxRuntimeError as error:  # out of memory, refused by the compiler itself
+        used = re.search(r"Used ([\d.]+)G of", str(error))
+        if used is None:
+            raise
+        return f"no,{float(used.group(1)) * 2**30 / 1e9:.2f},,,,,,"
+    sent = sum(found.sent.values())
+    bounds = {"compute": found.flops / chip.flops, "memory": found.bytes / chip.memory, "links": sent / chip.links}
+    worst = max(bounds, key=bounds.__getitem__)
+    kinds = " ".join(f"{kind}:{size / 1e6:.1f}" for kind, size in sorted(found.sent.items()))
+    fits = "yes" if found.memory < chip.capacity else "no"
+    return (
+        f"{fits},{found.memory / 1e9:.2f},{found.flops / 1e9:.0f},{found.bytes / 1e9:.1f},{kinds},"
+        f"{1e3 * bounds[worst]:.2f},{worst},{case.data * TOKENS / bounds[worst]:.0f}"
+    )
 
 
 def main(_: list[str]) -> None:
     """One line a case, as it comes."""
-    rows = [
-        "topology,mode,data,feature,n,fits,memory_gb,gflops,gbytes,collectives_mb,roofline_ms,bound_by,tokens_per_s"
-    ]
-    for name, mode, n, data, feature in cases():
-        if ONLY.value not in name:
-            continue
-        chip = CHIPS[name.split(":")[0]]
-        prefix = f"{name},{mode},{data},{feature},{n}"
-        try:
-            found = cost(build(topologies.get_topology_desc(name, platform="tpu"), mode, n, data, feature))
-        except jax.errors.JaxRuntimeError as error:  # out of memory, refused by the compiler itself
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            used = re.search(r"Used ([\d.]+)G of", str(error))
-            rows.append(f"{prefix},no,{used.group(1) if used else ''},,,,,,")
-        else:
-            sent = sum(found.sent.values())
-            bounds = {
-                "compute": found.flops / chip.flops, "memory": found.bytes / chip.memory, "links": sent / chip.links
-            }  # fmt: skip
-            worst = max(bounds, key=bounds.__getitem__)
-            kinds = " ".join(f"{kind}:{size / 1e6:.1f}" for kind, size in sorted(found.sent.items()))
-            rows.append(
-                f"{prefix},{'yes' if found.memory < chip.capacity else 'no'},{found.memory / 1e9:.2f},"
-                f"{found.flops / 1e9:.0f},{found.bytes / 1e9:.1f},{kinds},{1e3 * bounds[worst]:.2f},{worst},"
-                f"{data * TOKENS / bounds[worst]:.0f}"
-            )
-        print(rows[-1], flush=True)
-    with open(OUT.value, "w", encoding="utf-8") as file:
-        file.write("\n".join(rows) + "\n")
+    path, rows = Path(OUT.value), [",".join((*Case._fields, *COLUMNS))]
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for case in cases():
+        key = ",".join(map(str, case)) + ","
+        known = next((line for line in before if line.startswith(key)), None)
+        if known or ONLY.value in case.topology:
+            rows.append(known or key + measured(case))
+            print(rows[-1], flush=True)
+            path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

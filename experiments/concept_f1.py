@@ -30,7 +30,7 @@ from sae_jax.sae import SAE
 
 LAYER, HIGH, SEEDS = 4, 8.0, range(3)
 # training tokens, validation and test tokens each, n of the large SAE, k, steps, batch
-SCALES = {"smoke": (3000, 1500, 64, 4, 20, 64), "cpu": (48_000, 12_000, 1024, 8, 1000, 256),
+SCALES = {"smoke": (3000, 1500, 64, 4, 20, 64), "cpu": (32_000, 8_000, 1024, 8, 800, 256),
           "paper": (10_000_000, 500_000, 8192, 64, 50_000, 2048)}  # fmt: skip
 ARMS = {f"{name} {share}": {"sae": {"center": center}, "share": share}
         for name, center in (("baseline", "none"), ("centred", "mean")) for share in (1, 4)}  # fmt: skip
@@ -140,7 +140,7 @@ def trained(workdir: Path, scale: str, gamma: float, x: np.ndarray) -> dict[str,
     np.save(workdir / "train.npy", x)
     c = config_lib.base()
     c.data.path = str(workdir / "train.npy")
-    c.sae.k, c.auxk.preset = k, "none"
+    c.sae.k, c.auxk.preset, c.checkpoint.every = k, "none", steps
     c.train.update(steps=steps, batch_size=batch, learning_rate=1e-3)
     c.members = ConfigDict({f"{name} {seed}": {"seed": seed, "sae": {**arm["sae"], "n_features": n // arm["share"]}}
                             for name, arm in ARMS.items() for seed in SEEDS})  # fmt: skip

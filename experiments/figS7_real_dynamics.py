@@ -23,7 +23,7 @@ from sae_jax import config as config_lib
 # steps, batch, n, k, learning rate, held-out tokens
 SCALES = {
     "smoke": (20, 32, 64, 3, 1e-3, 200),
-    "cpu": (1500, 256, 1024, 8, 3e-4, 8_000),
+    "cpu": (1000, 256, 1024, 8, 3e-4, 4_000),
     "paper": (200_000, 2048, 8192, 64, 3e-4, 100_000),
 }
 CONDITIONS: dict[str, dict[str, Any]] = {

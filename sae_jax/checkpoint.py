@@ -27,10 +27,6 @@ CHECKSUMS = "checksums.json"
 METADATA = "_CHECKPOINT_METADATA"
 REMOVED = "removed.partial"  # under FOLDER: old ones on their way out, which nobody may take for whole any more
 COMMITTED = "commit_success.txt"  # orbax writes it last; nobody reads what is in it
-_HANDLERS = {
-    "state": ocp.StandardCheckpointHandler, "statistics": ocp.StandardCheckpointHandler,
-    "history": ocp.JsonCheckpointHandler, "position": ocp.JsonCheckpointHandler,
-}  # fmt: skip
 
 
 def check_workdir(workdir: str, identity: dict[str, Any]) -> None:
@@ -305,8 +301,10 @@ def saved(workdir: str) -> Saved:
     step = next((step for step in reversed(_steps(root / FOLDER)) if damage(root / FOLDER / str(step)) is None), None)
     if step is None:
         raise Refused("--workdir", workdir, "a run with a complete and intact checkpoint")
-    # Made here and not above: the first handler starts JAX's devices, after which no process can join others.
-    handlers = {name: handler() for name, handler in _HANDLERS.items()}
+    handlers = {  # made here: the first one starts JAX's devices, after which no process can join others
+        "state": ocp.StandardCheckpointHandler(), "statistics": ocp.StandardCheckpointHandler(),
+        "history": ocp.JsonCheckpointHandler(), "position": ocp.JsonCheckpointHandler(),
+    }  # fmt: skip
     with ocp.CheckpointManager(root.absolute() / FOLDER, item_handlers=handlers) as manager:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(

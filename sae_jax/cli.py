@@ -208,10 +208,10 @@ def sweep(argv: list[str]) -> int:
     if given.dry_run:
         print(combinations.plan(chosen))
         return 0
+    ray = given.launcher == "ray" and not given.merge
+    launch = cluster.launcher(given.address, given.cpus, given.gpus) if ray else sweeping.local
     sweeping.check_workdir(given.workdir, every)
     if not given.merge:
-        ray = given.launcher == "ray"
-        launch = cluster.launcher(given.address, given.cpus, given.gpus) if ray else sweeping.local
         sweeping.run(given.workdir, chosen, launch, given.shard.replace("/", "-of-") or "all")
     if not given.shard:
         sweeping.merge(given.workdir, every)
@@ -235,7 +235,7 @@ def _parse(argv: list[str], define: Define, folder: str = "workdir") -> tuple[fl
         raise Refused(f"--{folder}", values[folder].value, "a folder to write to")
     for name in ("workdir", "out", "activations", "from"):
         if name in values and values[name].value:
-            disk.check_reachable(f"--{name}", values[name].value)
+            disk.check_reachable(f"--{name}", str(values[name].value))
     if plain is None:
         if overrides:
             raise Refused(overrides[0], "", "--config=FILE before its overrides")

@@ -15,7 +15,7 @@ from sae_jax.objective import PRESETS
 # Keys that change how a run is carried out but not what it computes: a workdir may be continued with others.
 FREE_KEYS = ("train.devices", "checkpoint.keep")
 # Keys that all members of a run share: they see the same batches for the same number of steps.
-SHARED_KEYS = ("train.steps", "train.batch_size", "train.steps_per_dispatch", "train.devices")
+SHARED_KEYS = ("train.steps", "train.batch_size", "train.steps_per_dispatch", "train.devices", "train.mesh")
 MOST = 2**31 - 1  # steps, features and seeds are 32-bit integers on the device
 MEMBER_SECTIONS = ("seed", "sae", "auxk", "train")
 MEMBER_DATA = "data.gamma"  # synthetic data: the members share the signal and differ in how far the mean is
@@ -83,6 +83,7 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     train.precision = "float32"  # of the encoder's matmul: float32 | bfloat16, which wants a centred start
     train.steps_per_dispatch = 1  # steps in one compiled call; raise it where steps are short
     train.devices = 0  # local devices to use; 0 is all
+    train.mesh = ""  # devices to spread members and features over, as member=2,feature=4; the rest share the batch
 
     config.auxk = auxk = ConfigDict()
     auxk.preset = "dictionary_learning"  # none | openai | dictionary_learning | saelens | sparsify
@@ -131,6 +132,17 @@ def dead_after_tokens(config: ConfigDict) -> int:
 def auxk_weight(config: ConfigDict) -> float:
     """The weight of the auxiliary loss."""
     return PRESETS[config.auxk.preset].weight if config.auxk.weight == -1 else config.auxk.weight
+
+
+def mesh(config: ConfigDict) -> dict[str, int]:
+    """Axis of `train.mesh` → devices along it."""
+    found: dict[str, int] = {}
+    for part in filter(None, config.train.mesh.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in ("member", "feature") or axis in found or not (size.isdecimal() and 0 < int(size) <= MOST):
+            raise Refused("train.mesh", config.train.mesh, "empty, member=N, feature=N, or member=N,feature=N")
+        found[axis] = int(size)
+    return {"member": 1, "feature": 1} | found
 
 
 def members(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -254,6 +266,8 @@ def _check_member(config: ConfigDict, prefix: str) -> None:
         _at_least(config, key, 0, prefix)
     if not 1 <= config.sae.k <= config.sae.n_features:
         raise Refused(f"{prefix}sae.k", config.sae.k, f"1 to sae.n_features = {config.sae.n_features}")
+    if config.sae.n_features % (feature := mesh(config)["feature"]):
+        raise Refused(f"{prefix}sae.n_features", config.sae.n_features, f"a multiple of {feature}, as of train.mesh")
     _one_of(f"{prefix}sae.center", config.sae.center, ("none", "mean", "geometric_median"))
     if config.sae.whiten and config.sae.center == "geometric_median":
         raise Refused(f"{prefix}sae.center", config.sae.center, "none or mean: whitening subtracts the mean itself")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sae_jax import death
+from sae_jax import death, topk
 from sae_jax import sae as sae_lib
 from sae_jax.death import Sightings
 from sae_jax.errors import RunFailed
@@ -29,13 +29,25 @@ def evaluate_batch(
     valid: Bool[Array, "B"],
     shift: Float[Array, "d"],
     allsum: AllSum,
+    shards: str | None = None,
 ) -> Any:
-    """Sightings and sums of all members (each group stacked), and the sums about `shift` that they share."""
+    """Sightings and sums of all members (each group stacked), and the sums about `shift` that they share.
+
+    `shards` names the mesh axis over which the features are split, where they are.
+    """
 
     def one(sae: SAE) -> tuple[Sightings, Sums]:
-        seen, codes = death.sight(sae, x, valid)
-        error = jnp.where(valid[:, None], x - sae_lib.decode(sae, codes), 0.0)
-        return seen, Sums(jnp.sum(error**2), jnp.sum(codes.values > 0, dtype=x.dtype))
+        if shards is None:
+            seen, codes = death.sight(sae, x, valid)
+            error = x - sae_lib.decode(sae, codes)
+        else:
+            _, error, codes = sae_lib.square_error(sae, x, shards)
+            codes = codes._replace(values=jnp.where(valid[:, None], codes.values, 0.0))
+            positive = (sae_lib.preactivations(sae, x) > 0) & valid[:, None]
+            seen = Sightings(positive.any(axis=0), sae_lib.fired(codes, sae.W_enc.shape[0]) > 0)
+        error = jnp.where(valid[:, None], error, 0.0)
+        n_fired = topk.over_shards(jnp.sum(codes.values > 0, dtype=x.dtype), shards)
+        return seen, Sums(jnp.sum(error**2), n_fired)
 
     about = jnp.where(valid[:, None], x - shift, 0.0)
     data = (about.sum(axis=0), jnp.sum(about**2))

@@ -80,8 +80,7 @@ def loss(
       precision: of the encoder's matmul: float32 | bfloat16.
     """
     d = x.shape[1]
-    x_hat, codes = sae_lib.reconstruct(sae, x, shards, precision)
-    e = x - x_hat
+    square, e, codes = sae_lib.square_error(sae, x, shards, precision)
     fixed_e = jax.lax.stop_gradient(e)
 
     n_tokens = allsum(jnp.asarray(x.shape[0], x.dtype))
@@ -89,12 +88,12 @@ def loss(
     variance, e_variance, e_square, n_fired = allsum((
         _square(x - x_sum / n_tokens),
         _square(fixed_e - e_sum / n_tokens),
-        _square(fixed_e),
+        jax.lax.stop_gradient(square),
         topk.over_shards((codes.values > 0).sum(dtype=x.dtype), shards),
     ))
 
     divisors = {"openai": n_tokens * d, "sparsify": variance}
-    total = _square(e) / (divisors[preset] if preset in divisors else n_tokens)
+    total = square / (divisors[preset] if preset in divisors else n_tokens)
     if auxk and preset != "none":
         n_dead = topk.over_shards(dead.sum(), shards)
         aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], shards, precision)
@@ -113,8 +112,8 @@ def _auxiliary_square(
     """Σ(W_decᵀa − e)² over this device's tokens. Its pre-activations are those of the main term: computed once."""
     k_aux = min(preset.k_aux or x.shape[1] // 2, sae.W_enc.shape[0] * topk.n_shards(shards))
     way = topk.Way(k_aux, rectified=preset.rectified, shards=shards, precision=precision)
-    x_hat, _ = topk.reconstruct(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, way)
-    return _square(x_hat - e)
+    square, *_ = topk.square_error(x, e, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, way)
+    return square
 
 
 def _square(a: Float[Array, "..."]) -> Float[Array, ""]:

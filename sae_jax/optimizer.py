@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from sae_jax import kept, topk
 from sae_jax import sae as sae_lib
-from sae_jax import topk
 from sae_jax.sae import SAE
 
 EPSILON = 1e-8
@@ -88,8 +88,8 @@ def update(
             return jax.lax.fori_loop(0, len(p) // size, block, (p, m, v))
 
         size = next((size for size in range(BLOCK, BLOCK // 8, -2) if len(p) % size == 0), 0)
-        whole = p.ndim == 1 or not topk.is_large(*p.shape) or not size
-        done: tuple[Array, Array, Array] = topk.on_cpu(at_once if whole else in_blocks, at_once, p, m, v, g, along)
+        whole = p.ndim == 1 or not kept.is_large(*p.shape) or not size
+        done: tuple[Array, Array, Array] = kept.on_cpu(at_once if whole else in_blocks, at_once, p, m, v, g, along)
         return done
 
     done = jax.tree.map(one, sae, moments.mean, moments.square, grads)

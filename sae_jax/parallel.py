@@ -1,4 +1,7 @@
-"""The only file that knows about devices: one program for one device (jit) or several (pmap, batch split over them)."""
+"""The only file that knows about devices: one program for one (jit) or several (pmap, or a mesh).
+
+Under pmap they share the batch, each with all the parameters. On a mesh they share members and features as well.
+"""
 
 import contextlib
 import os
@@ -18,40 +21,67 @@ from sae_jax import sae as sae_lib
 from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.objective import AllSum
 
-DATA = "data"  # name of the axis over which batches are split
+DATA, FEATURE = "data", "feature"  # names of the axes over which a batch and a dictionary are split
+WHOLE = PartitionSpec()  # the same on all devices
+MEMBERS, FEATURES = PartitionSpec(sae_lib.MEMBER), PartitionSpec(sae_lib.MEMBER, FEATURE)  # leading axes of a group
+STEPS = PartitionSpec(None, sae_lib.MEMBER)  # of metrics, step by step
+Out = Callable[..., Any]  # specs of the arguments → specs of what is returned
 
 
 class Devices:
-    """The local devices of this run and how a batch is laid over them.
+    """The local devices of this run and how its work is laid over them.
 
     Args:
       count: local devices to use; 0 is all of them.
+      member, feature: over how many the members and the features are spread; the batch is shared by what is left.
     """
 
-    def __init__(self, count: int = 0):
+    def __init__(self, count: int = 0, member: int = 1, feature: int = 1):
         available = jax.local_devices()
         if count > len(available):
             raise Refused("train.devices", count, f"0 (all) to {len(available)}, the local devices of this process")
         self.local = available[: count or len(available)]
         self.count = len(self.local) * jax.process_count()
-        self.pmapped = self.count > 1
+        self.shares, rest = divmod(self.count, member * feature)  # parts of a batch
+        self.shards = FEATURE if feature > 1 else None  # the axis over which features are split, where they are
+        self._mesh: Mesh | None = None
+        if member * feature > 1:
+            asked = f"member={member},feature={feature}"
+            if jax.process_count() > 1:
+                raise Refused("train.mesh", asked, "empty: several processes share the batch")
+            if rest:
+                raise Refused("train.mesh", asked, f"numbers whose product divides the {self.count} devices")
+            self._mesh = make_mesh(self.local, member=member, data=self.shares, feature=feature)
 
     def check_batch(self, field: str, batch_size: int) -> None:
         """Refuses a batch that the devices cannot share equally."""
-        if batch_size % self.count:
-            raise Refused(field, batch_size, f"a multiple of the {self.count} devices")
+        if batch_size % self.shares:
+            raise Refused(field, batch_size, f"a multiple of {self.shares}, the devices that share it")
+
+    def check_groups(self, groups: list[training.Group]) -> None:
+        """Refuses members that the devices cannot share equally."""
+        member = self._mesh.shape[sae_lib.MEMBER] if self._mesh else 1
+        for group in groups:
+            if len(group.names) % member:
+                alike = f"{len(group.names)} ({', '.join(group.names)}) are one program"
+                raise Refused("train.mesh", f"member={member}", f"a number that divides members of a program: {alike}")
 
     def compile(
-        self, fn: Callable[..., Any], *, split: tuple[int | None, ...], donate: tuple[int, ...] = ()
-    ) -> Callable[..., Any]:
-        """Compiles fn(allsum, device, *args), which must return the same values on every device.
+        self, fn: Callable[..., Any], *, split: tuple[int | None, ...], donate: tuple[int, ...] = (),
+        out: Out = lambda *_: WHOLE,
+    ) -> Callable[..., Any]:  # fmt: skip
+        """Compiles fn(allsum, device, *args), which must return the same values on every device that shares a batch.
 
         Args:
-          fn: `allsum` adds pytrees up over the devices, `device` is the number of this one.
-          split: for every argument the axis along which it is shared out, or None where all devices get the whole.
+          fn: `allsum` adds pytrees up over the devices that share a batch, `device` is the number of this one of them.
+          split: for every argument the axis along which it is shared out, or None where all devices get the whole; of
+            TrainStates and SAEs each gets its members and features.
           donate: arguments whose buffers are given up.
+          out: how what is returned lies on a mesh.
         """
-        if not self.pmapped:
+        if self._mesh is not None:
+            return self._meshed(self._mesh, fn, split, donate, out)
+        if self.count == 1:
             return jax.jit(
                 lambda *args: fn(lambda tree: tree, jnp.zeros((), jnp.int32), *args), donate_argnums=donate
             )
@@ -70,6 +100,29 @@ class Devices:
             return mapped(numbers, *folded)
 
         return call
+
+    def _meshed(
+        self, mesh: Mesh, fn: Callable[..., Any], split: tuple[int | None, ...], donate: tuple[int, ...], out: Out
+    ) -> Callable[..., Any]:
+        compiled: list[Callable[..., Any]] = []  # on the first call, which shows how members are grouped
+
+        def call(*args: Any) -> Any:
+            specs = tuple(
+                _specs(a) if axis is None else PartitionSpec(*[None] * axis, DATA)
+                for a, axis in zip(args, split, strict=True)
+            )
+            if not compiled:
+                each = lambda *args: fn(_allsum(mesh), jax.lax.axis_index(DATA), *args)  # noqa: E731
+                compiled.append(_over(mesh, each, specs, out(*specs), donate))
+            return compiled[0](*jax.device_put(args, _on(mesh, specs)))
+
+        return call
+
+    def made(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns, each device making its own members and features: no one could hold all."""
+        if self._mesh is None:
+            return make()
+        return jax.jit(make, out_shardings=_on(self._mesh, _specs(jax.eval_shape(make))))()
 
     def _everywhere(self) -> list[jax.Device]:
         """The devices of this run in all processes, which use equally many each."""
@@ -129,9 +182,6 @@ _psum: AllSum = lambda tree: jax.lax.psum(tree, DATA)  # noqa: E731
 
 # -- a mesh of members × batch × features ----------------------------------------------------------------------------
 
-FEATURE = "feature"  # name of the axis over which a dictionary is split
-
-
 def make_mesh(devices: Any, *, member: int = 1, data: int = 1, feature: int = 1) -> Mesh:
     """member × data × feature devices, in that order; collectives over features, the most frequent, on neighbours."""
     return Mesh(np.asarray(devices).reshape(member, data, feature), (sae_lib.MEMBER, DATA, FEATURE))
@@ -139,10 +189,8 @@ def make_mesh(devices: Any, *, member: int = 1, data: int = 1, feature: int = 1)
 
 def layout(mesh: Mesh, state: training.TrainState) -> training.TrainState:
     """How a group's state (leading axis: members) lies on a mesh: the NamedSharding of every leaf."""
-    whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((sae_lib.MEMBER,), (sae_lib.MEMBER, FEATURE)))
-    sae = state.sae.replace(W_enc=rows, b_enc=rows, W_dec=rows, b_dec=whole)
-    hyper = jax.tree.map(lambda _: whole, state.hyper)
-    return training.TrainState(whole, sae, optimizer.Moments(sae, sae), rows, hyper)
+    laid: training.TrainState = _on(mesh, _specs(state))
+    return laid
 
 
 def mesh_step(mesh: Mesh, static: training.Static, like: training.TrainState) -> Callable[..., Any]:
@@ -151,16 +199,37 @@ def mesh_step(mesh: Mesh, static: training.Static, like: training.TrainState) ->
     Each device keeps its members, its rows of the batch and its features. Over `feature` go the k candidates a token of
     every shard and one (B, d) sum, never pre-activations; over `data` the gradients of a device's own features.
     """
-    shardings = layout(mesh, like)
-    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
-    allsum = _psum if mesh.shape[DATA] > 1 else lambda tree: tree
     step = partial(
-        training.group_step, static=static, allsum=allsum, shards=FEATURE if mesh.shape[FEATURE] > 1 else None
+        training.group_step, static=static, allsum=_allsum(mesh), shards=FEATURE if mesh.shape[FEATURE] > 1 else None
     )
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(specs, PartitionSpec(DATA)), out_specs=(specs, PartitionSpec(sae_lib.MEMBER)),
-        check_vma=False,
-    )  # fmt: skip
-    x = NamedSharding(mesh, PartitionSpec(DATA))
-    metrics = NamedSharding(mesh, PartitionSpec(sae_lib.MEMBER))
-    return jax.jit(mapped, in_shardings=(shardings, x), out_shardings=(shardings, metrics), donate_argnums=0)
+    return _over(mesh, step, (_specs(like), PartitionSpec(DATA)), (_specs(like), MEMBERS), donate=(0,))
+
+
+def _specs(tree: Any) -> Any:
+    """TrainStates and SAEs of groups by members and features, everything else whole."""
+
+    def one(node: Any) -> Any:
+        if isinstance(node, sae_lib.SAE):
+            return node.replace(W_enc=FEATURES, b_enc=FEATURES, W_dec=FEATURES, b_dec=MEMBERS)
+        if isinstance(node, training.TrainState):
+            sae = one(node.sae)
+            hyper = jax.tree.map(lambda _: MEMBERS, node.hyper)
+            return training.TrainState(MEMBERS, sae, optimizer.Moments(sae, sae), FEATURES, hyper)
+        return WHOLE
+
+    return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, sae_lib.SAE | training.TrainState))
+
+
+def _on(mesh: Mesh, specs: Any) -> Any:
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def _over(mesh: Mesh, fn: Callable[..., Any], ins: Any, outs: Any, donate: tuple[int, ...]) -> Callable[..., Any]:
+    """fn on every device of the mesh, compiled."""
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+    return jax.jit(mapped, in_shardings=_on(mesh, ins), out_shardings=_on(mesh, outs), donate_argnums=donate)
+
+
+def _allsum(mesh: Mesh) -> AllSum:
+    return _psum if mesh.shape[DATA] > 1 else lambda tree: tree

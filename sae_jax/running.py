@@ -41,11 +41,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     with parallel.together():
         config_lib.check(config)
-        devices = parallel.Devices(config.train.devices)
+        devices = parallel.Devices(config.train.devices, **config_lib.mesh(config))
         devices.check_batch("train.batch_size", config.train.batch_size)
         devices.check_batch("eval.batch_size", config.eval.batch_size)
         checkpoint.check_workdir(workdir, config_lib.identity(config))
         source = open_source(config)
+        devices.check_groups(training.group_members(config_lib.members(config), source.d_model))
         checkpoint.check_data(workdir, source.identity)
         with checkpoint.claimed(workdir, config_lib.identity(config), source.identity):
             return Run(config, workdir, devices, source).to_the_end()
@@ -60,7 +61,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.ensemble = Ensemble(config, source, self.checkpoints.statistics())
         self.groups = self.ensemble.groups
-        self.states = self.ensemble.initial_states()
+        self.states = devices.made(self.ensemble.initial_states)
         self.step, self.data = 0, source.train(0)
         self._evaluation_steps = config_lib.evaluation_steps(config)
         if self.checkpoints.latest is not None:
@@ -69,9 +70,13 @@ class Run:
             self.step = self.checkpoints.latest
             self.data.set_state(position)
         self._advance = devices.compile(
-            self._steps, split=(None, None if source.split_axis is None else 1 + source.split_axis, None), donate=(0,)
-        )
-        self._evaluate = devices.compile(self._evaluate_batch, split=(None, source.split_axis, 0))
+            self._steps, split=(None, None if source.split_axis is None else 1 + source.split_axis, None), donate=(0,),
+            out=lambda states, *_: (states, parallel.STEPS),
+        )  # fmt: skip
+        self._evaluate = devices.compile(
+            self._evaluate_batch, split=(None, source.split_axis, 0),
+            out=lambda *_: (parallel.FEATURES, (parallel.MEMBERS, parallel.WHOLE)),
+        )  # fmt: skip
 
     # -- what is compiled ----------------------------------------------------------------------------------------
 
@@ -86,9 +91,9 @@ class Run:
         """`count` training steps of all groups on the first `count` of the given inputs; metrics of each step."""
 
         def step(states: Any, given: Array) -> tuple[Any, Any]:
-            x = self._tokens("train", given, device, self.config.train.batch_size // self.devices.count)
+            x = self._tokens("train", given, device, self.config.train.batch_size // self.devices.shares)
             done = [
-                training.group_step(state, x, static=group.static, allsum=allsum)
+                training.group_step(state, x, static=group.static, allsum=allsum, shards=self.devices.shards)
                 for group, state in zip(self.groups, states, strict=True)
             ]
             return tuple(state for state, _ in done), tuple(metrics for _, metrics in done)
@@ -106,9 +111,9 @@ class Run:
     def _evaluate_batch(
         self, allsum: AllSum, device: Int[Array, ""], groups: Any, given: Any, valid: Any
     ) -> Any:
-        x = self._tokens("eval", given, device, self.config.eval.batch_size // self.devices.count)
+        x = self._tokens("eval", given, device, self.config.eval.batch_size // self.devices.shares)
         shift = jnp.asarray(self.ensemble.shared_mu, x.dtype)
-        return evaluation.evaluate_batch(groups, x, valid, shift, allsum)
+        return evaluation.evaluate_batch(groups, x, valid, shift, allsum, self.devices.shards)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -239,7 +244,7 @@ class Run:
         }
         kept = checkpoint.history(self.workdir)  # all processes together open the checkpoints
         if jax.process_index() == 0:
-            first_states = self.ensemble.initial_states()
+            first_states, self.states = self.ensemble.initial_states(), jax.device_get(self.states)
             self._draw(kept, result, first_states)
             rows = self.ensemble.fates(self.history, first_states, self.states)
             report.write_csv(epath.Path(self.workdir) / "fates.csv", rows)

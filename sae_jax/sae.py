@@ -79,19 +79,23 @@ def decode(sae: SAE, codes: Codes) -> Float[Array, "B d"]:
     return topk.decode(codes.values, codes.indices, sae.W_dec) + sae.b_dec
 
 
-def reconstruct(
+def reconstruct(sae: SAE, x: Float[Array, "B d"]) -> tuple[Float[Array, "B d"], Codes]:
+    """x̂ and the kept features it is made of: `decode` of `encode`."""
+    codes = encode(sae, x)
+    return decode(sae, codes), codes
+
+
+def square_error(
     sae: SAE, x: Float[Array, "B d"], shards: str | None = None, precision: str = "float32"
-) -> tuple[Float[Array, "B d"], Codes]:
-    """x̂ and the kept features it is made of: `decode` of `encode`, with the cheaper gradient.
+) -> tuple[Float[Array, ""], Float[Array, "B d"], Codes]:
+    """Σ‖x − x̂‖², with a gradient that goes through the kept entries only; x − x̂ and the codes, without one.
 
     Where features are split over a mesh axis `shards`, x̂ is that of all of them, the codes are this shard's;
-    `precision` as in `topk.product`.
+    `precision` as in `topk.Way`.
     """
-    x_hat, kept = topk.reconstruct(
-        x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, None,
-        topk.Way(sae.k, shards=shards, precision=precision),
-    )
-    return x_hat + sae.b_dec, Codes(*kept)
+    way = topk.Way(sae.k, shards=shards, precision=precision)
+    square, e, kept = topk.square_error(x, x - sae.b_dec, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, None, way)
+    return square, e, Codes(*kept)
 
 
 def fired(codes: Codes, n_features: int) -> Int[Array, "n"]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import death, objective, optimizer, topk
+from sae_jax import death, kept, objective, optimizer, topk
 from sae_jax import sae as sae_lib
 from sae_jax.objective import AllSum
 from sae_jax.preprocess import Preprocessing, fold
@@ -171,16 +171,17 @@ class Group(NamedTuple):
 
 
 def group_members(configs: dict[str, ConfigDict], d_model: int) -> list[Group]:
-    """Members that share their static part, together; large ones each alone.
+    """Members that share their static part, together; large ones each alone on a device.
 
     Batching pays where one SAE cannot keep the machine busy. A large one can, and alone it keeps its own AuxK branch
-    (skipped while nothing is dead) and the sparse kernels.
+    (skipped while nothing is dead) and the sparse kernels. Spread over several devices, as many make a group.
     """
     groups: list[Group] = []
     for name, config in configs.items():
         static = Static.of(config)
-        alike = [group for group in groups if group.static == static]
-        if alike and not topk.is_large(static.n_features, d_model):
+        room = config_lib.mesh(config)["member"] if kept.is_large(static.n_features, d_model) else len(configs)
+        alike = [group for group in groups if group.static == static and len(group.names) < room]
+        if alike:
             alike[0].names.append(name)
         else:
             groups.append(Group(static, [name]))

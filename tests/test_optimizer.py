@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from sae_jax import optimizer, topk
+from sae_jax import kept, optimizer
 from sae_jax import sae as sae_lib
 
 CLIP, BETAS, RATE = 1.5, (0.9, 0.99), 0.03
@@ -26,7 +26,7 @@ def by_optax(sae, grads):
 @pytest.mark.parametrize(("n", "block"), [(40, 0), (96, 32), (90, 32), (34, 32), (31, 32)])
 def test_an_update_is_that_of_optax_whole_or_in_blocks_of_rows(monkeypatch, n, block):
     if block:
-        monkeypatch.setattr(topk, "LARGE", 1)
+        monkeypatch.setattr(kept, "LARGE", 1)
         monkeypatch.setattr(optimizer, "BLOCK", block)
     sae = sae_lib.init(jax.random.key(0), n, 3, jnp.arange(5.0))
     draw = lambda key: jax.tree.map(lambda a: jax.random.normal(key, a.shape, a.dtype), sae)  # noqa: E731

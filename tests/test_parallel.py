@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from sae_jax import parallel, training
+import sae_jax
+from sae_jax import checkpoint, parallel, running, training
 from sae_jax.config import base, members
+from sae_jax.errors import Refused
 
 B, D = 16, 6
 
@@ -103,12 +106,85 @@ def test_no_recompilation_and_no_transfer_in_the_loop(group):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_the_same_step_lowers_for_every_platform(platform):
+def test_the_same_step_is_exported_for_every_platform(platform):
     config = base()
     config.data.signal = "gaussian"
     static = training.Static.of(config)  # n 8192, k 64: the shape for which a CPU takes its own kernels
     abstract = jax.eval_shape(lambda: training.init_group([config], jnp.zeros((1, 768))))
     x = jax.ShapeDtypeStruct((2048, 768), jnp.float32)
     step = jax.jit(lambda s, x: training.group_step(s, x, static=static, allsum=lambda tree: tree))
-    text = step.trace(abstract, x).lower(lowering_platforms=(platform,)).as_text()
-    assert ("cpu_csr_sparse_dense" in text) == (platform == "cpu")
+    own = jax.export.DisabledSafetyCheck.custom_call("cpu_csr_sparse_dense_ffi")  # it is the same JAX that runs it
+    exported = jax.export.export(step, platforms=[platform], disabled_checks=[own])(abstract, x)
+    assert exported.platforms == (platform,)
+    assert ("cpu_csr_sparse_dense" in exported.mlir_module()) == (platform == "cpu")
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mesh", ["member=2", "feature=2"])
+def test_a_run_on_a_mesh_cut_short_and_continued_equals_one_device(tiny, tmp_path, monkeypatch, mesh):
+    """Two programs of two members each: one with gammas of their own, one behind whitening."""
+    tiny.train.steps, tiny.train.steps_per_dispatch = 50, 5
+    tiny.auxk.dead_after_tokens = 64  # AuxK is at work from the third step
+    tiny.members = ConfigDict({
+        "centred": {"sae": {"center": "mean"}}, "white": {"sae": {"whiten": True}},
+        "far": {"data": {"gamma": 9.0}}, "white_too": {"sae": {"whiten": True}, "seed": 1},
+    })  # fmt: skip
+    one = sae_jax.train(tiny, str(tmp_path / "one"))
+    tiny.train.devices, tiny.train.mesh = 2, mesh
+    given, shapes = running.Run._next_inputs, []
+
+    def cut_short(self, count):
+        shapes.append(self.states[0].sae.W_enc.addressable_shards[0].data.shape)
+        if self.step == 25:
+            raise KeyboardInterrupt
+        return given(self, count)
+
+    monkeypatch.setattr(running.Run, "_next_inputs", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        sae_jax.train(tiny, str(tmp_path / "two"))
+    monkeypatch.undo()
+    two = sae_jax.train(tiny, str(tmp_path / "two"))
+    assert set(shapes) == {(1, 64, 16) if mesh == "member=2" else (2, 32, 16)}  # of (2, 64, 16)
+    assert (one["devices"], two["devices"]) == (1, 2)
+    for ours, theirs in zip(two["members"], one["members"], strict=True):
+        for when in ("init", "final"):
+            for key, value in theirs[when].items():
+                wanted = value if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)
+                assert ours[when][key] == wanted, (ours["name"], when, key)
+    a, b = (checkpoint.saved(str(tmp_path / name)).groups for name in ("one", "two"))
+    assert max(group["tokens_since_fired"].max() for group in a) >= 64
+    for left, right in zip(a, b, strict=True):
+        np.testing.assert_array_equal(left["tokens_since_fired"], right["tokens_since_fired"])
+        for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+            np.testing.assert_allclose(y, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("train.mesh", "rows=2", "empty, member=N, feature=N, or member=N,feature=N"),
+    ("train.mesh", "member=0", "empty, member=N"),
+    ("train.mesh", "member=2,member=2", "empty, member=N"),
+    ("train.mesh", "feature=-1", "empty, member=N"),
+    ("train.mesh", "member=2,feature=2", "numbers whose product divides the 2 devices"),
+    ("train.mesh", "member=4", "numbers whose product divides the 2 devices"),
+    ("sae.n_features", 63, "a multiple of 2, as of train.mesh"),
+    ("members", {"a": {}, "b": {}, "c": {}}, "divides members of a program: 3 (a, b, c) are one program"),
+    ("members", {"a": {}, "b": {"train": {"mesh": "member=2"}}}, "an existing key of"),
+])  # fmt: skip
+def test_a_mesh_that_cannot_be_is_refused_and_nothing_is_written(tiny, tmp_path, key, value, said):
+    tiny.train.devices, tiny.train.mesh = 2, "feature=2" if key == "sae.n_features" else "member=2"
+    if key == "members":
+        tiny.members = ConfigDict(value)
+    else:
+        tiny.update_from_flattened_dict({key: value})
+    with pytest.raises(Refused) as refused:
+        sae_jax.train(tiny, str(tmp_path / "w"))
+    assert said in str(refused.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_large_members_are_grouped_so_that_each_device_has_one():
+    config = base()
+    config.members = ConfigDict({name: {"seed": i} for i, name in enumerate("abcd")})
+    assert [group.names for group in training.group_members(members(config), 768)] == [["a"], ["b"], ["c"], ["d"]]
+    config.train.mesh = "member=2"
+    assert [group.names for group in training.group_members(members(config), 768)] == [["a", "b"], ["c", "d"]]
