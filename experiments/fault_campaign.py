@@ -11,7 +11,7 @@ follow: full disks, read-only folders, damage, two runs in one workdir, one of t
 A try is a row of fault_campaign.csv in the workdir, and is not done again; the moments follow from --seed.
 """
 
-from faults import ACTIVITIES, SETTINGS, Child, Ended, damage, in_child, make_model, not_whole, steps
+from faults import ACTIVITIES, SETTINGS, Child, Ended, all_rows, damage, in_child, make_model, not_whole, steps
 
 # isort: split
 # What faults.py sets in the environment has to be there before these are imported.
@@ -116,7 +116,13 @@ def damaged(root: Path, attempt: int, rng: Any) -> list[Row]:
     shard = stored.template(epath.Path(dataset)).sharded_filepath(shard_index=int(rng.integers(3)), num_shards=None)
     damage(Path(shard) if attempt % 2 else dataset / store.MANIFEST, rng)
     argv = ["train", f"--config={root}/c.py", f"--config.data.path={dataset}", f"--workdir={folder}/w"]
-    return [*rows, _row("damaged: dataset", Child(argv, root / "log").end())]
+    met = Child(argv, root / "log").end()
+    row = _row("damaged: dataset", met)
+    if met.code == 0:  # then it has to be in bytes that mean nothing, as those between blocks
+        whole = next((root / "undisturbed" / "extract").glob(f"{store.NAME}/*/{store.VERSION}"))
+        found = [in_child(lambda place=place: all_rows(place), root / "digest") for place in (dataset, whole)]
+        row |= {"resumed": 1, "identical": int(found[0] == found[1])}
+    return [*rows, row]
 
 
 def two_runs(root: Path, attempt: int, rng: Any) -> list[Row]:

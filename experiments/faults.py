@@ -165,6 +165,12 @@ def files(folder: Path, ignore: tuple[str, ...] = ()) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha(path.read_bytes()) for path in sorted(paths)}
 
 
+def all_rows(dataset: Path) -> str:
+    """Digest of all that a dataset holds, read as training reads it."""
+    chunks = stored.StoredChunks(str(dataset))
+    return sha(b"".join(part.tobytes() for i in range(len(chunks)) for part in chunks.example(i)))
+
+
 def not_whole(folder: Path) -> list[str]:
     """Visible files that are not as they should be. Names with .partial or tmp are not there to be seen."""
     bad = []
@@ -261,7 +267,8 @@ ACTIVITIES = {
     ),
     "sweep": Activity(
         lambda root, folder: ["sweep", f"--config={root}/c.py", f"--workdir={folder}"],
-        lambda folder: 0, lambda folder: {"results": sha((folder / "results.csv").read_bytes())},
+        lambda folder: max((steps(job.parent) for job in folder.glob(f"jobs/*/{checkpoint.FOLDER}")), default=0),
+        lambda folder: {"results": sha((folder / "results.csv").read_bytes())},
     ),
     "export": Activity(
         lambda root, folder: ["export", f"--workdir={root}/undisturbed/train", "--member=centred",

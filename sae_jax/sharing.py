@@ -100,9 +100,12 @@ def export(
 
 def _write(target: epath.Path, files: dict[str, bytes]) -> None:
     partial = target.parent / (target.name + ".partial")
-    if partial.exists():  # of an export that was killed
-        partial.rmtree()
-    partial.mkdir(parents=True)
+    try:
+        if partial.exists():  # of an export that was killed
+            partial.rmtree()
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise Refused("--out", str(target), f"a folder that can be written ({error.strerror})") from error
     for name, content in files.items():
         (partial / name).write_bytes(content)
     if target.exists():

@@ -355,6 +355,7 @@ def test_another_width_than_the_activations(rng, x, tmp_path, capsys):
     (["export", "--workdir=RUN", "--out=o", "--member=x"], "--member = 'x': one of"),
     (["export", "--workdir=RUN", "--out=o", "--format=onnx"], "--format = 'onnx': one of saelens"),
     (["export", "--workdir=RUN", "--out=full", "--member=wide"], "--out = 'full': a folder that does not exist"),
+    (["export", "--workdir=RUN", "--out=full/file/o", "--member=wide"], "--out = 'full/file/o': a folder that can be"),
     (["export", "--from=nowhere", "--out=o"], "--sae = 'nowhere': a folder"),
     (["export", "--from=full", "--out=o"], "a folder with one of"),
     (["export", "--workdir=RUN", "--out=o", "--member=wide", "--push=a/b"], "--push = 'a/b': a repository on the hub"),
