@@ -9,7 +9,7 @@ motifs that bound them, thirds, chain, antibody. Baseline and centred SAEs, a sm
 trained on the activations as they are and on x' = x − mu + g·mu with g such that gamma_raw is 8; beside them an
 untrained one. Features are divided by their largest value on the training tokens, feature and threshold picked on
 validation sequences, F1 counted on test sequences. A concept is found where that F1 is above 0.5. Writes
-concept_f1.csv, a row for each concept and SAE. About fifteen minutes on 2 CPU cores.
+concept_f1.csv, a row for each concept and SAE. About ten minutes of processor time.
 """
 
 import re
@@ -34,7 +34,7 @@ SCALES = {"smoke": (3000, 1500, 64, 4, 20, 64), "cpu": (32_000, 8_000, 1024, 8, 
           "paper": (10_000_000, 500_000, 8192, 64, 50_000, 2048)}  # fmt: skip
 ARMS = {f"{name} {share}": {"sae": {"center": center}, "share": share}
         for name, center in (("baseline", "none"), ("centred", "mean")) for share in (1, 4)}  # fmt: skip
-MIN_INSTANCES = 25  # of a concept, in the validation and in the test tokens
+MIN_INSTANCES = 25  # of a concept, in the validation tokens and again in those of the test
 CLASSES = {"aromatic": "FWY", "positive": "KRH", "negative": "DE", "small": "GAS", "hydrophobic": "AVILM",
            "polar": "STNQ"}  # fmt: skip
 REGIONS = ("FR1", "CDR1", "FR2", "CDR2", "FR3", "CDR3", "FR4")

@@ -31,7 +31,7 @@ def run(capsys, tmp_path, *flags, config=SYNTHETIC):
     ("--config.data.n_active=300", "data.n_active = 300: at most"),
     ("--config.train.steps=-1", "train.steps = -1: an integer ≥ 0"),
     ("--config.train.batch_size=0", "train.batch_size = 0"),
-    ("--config.train.batch_size=33", "train.batch_size = 33: a multiple of the 2 devices"),
+    ("--config.train.batch_size=33", "train.batch_size = 33: a multiple of 2, the devices that share it"),
     ("--config.train.devices=9", "train.devices = 9: 0 (all) to 2"),
     ("--config.train.learning_rate=0", "train.learning_rate = 0.0: a finite number > 0"),
     ("--config.train.beta1=1", "train.beta1 = 1.0"),
