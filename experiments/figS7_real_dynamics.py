@@ -4,9 +4,10 @@
     python experiments/figS7_real_dynamics.py --workdir=runs/gemma_dynamics --scale=cpu
 
 Baseline, AuxK, bias frozen at zero, and centred, on the same batches; death by pathway, bias and FVE at steps even in
-log. Writes figS7_real_dynamics.csv and .png; `fig6_centering.py` draws from the same workdir. Expect the total of the
-baseline to fall with dead-by-ReLU where it was, frozen or not, and nothing dead in the centred one. About ten minutes
-on 2 CPU cores, once the activations of configs/quickstart.py are in the cache; `smoke` uses synthetic activations.
+log. Writes figS7_real_dynamics.csv and .png; `fig6_centering.py` draws from WORKDIR/gemma. Expect the total of the
+baseline to start falling with dead-by-ReLU where it was, frozen or not, and nothing dead by ReLU in the centred one.
+Five minutes of processor time, once the activations of configs/quickstart.py are in the cache; `smoke` uses synthetic
+activations.
 """
 
 from pathlib import Path

@@ -90,7 +90,7 @@ def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):
     static, spec = training.Static.of(config), synthetic.build(config.data, 0)
     x = synthetic.sample(spec, 0, 0, jnp.arange(32))
     start = training.init_group([config], jnp.zeros((1, 16)))
-    plain, ghost = script.plain(static), script.ghost_gradients(static)
+    plain, ghost = jax.jit(script.plain(static)), jax.jit(script.ghost_gradients(static))
     for a, b in zip(jax.tree.leaves(plain(start, x, 0).sae), jax.tree.leaves(ghost(start, x, 0).sae), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
     dead = jnp.arange(64) >= 60
