@@ -269,16 +269,16 @@ def undisturbed(root: Path, name: str, times: int = 2) -> Ended:
 
 def summary(rows: list[dict[str, str]]) -> str:
     """A line for every fault, in Markdown."""
-    lines = ["| fault | tries | kills | resumed | identical | half visible | most lost | slowest stop, s | exits |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    sums = {"kills": "kills", "saved_first": "saved first", "resumed": "resumed", "identical": "identical",
+            "half_visible": "half visible", "tracebacks": "tracebacks"}  # fmt: skip
+    columns = ["fault", "tries", *sums.values(), "most lost", "slowest stop, s", "exits"]
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for what in dict.fromkeys(row["what"] for row in rows):
         mine = [row for row in rows if row["what"] == what]
-        keys = ("kills", "resumed", "identical", "half_visible")
-        total = {key: sum(int(row[key] or 0) for row in mine) for key in keys}
+        total = " | ".join(str(sum(int(row[key] or 0) for row in mine)) for key in sums)
         most = {key: max(float(row[key] or 0) for row in mine) for key in ("lost", "slowest_stop")}
         exits = ", ".join(sorted({row["exits"] for row in mine}))
-        counts = f"{total['kills']} | {total['resumed']} | {total['identical']} | {total['half_visible']}"
-        lines.append(f"| {what} | {len(mine)} | {counts} | {most['lost']:.0f} | {most['slowest_stop']:.1f} | {exits} |")
+        lines.append(f"| {what} | {len(mine)} | {total} | {most['lost']:.0f} | {most['slowest_stop']:.1f} | {exits} |")
     return "\n".join(lines)
 
 

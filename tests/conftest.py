@@ -24,11 +24,23 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from sae_jax import figures  # noqa: E402
+from sae_jax import figures, running  # noqa: E402
 from sae_jax.config import base  # noqa: E402
 
 FULL_DPI = figures.STYLE["figure.dpi"]
-figures.STYLE["figure.dpi"] = 40  # half of the time of a run this small went into its pictures
+figures.STYLE["figure.dpi"] = 40
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request):
+    """Half the time of a run this small goes into its figures and its page: the mark `drawn` asks for them.
+
+    What fixtures of modules run, and what runs in processes of its own, is drawn.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("drawn"):
+            patch.setattr(running.Run, "_draw", lambda *_: None)
+        yield
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ FEWER = {
     "remedies_compared": {"GAMMAS": (20.0,), "ARMS": ("none", "AuxK", "encoder bias", "whitening", "batch norm",
                                                       "resampling", "ghost gradients")},
     "concept_f1": {"SEEDS": (0,), "ARMS": {"centred 1": {"sae": {"center": "mean"}, "share": 1}}},
+    "one_dimension": {"VARIANTS": {}},
     "auxk_idle": {"ARMS": {"AuxK on the encoder": (4, True, False)}},
     "bench_ensemble": {"SHAPES": ((32, 128, 3, 32),), "MEMBERS": 2},
 }  # fmt: skip
@@ -37,11 +38,12 @@ def rows(path):
     ("fig4a_theory", ["fig4a_theory"], ["fig4a_theory"]),
     ("fig6_centering", ["fig6_rates", "fig6_synthetic"], ["fig6_centering"]),
     ("figS7_real_dynamics", ["figS7_real_dynamics"], ["figS7_real_dynamics"]),
-    ("lr_sensitivity", ["lr_sensitivity"], ["lr_sensitivity"]),
+    pytest.param("lr_sensitivity", ["lr_sensitivity"], ["lr_sensitivity"], marks=pytest.mark.drawn),  # many members
     ("remedies_compared", ["remedies_compared"], []),
     ("bias_timescales", ["bias_timescales", "bias_interventions"], []),
     ("auxk_idle", ["auxk_idle"], []),
     ("concept_f1", ["concept_f1"], []),
+    ("one_dimension", ["one_dimension"], []),
     ("bench_ensemble", ["bench_ensemble"], []),
     ("bfloat16_error", ["bfloat16_error"], []),
 ])  # fmt: skip

@@ -117,6 +117,7 @@ def runnable(draw):
     return config
 
 
+@pytest.mark.drawn
 @examples(4)
 @given(runnable())
 def test_any_settings_that_are_allowed_train(tmp_path_factory, config):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.drawn
 def test_the_example_of_five_lines_runs(tmp_path, monkeypatch, rng, capsys):
     code = re.search(r"```python\n(import sae_jax\n.*?)```", README, re.S).group(1)
     assert len(code.splitlines()) == 5
