@@ -68,7 +68,7 @@ def test_a_slice_of_the_fault_campaign(tmp_path):
     for row in found:
         assert (row["resumed"], row["identical"], row["half_visible"]) == ("1", "1", "0"), row
         assert int(row["kills"]) + int(row["too_late"]) >= 5
-    assert f"| export: SIGKILL | 1 | {found[1]['kills']} | 1 | 1 | 0 |" in done.stdout
+    assert f"| export: SIGKILL | 1 | {found[1]['kills']} | 0 | 1 | 1 | 0 |" in done.stdout
 
 
 def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):
