@@ -79,7 +79,7 @@ def shift_signal(
         top = 1.15 * float(signal.max())
         axis.plot([0, -reach * top], [0, top], color="black", lw=0.8, ls="--", label=f"shift = −{reach:.1f} signal")
         limit = 1.1 * max(float(np.abs(shift).max()), 1.0)
-        axis.set(xlabel="shift: mean of w·x/‖x‖", ylabel="signal: σ of w·x/‖x‖")
+        axis.set(xlabel="shift: mean of w·x/‖x‖, in average σ", ylabel="signal: σ of w·x/‖x‖, in average σ")
         axis.set(xlim=(-limit, limit), ylim=(0, top))
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3)
     return figure
