@@ -77,10 +77,10 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     train.learning_rate = 3e-4
     train.beta1 = 0.9
     train.beta2 = 0.999
-    train.warmup_steps = 0  # linear from 0
+    train.warmup_steps = 0  # linear from 1 / (this + 1)
     train.decay_fraction = 0.2  # the last part of the run, linear to 0
     train.clip_norm = 1.0  # of the gradient of one SAE
-    train.precision = "float32"  # of the encoder's matmul: float32 | bfloat16, which wants a centred start
+    train.precision = "float32"  # of matmuls: float32 | bfloat16 (the encoder's; on accelerators all): start centred
     train.steps_per_dispatch = 1  # steps in one compiled call; raise it where steps are short
     train.devices = 0  # local devices to use; 0 is all
     train.mesh = ""  # devices to spread members and features over, as member=2,feature=4; the rest share the batch
@@ -206,8 +206,9 @@ def check(config: ConfigDict) -> None:
     _check_data(config.data)
     for key in ("train.steps", "train.devices", "checkpoint.every", "eval.points"):
         _at_least(config, key, 0)
-    for key in ("train.batch_size", "train.steps_per_dispatch", "eval.n_tokens", "eval.batch_size", "checkpoint.keep"):
+    for key in ("train.steps_per_dispatch", "eval.n_tokens", "eval.batch_size", "checkpoint.keep"):
         _at_least(config, key, 1)
+    _at_least(config, "train.batch_size", 2)  # one token has no variance to explain
     _check_member(config, "")
     for name, member in members(config).items():
         prefix = f"members.{name}." if config.members else ""

@@ -51,7 +51,8 @@ def evaluate_batch(
 
     about = jnp.where(valid[:, None], x - shift, 0.0)
     data = (about.sum(axis=0), jnp.sum(about**2))
-    members = tuple(sae_lib.each_member(one, sae) for sae in groups)
+    with topk.exact():
+        members = tuple(sae_lib.each_member(one, sae) for sae in groups)
     seen = tuple(jax.tree.map(lambda flag: allsum(flag.astype(jnp.int32)) > 0, s) for s, _ in members)
     return seen, allsum((tuple(sums for _, sums in members), data))
 
@@ -139,7 +140,8 @@ def _shift_sums(group: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> 
         z_pre = jnp.where(valid[:, None], sae_lib.preactivations(sae, x), 0.0)
         return seen, (z_pre.sum(axis=0), (z_pre**2).sum(axis=0))
 
-    return sae_lib.each_member(one, group)
+    with topk.exact():
+        return sae_lib.each_member(one, group)
 
 
 def shifts(

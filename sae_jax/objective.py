@@ -4,9 +4,9 @@ With e = x − x̂, sg = stop-gradient, a = the k_aux largest codes among the de
 batch of B tokens (all devices together), the presets are those of four libraries, as they stand in their code:
 
     openai               mean e²  + w · Σ(W_decᵀa − sg e)² / Σ(e − ē)²            k_aux = 256,  w = 1/32
-    dictionary_learning  Σe² / B  + w · Σ(W_decᵀa − sg e)² / Σ(e − ē)²            k_aux = d/2,  w = 1/32
-    saelens              Σe² / B  + w · min(n_dead/(d/2), 1) · Σ(W_decᵀa − sg e)² / B           w = 1
-    sparsify             Σe² / V  + w · min(n_dead/(d/2), 1) · Σ(W_decᵀa − sg e)² / V,  V = Σ(x − x̄)²,  w = 1/32
+    dictionary_learning  Σe² / B  + w · Σ(W_decᵀa − sg e)² / Σ(e − ē)²            k_aux = d//2, w = 1/32
+    saelens              Σe² / B  + w · min(n_dead/(d//2), 1) · Σ(W_decᵀa − sg e)² / B          w = 1
+    sparsify             Σe² / V  + w · min(n_dead/(d//2), 1) · Σ(W_decᵀa − sg e)² / V, V = Σ(x − x̄)², w = 1/32
 
 a comes from ReLU(z_pre), except for saelens (z_pre itself, negative values too). sparsify ships with w = 0; 1/32 is
 what its documentation suggests. b_dec is never added to the auxiliary reconstruction: openai's form does, on both
@@ -29,7 +29,7 @@ AllSum = Callable[[Any], Any]
 
 
 class Preset(NamedTuple):
-    """One library's AuxK. `k_aux` = 0 means d/2; `gradual` scales by min(n_dead / (d/2), 1)."""
+    """One library's AuxK. `k_aux` = 0 means d//2, and at least 1; `gradual` scales by min(n_dead / (d//2), 1)."""
 
     weight: float
     k_aux: int = 0
@@ -99,8 +99,10 @@ def loss(
         aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], shards, precision)
         aux_divisors = {"saelens": n_tokens, "sparsify": variance}
         aux_divisor = aux_divisors[preset] if preset in aux_divisors else e_variance
-        scale = jnp.minimum(n_dead / (d / 2), 1.0) if PRESETS[preset].gradual else 1.0
-        term = jnp.where(aux_divisor > 0, scale * aux / jnp.where(aux_divisor > 0, aux_divisor, 1.0), 0.0)
+        scale = jnp.minimum(n_dead / _half(d), 1.0) if PRESETS[preset].gradual else 1.0
+        # Of a batch of equal tokens only rounding is left of the variance.
+        spread = aux_divisor > jnp.finfo(x.dtype).eps * e_square
+        term = jnp.where(spread, scale * aux / jnp.where(spread, aux_divisor, 1.0), 0.0)
         total = total + jnp.where((auxk_weight > 0) & (n_dead > 0), auxk_weight * term, 0.0)
     return total, Batch(codes, fve=1 - e_square / variance, l0=n_fired / n_tokens)
 
@@ -110,10 +112,14 @@ def _auxiliary_square(
     shards: str | None = None, precision: str = "float32",
 ) -> Float[Array, ""]:  # fmt: skip
     """Σ(W_decᵀa − e)² over this device's tokens. Its pre-activations are those of the main term: computed once."""
-    k_aux = min(preset.k_aux or x.shape[1] // 2, sae.W_enc.shape[0] * topk.n_shards(shards))
+    k_aux = min(preset.k_aux or _half(x.shape[1]), sae.W_enc.shape[0] * topk.n_shards(shards))
     way = topk.Way(k_aux, rectified=preset.rectified, shards=shards, precision=precision)
     square, *_ = topk.square_error(x, e, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, way)
     return square
+
+
+def _half(d: int) -> int:
+    return max(1, d // 2)
 
 
 def _square(a: Float[Array, "..."]) -> Float[Array, ""]:

@@ -39,7 +39,7 @@ def _preactivations_fwd(x: Array, W_enc: Array, b_enc: Array, b_dec: Array) -> t
 def _preactivations_bwd(residuals: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
     x, W_enc, b_dec = residuals
     g_sum = g.sum(axis=0)
-    # g @ W_enc is only computed where somebody asks for the gradient of x: training does not, and XLA drops it.
+    # g @ W_enc is only computed where somebody asks for the gradient of x: XLA drops it elsewhere.
     return g @ W_enc, g.T @ (x - b_dec), g_sum, -(g_sum @ W_enc)
 
 
@@ -56,6 +56,15 @@ def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Ar
     """`jax.lax.top_k` behind a barrier: where XLA merges it with a slice of its result it sorts all n instead."""
     values, indices = jax.lax.top_k(z, k)  # one barrier each: XLA's partitioner aborts on one for the pair
     return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
+
+
+def exact(precision: str = "float32") -> Any:
+    """A context in which float32 matrices are multiplied as such: left to itself a TPU rounds them to bfloat16.
+
+    That rounding is about gamma / 400 of the signal, so deaths and uncentred SAEs cannot bear it. `bfloat16`, which is
+    for centred ones, leaves products to the accelerator.
+    """
+    return jax.default_matmul_precision("highest" if precision == "float32" else "default")
 
 
 def product(x: Float[Array, "B d"], W_enc: Float[Array, "n d"]) -> Float[Array, "B n"]:
@@ -110,7 +119,7 @@ def _square_error_fwd(
     x: Array, target: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, only: Array | None, way: Way
 ) -> tuple[Any, tuple[Array, ...]]:
     values, indices = _chosen(x, W_enc, b_enc, b_dec, only, way)
-    live = values > (0.0 if way.rectified else -jnp.inf)
+    live = ~(values <= 0) if way.rectified else values != -jnp.inf  # a NaN stays one, and stops the run
     values = jnp.where(live, values, 0.0)
     e, along = _error(target, Kept(values, indices), W_dec, way.shards)
     return (jnp.sum(e * e), e, (values, indices)), (x, W_enc, b_dec, values, indices, live, e, along)

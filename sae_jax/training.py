@@ -75,14 +75,14 @@ def hyper(config: ConfigDict) -> Hyper:
 
 def schedule(static: Static, step: Int[Array, ""]) -> Float[Array, ""]:
     """Warm-up, constant, decay to 0: the factor of the learning rate at a step, counted from 0."""
-    decay_steps = round(static.decay_fraction * static.steps)
+    start = max(static.warmup_steps, static.steps - round(static.decay_fraction * static.steps))
     factor: Array = optax.join_schedules(
         [
             optax.linear_schedule(1 / (static.warmup_steps + 1), 1.0, static.warmup_steps),
             optax.constant_schedule(1.0),
-            optax.linear_schedule(1.0, 0.0, max(decay_steps, 1)),
+            optax.linear_schedule(1.0, 0.0, max(static.steps - start, 1)),
         ],
-        [static.warmup_steps, max(static.warmup_steps, static.steps - decay_steps)],
+        [static.warmup_steps, start],
     )(step)
     return factor
 
@@ -144,12 +144,13 @@ def train_step(
         (loss, batch), grads = jax.value_and_grad(share, has_aux=True)(state.sae)
         return loss, grads, sae_lib.fired(batch.codes, dead.shape[0]), batch.fve, batch.l0
 
-    if static.preset == "none":
-        found = gradients(auxk=False)
-    else:
-        # Two whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
-        awake = anywhere((state.hyper.auxk_weight > 0) & (n_dead > 0))
-        found = jax.lax.cond(awake, lambda: gradients(auxk=True), lambda: gradients(auxk=False))
+    with topk.exact(static.precision):
+        if static.preset == "none":
+            found = gradients(auxk=False)
+        else:
+            # Two whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
+            awake = anywhere((state.hyper.auxk_weight > 0) & (n_dead > 0))
+            found = jax.lax.cond(awake, lambda: gradients(auxk=True), lambda: gradients(auxk=False))
     loss_share, grads, fired, fve, l0 = found
     loss, grads, n_fired, n_tokens = allsum((loss_share, grads, fired, jnp.asarray(x.shape[0], jnp.int32)))
 

@@ -4,8 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from sae_jax import kept, optimizer
+from sae_jax import kept, optimizer, training
 from sae_jax import sae as sae_lib
+from sae_jax.config import base
 
 CLIP, BETAS, RATE = 1.5, (0.9, 0.99), 0.03
 
@@ -43,3 +44,15 @@ def test_an_update_is_that_of_optax_whole_or_in_blocks_of_rows(monkeypatch, n, b
     along = np.sum(np.asarray(g.W_dec * before.W_dec), axis=1)
     square = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(g)) - float(np.sum(along**2))
     np.testing.assert_allclose(norm, np.sqrt(square), rtol=1e-11)
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0.2), (10, 0.5), (90, 0.5), (0, 0.0), (100, 1.0)])
+def test_the_learning_rate_rises_stays_and_ends_near_zero(warmup, decay):
+    static = training.Static.of(base({"train.steps": 100, "train.warmup_steps": warmup, "train.decay_fraction": decay,
+                                      "data.signal": "gaussian"}))  # fmt: skip
+    factors = np.array([training.schedule(static, jnp.int32(step)) for step in range(100)])
+    start = max(warmup, round(100 - 100 * decay))
+    rise = np.linspace(1 / (warmup + 1), 1, warmup, endpoint=False)
+    np.testing.assert_allclose(factors[:warmup], rise, rtol=1e-5)
+    np.testing.assert_allclose(factors[warmup:start], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(factors[start:], 1 - np.arange(100 - start) / max(100 - start, 1), atol=1e-6)

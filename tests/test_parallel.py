@@ -116,7 +116,12 @@ def test_the_same_step_is_exported_for_every_platform(platform):
     own = jax.export.DisabledSafetyCheck.custom_call("cpu_csr_sparse_dense_ffi")  # it is the same JAX that runs it
     exported = jax.export.export(step, platforms=[platform], disabled_checks=[own])(abstract, x)
     assert exported.platforms == (platform,)
-    assert ("cpu_csr_sparse_dense" in exported.mlir_module()) == (platform == "cpu")
+    program = exported.mlir_module()
+    assert ("cpu_csr_sparse_dense" in program) == (platform == "cpu")
+    # Left to itself a TPU multiplies float32 matrices in bfloat16.
+    products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 @pytest.mark.usefixtures("x64")

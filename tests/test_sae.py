@@ -135,7 +135,7 @@ def naive_loss(sae, x, dead, weight, preset):
     aux_rank = jnp.argsort(jnp.argsort(jnp.where(dead, -source, jnp.inf), axis=1, stable=True), axis=1)
     aux = jnp.sum((jnp.where(dead & (aux_rank < k_aux), source, 0) @ sae.W_dec - e) ** 2)
     weight = weight * dead.any()  # with nothing dead all four leave the term out
-    gradual = jnp.minimum(dead.sum() / (d / 2), 1)
+    gradual = jnp.minimum(dead.sum() / (d // 2), 1)
     match preset:
         case "openai":
             return square / x.size + weight * aux / e_variance
@@ -206,11 +206,44 @@ def test_auxk_gradient_agrees_with_finite_differences_of_the_frozen_error(rng, p
 
 
 @pytest.mark.usefixtures("x64")
-def test_ties_and_few_positive_entries_keep_gradients_finite_and_right(rng):
-    sae, x = a_sae(rng, k=24), jnp.asarray(rng.normal(size=(10, 6)))  # k = n: many kept zeros
-    none_dead, weight = jnp.zeros(24, bool), jnp.asarray(0.0)
-    mine = lambda sae: objective.loss(sae, x, none_dead, weight, preset="none")[0]  # noqa: E731
-    assert_naive(mine, sae, x, none_dead, weight, "none")
+def test_gradients_that_training_does_not_take_are_right(rng):
+    """Of the tokens, and of `preactivations` and `decode`, on which the remedies of experiments/ stand."""
+    sae, x = a_sae(rng, k=3), jnp.asarray(rng.normal(size=(10, 6)))
+
+    def kept(sae, x):
+        z = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+        return jnp.where(jnp.argsort(jnp.argsort(-z, axis=1), axis=1) < sae.k, jnp.maximum(z, 0), 0)
+
+    pairs = (
+        (lambda s, x: sae_lib.square_error(s, x)[0], lambda s, x: jnp.sum((x - kept(s, x) @ s.W_dec - s.b_dec) ** 2)),
+        (lambda s, x: jnp.sum(sae_lib.preactivations(s, x) ** 3),
+         lambda s, x: jnp.sum(((x - s.b_dec) @ s.W_enc.T + s.b_enc) ** 3)),
+    )  # fmt: skip
+    for mine, plain in pairs:
+        found, expected = (jax.grad(f, argnums=(0, 1))(sae, x) for f in (mine, plain))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)
+    codes, dense = sae_lib.encode(sae, x), kept(sae, x)
+    found = jax.grad(lambda s: jnp.sum((x - sae_lib.decode(s, codes)) ** 3))(sae)
+    expected = jax.grad(lambda s: jnp.sum((x - dense @ s.W_dec - s.b_dec) ** 3))(sae)
+    np.testing.assert_allclose(found.W_dec, expected.W_dec, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_dimension_and_a_batch_of_equal_tokens_stay_finite(rng, preset):
+    dead, weight = jnp.arange(24) < 15, jnp.asarray(1.0)
+    narrow, x = a_sae(rng, d=1, k=2, dtype=np.float32), rng.normal(size=(10, 1)).astype(np.float32)
+    grad = jax.value_and_grad(lambda s, x: objective.loss(s, x, dead, weight, preset=preset)[0])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grad(narrow, jnp.asarray(x))))
+    if preset != "sparsify":  # whose first term is over the batch's variance
+        alike = jnp.tile(jnp.asarray(rng.normal(size=6).astype(np.float32)), (3, 1))
+        value, _ = grad(a_sae(rng, k=3, dtype=np.float32), alike)
+        assert 0 < value < 10_000
+
+
+def test_a_nan_row_shows_in_the_loss(rng):
+    sae, x = a_sae(rng, k=3, dtype=np.float32), jnp.asarray(rng.normal(size=(10, 6)).astype(np.float32))
+    sae = sae.replace(W_enc=sae.W_enc.at[4].set(jnp.nan))
+    assert np.isnan(objective.loss(sae, x, jnp.zeros(24, bool), jnp.asarray(0.0), preset="none")[0])
 
 
 def test_fve_is_about_the_mean_and_exact_at_high_gamma(rng):
