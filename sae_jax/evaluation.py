@@ -44,7 +44,8 @@ def evaluate_batch(
             _, error, codes = sae_lib.square_error(sae, x, shards)
             codes = codes._replace(values=jnp.where(valid[:, None], codes.values, 0.0))
             positive = (sae_lib.preactivations(sae, x) > 0) & valid[:, None]
-            seen = Sightings(positive.any(axis=0), sae_lib.fired(codes, sae.W_enc.shape[0]) > 0)
+            fired = sae_lib.fired(codes, sae.W_enc.shape[0]) > 0
+            seen = Sightings(positive.any(axis=0) | fired, fired)  # two products, which may round apart
         error = jnp.where(valid[:, None], error, 0.0)
         n_fired = topk.over_shards(jnp.sum(codes.values > 0, dtype=x.dtype), shards)
         return seen, Sums(jnp.sum(error**2), n_fired)

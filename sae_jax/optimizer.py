@@ -52,7 +52,7 @@ def update(
     `shards` names the mesh axis over which the features are split, where they are.
     """
     squares = jax.tree.map(lambda g: jnp.sum(g * g), grads)
-    along = jnp.zeros_like(grads.b_enc)  # what the gradient of a row of W_dec has along the row
+    along: Array | None = None  # what the gradient of a row of W_dec has along the row
     if unit_decoder:
         along = jnp.sum(grads.W_dec * sae.W_dec, axis=1)
         # ‖g − a w‖² of every row, from one pass over g and w.
@@ -106,7 +106,7 @@ def _in_place(
     fn: Callable[..., tuple[Array, ...]], old: tuple[Array, ...], given: tuple[Array | None, ...],
     start: Array, size: int,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """Rows from `start` on of `old` replaced by fn(*old, *given), twice `size` of them.
+    """The 2 · `size` rows from `start` on of `old` replaced by fn(*old, *given).
 
     A loop is what XLA cannot merge with its neighbours: as one expression it computes the moments a second time for the
     parameters, and then has to copy what is read and written at once.

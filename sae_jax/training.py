@@ -218,7 +218,10 @@ def group_step(
 
 
 def in_shared_frame(state: TrainState) -> SAE:
-    """The group's SAEs for the tokens that all share: what a member does to them first is folded into its weights."""
+    """The group's SAEs for the tokens that all share: what a member does to them first is folded into its weights.
+
+    Without a matrix it is a shift alone, as `Ensemble` makes it.
+    """
     before = state.hyper.before
     if before is None:
         sae: SAE = state.sae

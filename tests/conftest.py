@@ -16,7 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-NUMERIC = ("sae", "topk", "objective", "death", "outliers", "synthetic", "recovery", "fates", "training", "evaluation")
+NUMERIC = (
+    "sae", "topk", "kept", "optimizer", "objective", "death", "outliers", "synthetic", "recovery", "fates", "training",
+    "evaluation",
+)  # fmt: skip
 install_import_hook([f"sae_jax.{name}" for name in NUMERIC], "beartype.beartype")
 
 import jax  # noqa: E402
