@@ -56,7 +56,7 @@ def _check_workdir(root: epath.Path, wanted: dict[str, Any]) -> None:
     elif steps:
         raise Refused("--workdir", str(root), f"a new folder: this one has checkpoints but no {CONFIG}")
     if not steps and (root / "report.json").exists():
-        raise Refused("--workdir", str(root), "a new folder: this one has a report, but its checkpoints are gone")
+        raise Refused("--workdir", str(root), "a new folder: this one has a report, but no checkpoints")
 
 
 def check_data(workdir: str, data: dict[str, Any]) -> None:
@@ -318,5 +318,5 @@ def saved(workdir: str) -> Saved:
                 history=ocp.args.JsonRestore(),
             ),
         )
-    identity = json.loads((root / CONFIG).read_text())
+    identity = disk.read_json("--workdir", root / CONFIG)
     return Saved(step, list(found.state), found.statistics, found.history, identity)

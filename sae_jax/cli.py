@@ -37,7 +37,7 @@ verbs:
 
 def main(argv: list[str]) -> int:
     """Runs one verb; returns the exit code."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
         print(USAGE, end="")
         return 0 if argv else 2
     try:
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     except (OSError, MemoryError) as error:
         return _say(f"{type(error).__name__}: {error}", RunFailed.exit_code)
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
         return _say(f"out of memory: fewer sae.n_features or a smaller batch may fit ({error})", RunFailed.exit_code)
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sae_jax import diagnosis_figures, figures, outliers, remedies, report, theory
+from sae_jax import checkpoint, diagnosis_figures, figures, outliers, remedies, report, theory
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import Severity
 from sae_jax.probes import Band, Forecast
@@ -113,6 +113,8 @@ def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None
         raise Refused("n_probes", n_probes, "16 to 2^20")
     if not 0 <= seed < 2**31:
         raise Refused("seed", seed, "0 to 2^31 - 1")
+    if workdir and (epath.Path(workdir) / checkpoint.CONFIG).exists():
+        raise Refused("--workdir", workdir, "a folder of its own: this one holds a run")
     if workdir and "://" not in workdir:
         there = Path(workdir).absolute()
         while not there.exists():

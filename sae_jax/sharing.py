@@ -160,7 +160,7 @@ def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: d
 def _facts(folder: epath.Path) -> dict[str, Any]:
     """What the report of a finished run says of its data."""
     path = folder / "report.json"
-    return json.loads(path.read_text()).get("data", {}) if path.exists() else {}
+    return disk.read_json("--workdir", path).get("data", {}) if path.exists() else {}
 
 
 def _origin(config: Any, facts: dict[str, Any]) -> dict[str, Any]:

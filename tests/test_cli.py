@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sae_jax
 from sae_jax import cli
 
 ROOT = Path(__file__).parents[1]
@@ -125,3 +126,25 @@ def test_nan_met_in_the_run_is_exit_3(capsys, tmp_path):
     assert "step 0" in streams.err
     assert "batch 0" in streams.err
     assert "not finite" in streams.err
+
+
+def test_a_verb_has_help(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_a_run_keeps_its_folder_and_its_damaged_settings_are_named(capsys, tiny, tmp_path, rng):
+    run, tokens = tmp_path / "run", tmp_path / "x.npy"
+    tiny.train.steps = 0
+    sae_jax.train(tiny, str(run))
+    np.save(tokens, rng.normal(size=(500, tiny.data.d_model)).astype(np.float32))
+    before = (run / "report.json").read_bytes()
+    assert cli.main(["diagnose", f"--activations={tokens}", f"--workdir={run}", "--n_features=64", "--k=4"]) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert (run / "report.json").read_bytes() == before
+    (run / "config.json").write_text('{"a":')
+    assert cli.main(["export", f"--workdir={run}", f"--out={tmp_path}/out"]) == 2
+    said = capsys.readouterr().err
+    assert "config.json" in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
