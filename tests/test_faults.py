@@ -116,7 +116,7 @@ def test_without_a_good_checkpoint_the_run_is_refused_and_never_begun_again(run)
         sae_jax.train(config, str(workdir))
     assert before == {path: path.read_bytes() for path in files_in(workdir / "checkpoints")}
     shutil.rmtree(workdir / "checkpoints")
-    with pytest.raises(Refused, match="a report, but its checkpoints are gone"):
+    with pytest.raises(Refused, match="a report, but no checkpoints"):
         sae_jax.train(config, str(workdir))
 
 
