@@ -269,10 +269,9 @@ def undisturbed(root: Path, name: str, times: int = 2) -> Ended:
 
 def summary(rows: list[dict[str, str]]) -> str:
     """A line for every fault, in Markdown."""
-    sums = {"kills": "kills", "saved_first": "saved first", "resumed": "resumed", "identical": "identical",
-            "half_visible": "half visible", "tracebacks": "tracebacks"}  # fmt: skip
-    columns = ["fault", "tries", *sums.values(), "most lost", "slowest stop, s", "exits"]
-    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    sums = ("kills", "saved_first", "resumed", "identical", "half_visible", "tracebacks")
+    columns = ["fault", "tries", *sums, "most lost", "slowest stop, s", "exits"]
+    lines = [f"| {' | '.join(columns)} |".replace("_", " "), "| --- " * len(columns) + "|"]
     for what in dict.fromkeys(row["what"] for row in rows):
         mine = [row for row in rows if row["what"] == what]
         total = " | ".join(str(sum(int(row[key] or 0) for row in mine)) for key in sums)

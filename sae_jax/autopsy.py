@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from sae_jax import death, diagnosis, evaluation, fates, figures, formats, outliers, remedies, report, sharing, topk
+from sae_jax import death, diagnosis, evaluation, fates, figures, formats, outliers, remedies, report, sharing
 from sae_jax import sae as sae_lib
 from sae_jax.diagnosis import Report
 from sae_jax.errors import Refused
@@ -134,8 +134,7 @@ def _pass(saes: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> Seen:
         error = jnp.where(valid[:, None], x - sae_lib.decode(sae, codes), 0.0)
         return Seen(seen, sae_lib.fired(codes, seen.fired.shape[0]), jnp.sum(error**2))
 
-    with topk.exact():
-        found: Seen = sae_lib.each_member(one, saes)
+    found: Seen = sae_lib.each_member(one, saes)
     return found
 
 

@@ -52,8 +52,7 @@ def evaluate_batch(
 
     about = jnp.where(valid[:, None], x - shift, 0.0)
     data = (about.sum(axis=0), jnp.sum(about**2))
-    with topk.exact():
-        members = tuple(sae_lib.each_member(one, sae) for sae in groups)
+    members = tuple(sae_lib.each_member(one, sae) for sae in groups)
     seen = tuple(jax.tree.map(lambda flag: allsum(flag.astype(jnp.int32)) > 0, s) for s, _ in members)
     return seen, allsum((tuple(sums for _, sums in members), data))
 
@@ -141,8 +140,7 @@ def _shift_sums(group: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> 
         z_pre = jnp.where(valid[:, None], sae_lib.preactivations(sae, x), 0.0)
         return seen, (z_pre.sum(axis=0), (z_pre**2).sum(axis=0))
 
-    with topk.exact():
-        return sae_lib.each_member(one, group)
+    return sae_lib.each_member(one, group)
 
 
 def shifts(

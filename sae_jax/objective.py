@@ -97,12 +97,12 @@ def loss(
     if auxk and preset != "none":
         n_dead = topk.over_shards(dead.sum(), shards)
         aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], shards, precision)
+        # Of tokens that are all alike only rounding is left of this variance.
+        e_variance = jnp.where(e_variance > (4 * jnp.finfo(x.dtype).eps) ** 2 * e_square, e_variance, 0.0)
         aux_divisors = {"saelens": n_tokens, "sparsify": variance}
         aux_divisor = aux_divisors[preset] if preset in aux_divisors else e_variance
         scale = jnp.minimum(n_dead / _half(d), 1.0) if PRESETS[preset].gradual else 1.0
-        # Of a batch of equal tokens only rounding is left of the variance.
-        spread = aux_divisor > jnp.finfo(x.dtype).eps * e_square
-        term = jnp.where(spread, scale * aux / jnp.where(spread, aux_divisor, 1.0), 0.0)
+        term = jnp.where(aux_divisor > 0, scale * aux / jnp.where(aux_divisor > 0, aux_divisor, 1.0), 0.0)
         total = total + jnp.where((auxk_weight > 0) & (n_dead > 0), auxk_weight * term, 0.0)
     return total, Batch(codes, fve=1 - e_square / variance, l0=n_fired / n_tokens)
 

@@ -20,6 +20,15 @@ CHUNKS, CHUNK = 16, 128  # pieces of a batch, and least tokens in one: top-k of 
 # -- encode ----------------------------------------------------------------------------------------------------------
 
 
+def exact(precision: str = "float32") -> Any:
+    """A context in which float32 matrices are multiplied as such: left to itself a TPU rounds them to bfloat16.
+
+    That rounding is about gamma / 400 of the signal, so deaths and uncentred SAEs cannot bear it: every function here
+    asks for the whole. `bfloat16`, a way to train centred SAEs, leaves products to the accelerator.
+    """
+    return jax.default_matmul_precision("highest" if precision == "float32" else "default")
+
+
 @jax.custom_vjp
 def preactivations(
     x: Float[Array, "B d"], W_enc: Float[Array, "n d"], b_enc: Float[Array, "n"], b_dec: Float[Array, "d"]
@@ -29,7 +38,8 @@ def preactivations(
     The mean is subtracted before the product: at high gamma W_enc x − W_enc b_dec cancels and float32 loses the signal.
     The gradient of b_dec sums over the batch first, so it needs a vector-matrix product in place of a third matmul.
     """
-    return (x - b_dec) @ W_enc.T + b_enc
+    with exact():
+        return (x - b_dec) @ W_enc.T + b_enc
 
 
 def _preactivations_fwd(x: Array, W_enc: Array, b_enc: Array, b_dec: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -40,7 +50,8 @@ def _preactivations_bwd(residuals: tuple[Array, ...], g: Array) -> tuple[Array, 
     x, W_enc, b_dec = residuals
     g_sum = g.sum(axis=0)
     # g @ W_enc is only computed where somebody asks for the gradient of x: XLA drops it elsewhere.
-    return g @ W_enc, g.T @ (x - b_dec), g_sum, -(g_sum @ W_enc)
+    with exact():
+        return g @ W_enc, g.T @ (x - b_dec), g_sum, -(g_sum @ W_enc)
 
 
 preactivations.defvjp(_preactivations_fwd, _preactivations_bwd)
@@ -58,15 +69,6 @@ def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Ar
     return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
 
 
-def exact(precision: str = "float32") -> Any:
-    """A context in which float32 matrices are multiplied as such: left to itself a TPU rounds them to bfloat16.
-
-    That rounding is about gamma / 400 of the signal, so deaths and uncentred SAEs cannot bear it. `bfloat16`, which is
-    for centred ones, leaves products to the accelerator.
-    """
-    return jax.default_matmul_precision("highest" if precision == "float32" else "default")
-
-
 def product(x: Float[Array, "B d"], W_enc: Float[Array, "n d"]) -> Float[Array, "B n"]:
     """W_enc x, added up in the precision of x; W_enc may be bfloat16, then so is the other operand.
 
@@ -80,7 +82,8 @@ def encode(
     x: Float[Array, "B d"], W_enc: Float[Array, "n d"], b_enc: Float[Array, "n"], b_dec: Float[Array, "d"], k: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
     """`top_k` of `preactivations`."""
-    values, indices = _chosen(x, W_enc, b_enc, b_dec, None, Way(k))
+    with exact():
+        values, indices = _chosen(x, W_enc, b_enc, b_dec, None, Way(k))
     return jax.nn.relu(values), indices
 
 
@@ -118,10 +121,11 @@ def square_error(
 def _square_error_fwd(
     x: Array, target: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, only: Array | None, way: Way
 ) -> tuple[Any, tuple[Array, ...]]:
-    values, indices = _chosen(x, W_enc, b_enc, b_dec, only, way)
-    live = ~(values <= 0) if way.rectified else values != -jnp.inf  # a NaN stays one, and stops the run
-    values = jnp.where(live, values, 0.0)
-    e, along = _error(target, Kept(values, indices), W_dec, way.shards)
+    with exact(way.precision):
+        values, indices = _chosen(x, W_enc, b_enc, b_dec, only, way)
+        live = ~(values <= 0) if way.rectified else values != -jnp.inf  # a NaN stays one, and stops the run
+        values = jnp.where(live, values, 0.0)
+        e, along = _error(target, Kept(values, indices), W_dec, way.shards)
     return (jnp.sum(e * e), e, (values, indices)), (x, W_enc, b_dec, values, indices, live, e, along)
 
 
@@ -129,12 +133,14 @@ def _square_error_bwd(way: Way, residuals: tuple[Array, ...], cotangents: tuple[
     x, W_enc, b_dec, values, indices, live, e, along = residuals
     factor = -2 * cotangents[0]
     g, g_kept = factor * e, jnp.where(live, factor * along, 0.0)
-    g_dec, g_enc = scatter((values, g_kept), indices, (g, x - b_dec), W_enc.shape[0])
     g_sum = jnp.zeros_like(W_enc[:, 0]).at[indices.ravel()].add(g_kept.ravel())
     # The gradient of x is computed only where somebody asks for it: training does not, and XLA drops it. That of b_dec
     # sums over the batch first, which leaves a vector-matrix product.
-    g_x = over_shards(combine(Kept(g_kept, indices), W_enc), way.shards)
-    return g_x, -g, g_enc, g_sum, g_dec, -over_shards(g_sum @ W_enc, way.shards), None
+    with exact(way.precision):
+        g_dec, g_enc = scatter((values, g_kept), indices, (g, x - b_dec), W_enc.shape[0])
+        g_x = over_shards(combine(Kept(g_kept, indices), W_enc), way.shards)
+        g_b_dec = -over_shards(g_sum @ W_enc, way.shards)
+    return g_x, -g, g_enc, g_sum, g_dec, g_b_dec, None
 
 
 square_error.defvjp(_square_error_fwd, _square_error_bwd)
@@ -233,7 +239,8 @@ def n_shards(shards: str | None) -> int:
 @jax.custom_vjp
 def decode(values: Float[Array, "B k"], indices: Int[Array, "B k"], rows: Float[Array, "n d"]) -> Float[Array, "B d"]:
     """Σ_j values[:, j] · rows[indices[:, j]]."""
-    return combine(Kept(values, indices), rows)
+    with exact():
+        return combine(Kept(values, indices), rows)
 
 
 def _decode_fwd(values: Array, indices: Array, rows: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -242,7 +249,8 @@ def _decode_fwd(values: Array, indices: Array, rows: Array) -> tuple[Array, tupl
 
 def _decode_bwd(residuals: tuple[Array, ...], g: Array) -> tuple[Array, None, Array]:
     values, indices, rows = residuals
-    return pick(g, Kept(values, indices), rows), None, scatter((values,), indices, (g,), rows.shape[0])[0]
+    with exact():
+        return pick(g, Kept(values, indices), rows), None, scatter((values,), indices, (g,), rows.shape[0])[0]
 
 
 decode.defvjp(_decode_fwd, _decode_bwd)

@@ -144,13 +144,12 @@ def train_step(
         (loss, batch), grads = jax.value_and_grad(share, has_aux=True)(state.sae)
         return loss, grads, sae_lib.fired(batch.codes, dead.shape[0]), batch.fve, batch.l0
 
-    with topk.exact(static.precision):
-        if static.preset == "none":
-            found = gradients(auxk=False)
-        else:
-            # Two whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
-            awake = anywhere((state.hyper.auxk_weight > 0) & (n_dead > 0))
-            found = jax.lax.cond(awake, lambda: gradients(auxk=True), lambda: gradients(auxk=False))
+    if static.preset == "none":
+        found = gradients(auxk=False)
+    else:
+        # Two whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
+        awake = anywhere((state.hyper.auxk_weight > 0) & (n_dead > 0))
+        found = jax.lax.cond(awake, lambda: gradients(auxk=True), lambda: gradients(auxk=False))
     loss_share, grads, fired, fve, l0 = found
     loss, grads, n_fired, n_tokens = allsum((loss_share, grads, fired, jnp.asarray(x.shape[0], jnp.int32)))
 

@@ -206,6 +206,14 @@ def test_auxk_gradient_agrees_with_finite_differences_of_the_frozen_error(rng, p
 
 
 @pytest.mark.usefixtures("x64")
+def test_ties_and_few_positive_entries_keep_gradients_finite_and_right(rng):
+    sae, x = a_sae(rng, k=24), jnp.asarray(rng.normal(size=(10, 6)))  # k = n: many kept zeros
+    none_dead, weight = jnp.zeros(24, bool), jnp.asarray(0.0)
+    mine = lambda sae: objective.loss(sae, x, none_dead, weight, preset="none")[0]  # noqa: E731
+    assert_naive(mine, sae, x, none_dead, weight, "none")
+
+
+@pytest.mark.usefixtures("x64")
 def test_gradients_that_training_does_not_take_are_right(rng):
     """Of the tokens, and of `preactivations` and `decode`, on which the remedies of experiments/ stand."""
     sae, x = a_sae(rng, k=3), jnp.asarray(rng.normal(size=(10, 6)))
@@ -238,6 +246,32 @@ def test_one_dimension_and_a_batch_of_equal_tokens_stay_finite(rng, preset):
         alike = jnp.tile(jnp.asarray(rng.normal(size=6).astype(np.float32)), (3, 1))
         value, _ = grad(a_sae(rng, k=3, dtype=np.float32), alike)
         assert 0 < value < 10_000
+
+
+@pytest.mark.parametrize("preset", PRESETS[1:])
+@pytest.mark.parametrize("gamma", [0, 1000])
+def test_auxk_counts_however_large_the_error_is(rng, preset, gamma):
+    sae, dead = a_sae(rng, k=3, dtype=np.float32), jnp.arange(24) < 15
+    x = jnp.asarray((rng.normal(size=(200, 6)) + gamma).astype(np.float32)) * 100
+    without, with_it = (objective.loss(sae, x, dead, jnp.asarray(w), preset=preset)[0] for w in (0.0, 1.0))
+    assert with_it > without
+
+
+def test_measuring_asks_for_whole_products(rng):
+    """Left to itself a TPU would multiply float32 matrices in bfloat16."""
+    sae, x = a_sae(rng, dtype=np.float32), jnp.ones((10, 6))
+
+    def measure(*leaves):
+        sae = sae_lib.SAE(*leaves, k=3)
+        seen, codes = death.sight(sae, x, jnp.ones(10, bool))
+        grads = jax.grad(lambda sae: jnp.sum(sae_lib.preactivations(sae, x)) + jnp.sum(sae_lib.decode(sae, codes)))(sae)
+        return seen.fired, sae_lib.reconstruct(sae, x)[0], grads.W_enc, grads.W_dec, grads.b_dec
+
+    leaves = (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    program = jax.export.export(jax.jit(measure), platforms=["tpu"])(*leaves).mlir_module()
+    products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) >= 5
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 def test_a_nan_row_shows_in_the_loss(rng):
