@@ -5,7 +5,7 @@
     python -m sae_jax sweep --config=configs/sweep.py --workdir=runs/sweep --filter=model=gpt2
 
 Layers are the interior ones: layer L is the residual stream after L blocks, 1 to blocks − 1, and AlphaFold3's layer 0
-(sae_jax/activations/facts.py). The larger models want an accelerator; gated ones their terms accepted and HF_TOKEN;
+(sae_jax/models/facts.py). The larger models want an accelerator; gated ones their terms accepted and HF_TOKEN;
 ESM3 an environment of its own (extra esm3); ProGen2, Evo and gLM2 the commit of the code that you let run, as
 --config.data.model.remote_code=evo=COMMIT; AlphaFold3 a file, --config.data.model.activations=PATH. What cannot be
 had becomes a row that says so. Inputs are the small built-in ones until you name your own: data.model.text, images,
@@ -17,9 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sae_jax.activations.facts import PAPER
-from sae_jax.combinations import CONDITIONS
 from sae_jax.config import base
+from sae_jax.models.facts import PAPER
+from sae_jax.sweeps.combinations import CONDITIONS
 
 
 def get_config() -> ConfigDict:

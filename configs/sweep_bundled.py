@@ -14,9 +14,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sae_jax.activations.facts import BUNDLED, GEMMA
-from sae_jax.combinations import CONDITIONS
 from sae_jax.config import base
+from sae_jax.models.facts import BUNDLED, GEMMA
+from sae_jax.sweeps.combinations import CONDITIONS
 
 TRAINED = {GEMMA: (2, 9), "minilm-l6": (3,), "antiberty": (4,), "efficientnet-lite0": (8, 16)}
 

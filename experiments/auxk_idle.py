@@ -18,9 +18,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import death, objective, recovery, report, synthetic, training
-from sae_jax import sae as sae_lib
-from sae_jax.sae import SAE
+from sae_jax.activations import synthetic
+from sae_jax.autoencoder import death, objective
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.sae import SAE
+from sae_jax.reports import tables
+from sae_jax.training import recovery
+from sae_jax.training import step as step_lib
 
 # d, true features, active, n, k, batch, steps, held-out tokens
 SCALES = {"smoke": (16, 32, 2, 128, 4, 32, 60, 500), "cpu": (64, 256, 5, 1024, 8, 128, 4000, 20_000),
@@ -38,10 +42,10 @@ def trained(scale: str, rows: int, encoder: bool, decoder: bool) -> tuple[SAE, s
     c.sae.n_features, c.sae.k = n * rows // 4, k
     c.data.update(signal="sparse", gamma=20.0, d_model=d, n_true_features=n_true, n_active=active)
     c.train.update(steps=steps, batch_size=batch, learning_rate=1e-3)
-    static, spec = training.Static.of(c), synthetic.build(c.data, c.seed)
+    static, spec = step_lib.Static.of(c), synthetic.build(c.data, c.seed)
     weight = config_lib.auxk_weight(c)
 
-    def step(t: jax.Array, s: training.TrainState) -> training.TrainState:
+    def step(t: jax.Array, s: step_lib.TrainState) -> step_lib.TrainState:
         x = synthetic.sample(spec, 0, t, jnp.arange(batch))
         dead = s.tokens_since_fired >= s.hyper.dead_after_tokens
 
@@ -55,12 +59,12 @@ def trained(scale: str, rows: int, encoder: bool, decoder: bool) -> tuple[SAE, s
                 W_enc=grads.W_enc + encoder * more.W_enc, b_enc=grads.b_enc + encoder * more.b_enc,
                 b_dec=grads.b_dec + encoder * more.b_dec, W_dec=grads.W_dec + decoder * more.W_dec,
             )  # fmt: skip
-        sae, moments, _ = training.descend(s, grads, static)
+        sae, moments, _ = step_lib.descend(s, grads, static)
         fired = sae_lib.fired(batch_found.codes, static.n_features) > 0
         return s.replace(step=s.step + 1, sae=sae, moments=moments,
                          tokens_since_fired=death.count_tokens(s.tokens_since_fired, fired, batch))  # fmt: skip
 
-    start = training.init_state(jax.random.key(c.seed), static, training.hyper(c), spec.mu)
+    start = step_lib.init_state(jax.random.key(c.seed), static, step_lib.hyper(c), spec.mu)
     return jax.jit(lambda s: jax.lax.fori_loop(0, steps, step, s))(start).sae, spec, c
 
 
@@ -94,7 +98,7 @@ def main(workdir: Path, scale: str) -> None:
         sae, spec, c = trained(scale, per_feature, encoder, decoder)
         rows.append({"arm": name, "n": c.sae.n_features, **looked_at(sae, spec, SCALES[scale][-1])})
         print(rows[-1], flush=True)
-    report.write_csv(workdir / "auxk_idle.csv", rows)
+    tables.write_csv(workdir / "auxk_idle.csv", rows)
 
 
 if __name__ == "__main__":

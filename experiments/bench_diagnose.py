@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from sae_jax import diagnosis, outliers, remedies, sources
+from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.models import sources
+from sae_jax.outliers import moments as moments_lib
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/bench_diagnose", "folder for the activations")
 N_PARTS = flags.DEFINE_integer("n_parts", 3, "twentieths of the tokens to measure on")
@@ -64,7 +66,7 @@ def main(_: list[str]) -> None:
     seconds = {}
     start = time.perf_counter()
     severity, sample, _ = diagnosis.first_pass(tokens)
-    median = outliers.geometric_median(lambda: [sample], severity.raw.mean)
+    median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean)
     choices = remedies.preprocessings(severity, median)
     seconds["moments"] = time.perf_counter() - start
     start = time.perf_counter()

@@ -19,7 +19,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import report, synthetic, training
+from sae_jax.activations import synthetic
+from sae_jax.reports import tables
+from sae_jax.training import step as step_lib
 
 # d, n, k, batch: of the recovery figure, and a larger one
 SHAPES = ((32, 128, 3, 32), (32, 256, 2, 64))
@@ -29,11 +31,11 @@ STEPS = {"smoke": 20, "cpu": 1000, "paper": 20_000}
 
 def timed(config: ConfigDict, like: Any, steps: int) -> Callable[[Any], float]:
     """A function that runs `steps` steps from states of a shape and returns the seconds they took."""
-    static, spec = training.Static.of(config), synthetic.build(config.data, 0)
+    static, spec = step_lib.Static.of(config), synthetic.build(config.data, 0)
 
     def body(t: jax.Array, states: Any) -> Any:
         x = synthetic.sample(spec, 0, t, jnp.arange(config.train.batch_size))
-        return training.group_step(states, x, static=static, allsum=lambda tree: tree)[0]
+        return step_lib.group_step(states, x, static=static, allsum=lambda tree: tree)[0]
 
     run = jax.jit(lambda states: jax.lax.fori_loop(0, steps, body, states)).lower(like).compile()
 
@@ -58,8 +60,8 @@ def row(shape: tuple[int, int, int, int], preset: str, steps: int) -> dict[str, 
         member = ConfigDict(config.to_dict())
         member.seed = seed
         configs.append(member)
-    group = training.init_group(configs, jnp.zeros((MEMBERS, d)))
-    members = [training.init_group([c], jnp.zeros((1, d))) for c in configs]
+    group = step_lib.init_group(configs, jnp.zeros((MEMBERS, d)))
+    members = [step_lib.init_group([c], jnp.zeros((1, d))) for c in configs]
     together, alone = timed(config, group, steps), timed(config, members[0], steps)
     turns = np.array([(together(group), sum(map(alone, members))) for _ in range(TURNS)])
     one, many = np.median(turns, axis=0)
@@ -73,8 +75,8 @@ def main(workdir: Path, scale: str) -> None:
     for shape in SHAPES:
         for preset in ("none", "dictionary_learning"):
             rows.append(row(shape, preset, STEPS[scale]))
-            print(report.one_line(rows[-1]), flush=True)
-    report.write_csv(workdir / "bench_ensemble.csv", rows)
+            print(tables.one_line(rows[-1]), flush=True)
+    tables.write_csv(workdir / "bench_ensemble.csv", rows)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from absl import app, flags
 from array_record.python import array_record_data_source, array_record_module
 
 from sae_jax import config as config_lib
-from sae_jax import report, training
 from sae_jax.activations import pipeline, store, stored
+from sae_jax.reports import tables
+from sae_jax.training import step as step_lib
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/bench_pipeline", "folder for the activations")
 CHUNKS = flags.DEFINE_integer("n_chunks", 1600, "chunks of 256 tokens")
@@ -98,9 +99,9 @@ def trained() -> Callable[[], int]:
     """Steps of one SAE on a batch that is there."""
     config = config_lib.base()
     config.auxk.preset = "none"
-    state = training.init_group([config], jnp.zeros((1, D)))
-    static = training.Static.of(config)
-    step = jax.jit(lambda s, x: training.group_step(s, x, static=static, allsum=lambda tree: tree)[0])
+    state = step_lib.init_group([config], jnp.zeros((1, D)))
+    static = step_lib.Static.of(config)
+    step = jax.jit(lambda s, x: step_lib.group_step(s, x, static=static, allsum=lambda tree: tree)[0])
     x = np.random.default_rng(0).standard_normal((BATCH, D), np.float32)
     held = [step(state, x)]
 
@@ -139,7 +140,7 @@ def main(_: list[str]) -> None:
          "highest": round(max(found)), "of_the_numpy_floor": round(float(np.median(found) / floor), 3)}
         for name, found in rates.items()
     ]  # fmt: skip
-    report.write_csv(root / "bench_pipeline.csv", rows)
+    tables.write_csv(root / "bench_pipeline.csv", rows)
     for row in rows:
         print(f"{row['what']:14s} {row['rows_per_second']:9,d} rows/s ({row['lowest']:,d} to {row['highest']:,d}), "
               f"{100 * row['of_the_numpy_floor']:.1f} % of NumPy's")  # fmt: skip

@@ -32,8 +32,10 @@ import optax
 warnings.filterwarnings("ignore")  # the peers' own
 
 from sae_jax import config as config_lib  # noqa: E402
-from sae_jax import death, optimizer, report, training  # noqa: E402
-from sae_jax import sae as sae_lib  # noqa: E402
+from sae_jax.autoencoder import death, optimizer  # noqa: E402
+from sae_jax.autoencoder import sae as sae_lib  # noqa: E402
+from sae_jax.reports import tables  # noqa: E402
+from sae_jax.training import step as step_lib  # noqa: E402
 
 
 class Shape(NamedTuple):
@@ -90,14 +92,14 @@ def ours(shape: Shape, half_dead: bool, precision: str = "float32") -> Step:
     config.sae.n_features, config.sae.k, config.data.signal = shape.n, shape.k, "gaussian"
     config.train.update(steps=10**6, batch_size=shape.batch, precision=precision)
     config.auxk.dead_after_tokens = NEVER
-    state = training.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
+    state = step_lib.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
     if half_dead:
         state = state.replace(
             sae=state.sae.replace(b_enc=state.sae.b_enc.at[:, : shape.n // 2].set(LOW)),
             tokens_since_fired=state.tokens_since_fired.at[:, : shape.n // 2].set(NEVER),
         )
-    static, x = training.Static.of(config), jnp.asarray(data(shape))
-    return looped(shape, lambda _, s, x: training.group_step(s, x, static=static, allsum=lambda t: t)[0], state, x)
+    static, x = step_lib.Static.of(config), jnp.asarray(data(shape))
+    return looped(shape, lambda _, s, x: step_lib.group_step(s, x, static=static, allsum=lambda t: t)[0], state, x)
 
 
 # -- the same by the book --------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def floors(shape: Shape) -> dict[str, Step]:
     """The encoder's matmul, top-k of its result, the update; of all members."""
     config = config_lib.base()
     config.sae.n_features, config.sae.k = shape.n, shape.k
-    state = training.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
+    state = step_lib.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
     x, W_enc = jnp.asarray(data(shape)), state.sae.W_enc + 0
     # As one plain matmul: a batched one is slower.
     product = lambda x, w: x @ w.reshape(-1, shape.d).T  # noqa: E731
@@ -257,7 +259,7 @@ def measured(shape: Shape, rounds: int) -> list[dict[str, Any]]:
             "steps_per_second": round(shape.members / seconds, 1),
             "peak_mb": peak(name, shape) if name in STEPS and not half_dead and shape in LARGE else "",
         })  # fmt: skip
-        print(report.one_line(rows[-1]), flush=True)
+        print(tables.one_line(rows[-1]), flush=True)
     return rows
 
 
@@ -289,7 +291,7 @@ def main() -> None:
     rows = []
     for shape in [s for s in (*LARGE, *SMALL) if not given.n or s.n in given.n]:
         rows += measured(shape, given.rounds)
-    report.write_csv(given.out, rows)
+    tables.write_csv(given.out, rows)
 
 
 if __name__ == "__main__":

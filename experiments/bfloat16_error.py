@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import report, topk
+from sae_jax.autoencoder import topk
+from sae_jax.reports import tables
 
 GAMMAS = (0, 1, 5, 20, 100, 1000)
 SIZES = {"smoke": (16, 64, 4, 200), "cpu": (768, 8192, 64, 2048), "paper": (4096, 32768, 64, 2048)}  # d, n, k, tokens
@@ -40,8 +41,8 @@ def main(workdir: Path, scale: str) -> None:
                 error = np.sqrt(np.mean((np.asarray(z, np.float64) - exact) ** 2)) / exact.std(axis=0).mean()
                 found.append({"gamma": gamma, "bias": start, "precision": precision, "error": f"{error:.2e}",
                               "other_features": f"{1 - same:.2e}"})  # fmt: skip
-                print(report.one_line(found[-1]), flush=True)
-    report.write_csv(workdir / "bfloat16_error.csv", found)
+                print(tables.one_line(found[-1]), flush=True)
+    tables.write_csv(workdir / "bfloat16_error.csv", found)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import report, synthetic, theory, training
-from sae_jax import sae as sae_lib
-from sae_jax.preprocess import Preprocessing
+from sae_jax.activations import synthetic
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.outliers import theory
+from sae_jax.outliers.preprocess import Preprocessing
+from sae_jax.reports import tables
+from sae_jax.training import step as step_lib
 
 SHARES = (0.5, 0.9, 0.99)
 SEEDS = range(5)
@@ -59,15 +62,15 @@ def crossings(
     config.members = ConfigDict({str(i): override for i, override in enumerate(overrides)})
     resolved = config_lib.members(config)  # in the order of their names
     members = [resolved[str(i)] for i in range(len(overrides))]
-    static, spec = training.Static.of(config), synthetic.build(config.data, config.seed)
+    static, spec = step_lib.Static.of(config), synthetic.build(config.data, config.seed)
     d, batch, total = config.data.d_model, config.train.batch_size, config.train.steps
     mus = jnp.stack([m.data.gamma * jnp.sqrt(float(d)) * spec.direction for m in members])
     moved = Preprocessing(shift=spec.mu - mus, scale=jnp.ones(len(members)))
-    states = training.init_group(members, jnp.zeros((len(members), d)), moved)
+    states = step_lib.init_group(members, jnp.zeros((len(members), d)), moved)
 
     def body(t: jax.Array, carry: Any) -> Any:
         states, found = carry
-        new, _ = training.group_step(
+        new, _ = step_lib.group_step(
             states, synthetic.sample(spec, 0, t, jnp.arange(batch)), static=static, allsum=lambda tree: tree
         )
         if hold_weights:
@@ -141,8 +144,8 @@ def interventions(scale: str) -> list[dict[str, Any]]:
 
 def main(workdir: Path, scale: str) -> None:
     """Both tables."""
-    report.write_csv(workdir / "bias_interventions.csv", interventions(scale))
-    report.write_csv(workdir / "bias_timescales.csv", time_scales(scale))
+    tables.write_csv(workdir / "bias_interventions.csv", interventions(scale))
+    tables.write_csv(workdir / "bias_timescales.csv", time_scales(scale))
 
 
 if __name__ == "__main__":

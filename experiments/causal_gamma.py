@@ -17,9 +17,10 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from sae_jax import diagnosis, figures, remedies, report, sources
-from sae_jax.activations import models
-from sae_jax.preprocess import Preprocessing
+from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.models import extraction, sources
+from sae_jax.outliers.preprocess import Preprocessing
+from sae_jax.reports import figures, tables
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/causal_gamma", "folder for the table and the figure")
 LAYERS = (("minilm-l6", 3), ("antiberty", 4), ("gemma-3-270m", 9), ("gemma-3-270m", 1))
@@ -29,7 +30,7 @@ N, SIZE, K = 30_000, 4096, 32
 
 def layer_rows(model: str, layer: int) -> list[dict[str, Any]]:
     """Deaths counted, forecast by probes and by the spectrum law, at every scale of the mean."""
-    x = models.activations(model, [layer], N)[layer].astype(np.float64)
+    x = extraction.activations(model, [layer], N)[layer].astype(np.float64)
     mu = x.mean(axis=0)
     plain = {"none": Preprocessing(shift=jnp.zeros(x.shape[1], jnp.float32))}
     rows = []
@@ -45,7 +46,7 @@ def layer_rows(model: str, layer: int) -> list[dict[str, Any]]:
             "probe_relu": probe["dead_by_relu"], "probe_total": probe["dead_total"],
             "spectrum_relu": law["dead_by_relu"], "spectrum_total": law["dead_total"],
         })  # fmt: skip
-        print(report.one_line(rows[-1]), flush=True)
+        print(tables.one_line(rows[-1]), flush=True)
     return rows
 
 
@@ -77,7 +78,7 @@ def main(_: list[str]) -> None:
     """Goes through the layers; writes the table and the figure."""
     rows = [row for model, layer in LAYERS for row in layer_rows(model, layer)]
     folder = Path(WORKDIR.value)
-    report.write_csv(folder / "causal_gamma.csv", rows)
+    tables.write_csv(folder / "causal_gamma.csv", rows)
     (folder / "causal_gamma.png").write_bytes(figures.png(picture(rows)))
 
 

@@ -18,13 +18,15 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from sae_jax import checkpoint, formats, report, sharing
 from sae_jax import config as config_lib
-from sae_jax import sae as sae_lib
-from sae_jax.activations import adapters, models, splicing
-from sae_jax.activations.network import Batch, Network
 from sae_jax.activations.pipeline import CHUNK
-from sae_jax.sae import SAE
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.sae import SAE
+from sae_jax.exchange import formats, sharing
+from sae_jax.models import adapters, extraction, splicing
+from sae_jax.models.network import Batch, Network
+from sae_jax.reports import tables
+from sae_jax.runtime import checkpoint
 
 RUN = flags.DEFINE_string("run", "runs/quickstart", "a run on a decoder of text")
 WORKDIR = flags.DEFINE_string("workdir", "runs/ce_recovered", "folder for the table")
@@ -48,7 +50,7 @@ def unseen(network: Network, model: ConfigDict, start: int, count: int) -> list[
     for batch in network.batches():
         if seen >= start:
             left.append(batch)
-        seen += int(models.kept(model, batch).sum())
+        seen += int(extraction.kept(model, batch).sum())
     return [left[i] for i in np.linspace(0, len(left) - 1, min(count, len(left))).astype(int)]
 
 
@@ -73,7 +75,7 @@ def main(_: list[str]) -> None:
             found = splicing.losses(network, model, batch, replace)
             sums[name][i], tokens[i] = found.sum(dtype=np.float64), len(found)
         so_far = {name: float(total.sum() / tokens.sum()) for name, total in sums.items()}
-        print(i, report.one_line(so_far), flush=True)
+        print(i, tables.one_line(so_far), flush=True)
 
     draws = [np.arange(len(batches)), *np.random.default_rng(0).integers(0, len(batches), (2000, len(batches)))]
     ce = {name: [total[at].sum() / tokens[at].sum() for at in draws] for name, total in sums.items()}
@@ -85,9 +87,9 @@ def main(_: list[str]) -> None:
             low, high = np.quantile(np.asarray(shares[1:], float), (0.025, 0.975))
             row |= {f"over_{ablated}": float(shares[0]), f"over_{ablated}_low": low, f"over_{ablated}_high": high}
         final = packed[name].metadata["final"] if name in packed else {}
-        print(report.one_line(row), flush=True)
+        print(tables.one_line(row), flush=True)
         rows.append(row | {key: final.get(key) for key in ("fve", "dead_total")})
-    report.write_csv(Path(WORKDIR.value) / "ce_recovered.csv", rows)
+    tables.write_csv(Path(WORKDIR.value) / "ce_recovered.csv", rows)
 
 
 if __name__ == "__main__":

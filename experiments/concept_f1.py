@@ -23,10 +23,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import formats, recovery, report, running, sharing
-from sae_jax import sae as sae_lib
-from sae_jax.activations import adapters, inputs, models, store
-from sae_jax.sae import SAE
+from sae_jax.activations import store
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.sae import SAE
+from sae_jax.exchange import formats, sharing
+from sae_jax.models import adapters, extraction, inputs
+from sae_jax.reports import tables
+from sae_jax.training import recovery
+from sae_jax.training import run as run_lib
 
 LAYER, HIGH, SEEDS = 4, 8.0, range(3)
 # training tokens, validation and test tokens each, n of the large SAE, k, steps, batch
@@ -98,7 +102,7 @@ def residues(scale: str) -> store.Rows:
     else:
         model = config_lib.base().data.model
         model.id, model.n_tokens = "antiberty", n_tokens
-        parts = [rows[LAYER] for _, rows in models.rows(adapters.load(model), model, [LAYER])]
+        parts = [rows[LAYER] for _, rows in extraction.rows(adapters.load(model), model, [LAYER])]
     return store.Rows(*map(np.concatenate, zip(*parts, strict=True)))
 
 
@@ -144,7 +148,7 @@ def trained(workdir: Path, scale: str, gamma: float, x: np.ndarray) -> dict[str,
     c.train.update(steps=steps, batch_size=batch, learning_rate=1e-3)
     c.members = ConfigDict({f"{name} {seed}": {"seed": seed, "sae": {**arm["sae"], "n_features": n // arm["share"]}}
                             for name, arm in ARMS.items() for seed in SEEDS})  # fmt: skip
-    return running.train(c, str(workdir / "run"))
+    return run_lib.train(c, str(workdir / "run"))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -198,7 +202,7 @@ def main(workdir: Path, scale: str) -> None:
                          for concept, feature, threshold, valid, test in zip(names, *found, strict=True)]  # fmt: skip
     for row in rows:
         row["arm"] += f", n {row['n']}"
-    report.write_csv(workdir / "concept_f1.csv", rows)
+    tables.write_csv(workdir / "concept_f1.csv", rows)
     print(table(rows), flush=True)
 
 

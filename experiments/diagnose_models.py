@@ -19,9 +19,9 @@ from absl import app, flags
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from sae_jax import diagnosis, figures, remedies
-from sae_jax import report as report_lib
-from sae_jax.activations import models
+from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.models import extraction
+from sae_jax.reports import figures, tables
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/diagnose_models", "folder for the reports, the table and the figure")
 LAYERS = {"gemma-3-270m": 17, "minilm-l6": 6, "antiberty": 8, "efficientnet-lite0": 16}
@@ -39,7 +39,7 @@ def reports() -> list[dict[str, Any]]:
         folders = {layer: Path(WORKDIR.value) / f"{model}_{layer:02d}" for layer in range(1, depth + 1)}
         missing = [layer for layer, folder in folders.items() if not (folder / "report.json").exists()]
         if missing:
-            for layer, x in models.activations(model, missing, N).items():
+            for layer, x in extraction.activations(model, missing, N).items():
                 report = diagnosis.diagnose(x, str(folders[layer]), n_features=SIZE, k=K, measure=True)
                 print(f"{model} {layer}: {report['advice']}", flush=True)
         for layer, folder in folders.items():
@@ -69,7 +69,7 @@ def main(_: list[str]) -> None:
                 "right": right,
                 "contradicted": contradicted(report["recommended"], counted),
             })  # fmt: skip
-    report_lib.write_csv(Path(WORKDIR.value) / "diagnose_models.csv", rows)
+    tables.write_csv(Path(WORKDIR.value) / "diagnose_models.csv", rows)
     (Path(WORKDIR.value) / "diagnose_models.png").write_bytes(figures.png(picture(rows)))
     print(summary(found, rows))
 

@@ -30,10 +30,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from sae_jax import checkpoint, cli, disk, report
+from sae_jax import cli
 from sae_jax.__main__ import _stop
-from sae_jax.activations import models, optional, store, stored  # noqa: F401 (models: imported once, for all children)
+from sae_jax.activations import store, stored
 from sae_jax.errors import Preempted
+from sae_jax.reports import tables
+from sae_jax.runtime import checkpoint, disk, optional
 
 KILLS = 5  # of one try
 Row = dict[str, Any]
@@ -223,9 +225,9 @@ def main() -> None:
 
     def note(new: list[Row]) -> None:
         rows.extend({column: str(row.get(column, "")) for column in COLUMNS} for row in new)
-        report.write_csv(table, rows)
+        tables.write_csv(table, rows)
         for row in new:
-            print(report.one_line({key: str(value) for key, value in row.items()}), flush=True)
+            print(tables.one_line({key: str(value) for key, value in row.items()}), flush=True)
 
     for name in needed:
         if not (root / "undisturbed" / name).exists():

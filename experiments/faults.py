@@ -23,9 +23,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from sae_jax import checkpoint, disk, figures, report
 from sae_jax.__main__ import run
 from sae_jax.activations import store, stored
+from sae_jax.reports import figures, tables
+from sae_jax.runtime import checkpoint, disk
 
 SETTINGS = """
 from ml_collections import ConfigDict
@@ -120,7 +121,7 @@ def _count_progress() -> None:
             self.at += count
             done[:] = struct.pack("q", self.at)
 
-    report.progress = Bar  # type: ignore[assignment,misc]
+    tables.progress = Bar  # type: ignore[assignment,misc]
     add = store.Writer.add
 
     def counted(self: store.Writer, start: int, rows: store.Rows) -> None:

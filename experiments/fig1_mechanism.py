@@ -19,8 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sae_jax import config as config_lib
-from sae_jax import death, fates, figures, report, synthetic
-from sae_jax import sae as sae_lib
+from sae_jax.activations import synthetic
+from sae_jax.autoencoder import death
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.reports import figures, tables
+from sae_jax.training import fates
 
 GAMMAS = (0.5, 5.0)
 SCALES = {"smoke": (16, 64, 2, 500), "cpu": (256, 2048, 16, 20_000), "paper": (1024, 8192, 64, 100_000)}  # d, n, k, N
@@ -81,7 +84,7 @@ def main(workdir: Path, scale: str) -> None:
             table += rows
         handles, labels = axes[2].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    report.write_csv(workdir / "fig1_mechanism.csv", table)
+    tables.write_csv(workdir / "fig1_mechanism.csv", table)
     (workdir / "fig1_mechanism.png").write_bytes(figures.png(figure))
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from sae_jax import figures, sweeping
+from sae_jax.reports import figures
+from sae_jax.sweeps import jobs as jobs_lib
 
 TABLE = flags.DEFINE_string("table", None, "results.csv of a sweep", required=True)
 BARS = (("topk", "TopK", figures.TOPK), ("auxk", "+ AuxK", figures.ALIVE))
@@ -43,7 +44,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 def main(_: list[str]) -> None:
     """The figure."""
-    rows = [r for r in sweeping.read_table(TABLE.value) if r["steps"]]
+    rows = [r for r in jobs_lib.read_table(TABLE.value) if r["steps"]]
     (Path(TABLE.value).parent / "fig2a_death_by_model.png").write_bytes(figures.png(picture(rows)))
 
 

@@ -14,8 +14,9 @@ import command
 import numpy as np
 
 from sae_jax import config as config_lib
-from sae_jax import figures, outliers, report, sources
-from sae_jax.activations import models
+from sae_jax.models import extraction, sources
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.reports import figures, tables
 
 LAYERS = (("gemma-3-270m", 9), ("minilm-l6", 3))
 N_TOKENS = {"smoke": 500, "cpu": 5000, "paper": 100_000}
@@ -24,7 +25,7 @@ N_TOKENS = {"smoke": 500, "cpu": 5000, "paper": 100_000}
 def tokens(model: str, layer: int, scale: str) -> np.ndarray:
     """(N, d) activations; on the smallest scale synthetic ones with four outlier dimensions."""
     if scale != "smoke":
-        return models.activations(model, [layer], N_TOKENS[scale])[layer].astype(np.float64)
+        return extraction.activations(model, [layer], N_TOKENS[scale])[layer].astype(np.float64)
     config = config_lib.base()
     config.data.update(signal="gaussian", gamma=5.0, d_model=32, mean_direction="few", statistics_tokens=500)
     return np.concatenate(list(sources.open_source(config).statistics())).astype(np.float64)
@@ -34,11 +35,11 @@ def main(workdir: Path, scale: str) -> None:
     """Goes through the layers, writes the table and the pictures."""
     rows = []
     for model, layer in LAYERS:
-        x = outliers.layer_norm(tokens(model, layer, scale))
-        found = outliers.moments(x)
+        x = moments_lib.layer_norm(tokens(model, layer, scale))
+        found = moments_lib.moments(x)
         share = found.mean**2 / (found.mean @ found.mean)
         ratio = np.abs(found.mean) / found.sigma
-        standing = [int(j) for j in np.argsort(-share) if ratio[j] >= outliers.OUTLIER]
+        standing = [int(j) for j in np.argsort(-share) if ratio[j] >= moments_lib.OUTLIER]
         marked = [{"dimension": j, "mean_over_sigma": float(ratio[j]), "share_of_mean_square": float(share[j])}
                   for j in standing]  # fmt: skip
         rows += [{"model": model, "layer": layer, "gamma": found.gamma, **o} for o in marked]
@@ -47,7 +48,7 @@ def main(workdir: Path, scale: str) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         picture = figures.png(figures.landscape(shown, marked, len(marked)))
         (workdir / f"fig2b_{model}.png").write_bytes(picture)
-    report.write_csv(workdir / "fig2b_landscape.csv", rows)
+    tables.write_csv(workdir / "fig2b_landscape.csv", rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from sae_jax import config as config_lib
-from sae_jax import figures, report, running, theory
+from sae_jax.outliers import theory
+from sae_jax.reports import figures, tables
+from sae_jax.training import run as run_lib
 
 # n, k, d, held-out tokens, gammas
 SCALES = {
@@ -39,7 +41,7 @@ def measured(workdir: Path, scale: str) -> list[dict[str, Any]]:
         config.train.steps, config.eval.n_tokens = 0, tokens
         for gamma in gammas:
             config.data.gamma = gamma
-            found = running.train(config, f"{workdir}/{signal}_{gamma}")["members"][0]["init"]
+            found = run_lib.train(config, f"{workdir}/{signal}_{gamma}")["members"][0]["init"]
             rows.append({
                 "signal": signal,
                 "gamma": gamma,
@@ -49,7 +51,7 @@ def measured(workdir: Path, scale: str) -> list[dict[str, Any]]:
                 "finite_gamma": float(theory.dead_total_finite_gamma(gamma, tokens, n, k)),
                 "paper_total": float(theory.dead_total_paper(gamma, tokens, n, k)),
             })
-            print(report.one_line(rows[-1]), flush=True)
+            print(tables.one_line(rows[-1]), flush=True)
     return rows
 
 
@@ -84,7 +86,7 @@ def picture(rows: list[dict[str, Any]], scale: str) -> Figure:
 def main(workdir: Path, scale: str) -> None:
     """Counts, writes the table and the picture."""
     rows = measured(workdir, scale)
-    report.write_csv(workdir / "fig4a_theory.csv", rows)
+    tables.write_csv(workdir / "fig4a_theory.csv", rows)
     (workdir / "fig4a_theory.png").write_bytes(figures.png(picture(rows, scale)))
     for signal in ("gaussian", "sparse"):
         mine = [row for row in rows if row["signal"] == signal]

@@ -17,8 +17,10 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from sae_jax import figures, statistics, sweeping, theory
-from sae_jax.activations.facts import DOMAINS
+from sae_jax.models.facts import DOMAINS
+from sae_jax.outliers import statistics, theory
+from sae_jax.reports import figures
+from sae_jax.sweeps import jobs as jobs_lib
 
 TABLE = flags.DEFINE_string("table", None, "results.csv of a sweep", required=True)
 AUTHORS = flags.DEFINE_string("authors", None, "the authors' table, to lay over it")
@@ -27,7 +29,7 @@ MARKERS = dict(zip(DOMAINS, "os^", strict=True))
 
 def plain_rows(path: str) -> list[dict[str, Any]]:
     """Untreated layers at initialisation."""
-    return [r for r in sweeping.read_table(path) if r["condition"] == "none" and r["steps"] == 0]
+    return [r for r in jobs_lib.read_table(path) if r["condition"] == "none" and r["steps"] == 0]
 
 
 def authors_rows(path: str) -> list[dict[str, Any]]:

@@ -21,8 +21,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sae_jax import checkpoint, fates, figures, report, running
 from sae_jax import config as config_lib
+from sae_jax.reports import figures, tables
+from sae_jax.runtime import checkpoint
+from sae_jax.training import fates
+from sae_jax.training import run as run_lib
 
 GAMMAS = (1.0, 5.0, 20.0, 40.0)
 # steps, d, true features, active, n, k, batch, held-out tokens, learning rate
@@ -151,7 +154,7 @@ def picture(found: Curves) -> Figure:
 def main(workdir: Path, scale: str, half: str = "") -> None:
     """Trains the two halves side by side, each in a process of its own; then the tables and the picture."""
     if half:
-        running.train(config(scale, half), str(workdir / half))
+        run_lib.train(config(scale, half), str(workdir / half))
         return
     go = [sys.executable, __file__, f"--workdir={workdir}", f"--scale={scale}"]
     processes = [subprocess.Popen([*go, f"--half={half}"]) for half in PRESETS]
@@ -174,8 +177,8 @@ def summarise(workdir: Path) -> None:
     found = curves(workdir)
     rows = [{"condition": condition, "gamma": gamma, "step": e["step"], **{key: f"{e[key]:.4g}" for key in KEYS}}
             for (condition, gamma), (entries, _) in found.items() for e in sparser(entries)]  # fmt: skip
-    report.write_csv(workdir / "fig5_recovery.csv", rows)
-    report.write_csv(workdir / "fig5_transitions.csv", transitions(found))
+    tables.write_csv(workdir / "fig5_recovery.csv", rows)
+    tables.write_csv(workdir / "fig5_transitions.csv", transitions(found))
     (workdir / "fig5_recovery.png").write_bytes(figures.png(picture(found)))
     print(claims(found))
 

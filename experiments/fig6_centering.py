@@ -20,8 +20,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sae_jax import checkpoint, figures, report, running
 from sae_jax import config as config_lib
+from sae_jax.reports import figures, tables
+from sae_jax.runtime import checkpoint
+from sae_jax.training import run as run_lib
 
 GAMMA = 40.0
 ARMS = {"baseline": "none", "centred": "mean"}
@@ -46,7 +48,7 @@ def run(workdir: Path, scale: str, direction: str, seed: int, members: dict[str,
     c.eval.n_tokens, c.eval.points, c.checkpoint.every = 20_000, 20, steps
     c.members = ConfigDict(members)
     folder = workdir / f"{direction}_{seed}"
-    running.train(c, str(folder))
+    run_lib.train(c, str(folder))
     return checkpoint.history(str(folder))
 
 
@@ -140,8 +142,8 @@ def picture(rows: list[dict[str, Any]], real_rows: list[dict[str, Any]]) -> Figu
 def main(workdir: Path, scale: str) -> None:
     """Tunes, trains, prints the table, draws."""
     tuning, rows = synthetic_rows(workdir, scale)
-    report.write_csv(workdir / "fig6_rates.csv", tuning)
-    report.write_csv(workdir / "fig6_synthetic.csv", rows)
+    tables.write_csv(workdir / "fig6_rates.csv", tuning)
+    tables.write_csv(workdir / "fig6_synthetic.csv", rows)
     print(table(rows), flush=True)
     real_rows = real.train(workdir / "gemma", scale)
     (workdir / "fig6_centering.png").write_bytes(figures.png(picture(rows, real_rows)))

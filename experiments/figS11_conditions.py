@@ -14,7 +14,8 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from sae_jax import figures, sweeping
+from sae_jax.reports import figures
+from sae_jax.sweeps import jobs as jobs_lib
 
 TABLE = flags.DEFINE_string("table", None, "results.csv of a sweep", required=True)
 CONDITIONS = (
@@ -24,7 +25,7 @@ CONDITIONS = (
 
 def layers(path: str) -> dict[str, list[dict[str, Any]]]:
     """Trained jobs: "model, layer" → a row for each of the four conditions."""
-    rows = sweeping.read_table(path)
+    rows = jobs_lib.read_table(path)
     found: dict[str, list[dict[str, Any]]] = {}
     for name in dict.fromkeys(r["name"] for r in rows if r["steps"]):
         mine = [r for r in rows if r["name"] == name]

@@ -15,7 +15,8 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from sae_jax import figures, sweeping
+from sae_jax.reports import figures
+from sae_jax.sweeps import jobs as jobs_lib
 
 TABLE = flags.DEFINE_string("table", None, "results.csv of a sweep", required=True)
 LOOK = {
@@ -57,7 +58,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 def main(_: list[str]) -> None:
     """The figure."""
-    rows = [r for r in sweeping.read_table(TABLE.value) if r["condition"] in LOOK and r["steps"] == 0]
+    rows = [r for r in jobs_lib.read_table(TABLE.value) if r["condition"] in LOOK and r["steps"] == 0]
     (Path(TABLE.value).parent / "figS14_more_models.png").write_bytes(figures.png(picture(rows)))
 
 

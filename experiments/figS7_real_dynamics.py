@@ -18,8 +18,10 @@ import matplotlib
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sae_jax import checkpoint, figures, report, running
 from sae_jax import config as config_lib
+from sae_jax.reports import figures, tables
+from sae_jax.runtime import checkpoint
+from sae_jax.training import run as run_lib
 
 # steps, batch, n, k, learning rate, held-out tokens
 SCALES = {
@@ -52,7 +54,7 @@ def train(workdir: Path, scale: str) -> list[dict[str, Any]]:
     c.auxk.preset, c.auxk.dead_after_tokens = "none", batch * max(1, steps // 20)
     c.eval.n_tokens, c.eval.points, c.checkpoint.every = held_out, 25, max(1, steps // 10)
     c.members = ConfigDict(CONDITIONS)
-    running.train(c, str(workdir))
+    run_lib.train(c, str(workdir))
     keys = ("dead_by_relu", "dead_by_topk", "dead_total", "bias_projection", "fve")
     return [{"condition": name, "step": entry["step"], **{key: entry["members"][name][key] for key in keys}}
             for entry in checkpoint.history(str(workdir)) for name in CONDITIONS]  # fmt: skip
@@ -80,7 +82,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 def main(workdir: Path, scale: str) -> None:
     """Trains, writes the table and the picture."""
     rows = train(workdir, scale)
-    report.write_csv(workdir / "figS7_real_dynamics.csv", rows)
+    tables.write_csv(workdir / "figS7_real_dynamics.csv", rows)
     (workdir / "figS7_real_dynamics.png").write_bytes(figures.png(picture(rows)))
 
 

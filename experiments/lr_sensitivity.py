@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import figures, report, running
+from sae_jax.reports import figures, tables
+from sae_jax.training import run as run_lib
 
 ARMS = {"baseline": "none", "centred": "mean"}
 SEEDS = range(3)
@@ -43,7 +44,7 @@ def rows_of(workdir: Path, scale: str) -> list[dict[str, Any]]:
         f"{i}": {"seed": seed, "sae": {"center": ARMS[arm]}, "train": {"learning_rate": rate}}
         for i, (arm, rate, seed) in enumerate(keys)
     })  # fmt: skip
-    found = {member["name"]: member["final"] for member in running.train(c, str(workdir / "run"))["members"]}
+    found = {member["name"]: member["final"] for member in run_lib.train(c, str(workdir / "run"))["members"]}
     return [{"arm": arm, "learning_rate": rate, "seed": seed,
              **{key: found[f"{i}"][key]
                 for key in ("dead_by_relu", "dead_total", "mmcs", "mmcs_alive", "fve", "bias_projection")}}
@@ -71,7 +72,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 def main(workdir: Path, scale: str) -> None:
     """Trains, writes the table and the picture."""
     rows = rows_of(workdir, scale)
-    report.write_csv(workdir / "lr_sensitivity.csv", rows)
+    tables.write_csv(workdir / "lr_sensitivity.csv", rows)
     (workdir / "lr_sensitivity.png").write_bytes(figures.png(picture(rows)))
 
 

@@ -15,7 +15,8 @@ import command
 import numpy as np
 from ml_collections import ConfigDict
 
-from sae_jax import report, running
+from sae_jax.reports import tables
+from sae_jax.training import run as run_lib
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "configs"))
 import synthetic
@@ -48,15 +49,15 @@ def main(workdir: Path, scale: str) -> None:
     rows = [
         {"member": member["name"], "dead_by_relu_at_init": member["init"]["dead_by_relu"],
          "mmcs_at_init": member["init"]["mmcs"], **{key: member["final"][key] for key in KEYS}}
-        for member in running.train(c, str(workdir / "run"))["members"]
+        for member in run_lib.train(c, str(workdir / "run"))["members"]
     ]  # fmt: skip
     for row in rows:
-        print(report.one_line(row), flush=True)
+        print(tables.one_line(row), flush=True)
     for key in ("dead_by_relu_at_init", *KEYS):
         of_seeds = np.array([row[key] for row in rows if row["member"] in seeds])
         spread = f"{of_seeds.std(ddof=1):.3f}, {of_seeds.min():.3f} to {of_seeds.max():.3f}"
         print(f"{key}: {of_seeds.mean():.3f} ± {spread}", flush=True)
-    report.write_csv(workdir / "one_dimension.csv", rows)
+    tables.write_csv(workdir / "one_dimension.csv", rows)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,12 @@ from ml_collections import ConfigDict
 warnings.filterwarnings("ignore")  # the peers' own
 
 import sae_jax  # noqa: E402
-from sae_jax import formats, outliers, report, sharing, sources  # noqa: E402
-from sae_jax import sae as sae_lib  # noqa: E402
-from sae_jax.preprocess import per_token, whitening  # noqa: E402
+from sae_jax.autoencoder import sae as sae_lib  # noqa: E402
+from sae_jax.exchange import formats, sharing  # noqa: E402
+from sae_jax.models import sources  # noqa: E402
+from sae_jax.outliers import moments as moments_lib  # noqa: E402
+from sae_jax.outliers.preprocess import per_token, whitening  # noqa: E402
+from sae_jax.reports import tables  # noqa: E402
 
 D, N, K = 64, 512, 8
 TOLERANCE, TIE = 1e-5, 1e-4
@@ -77,7 +80,7 @@ def conditions(x: np.ndarray, folder: Path, steps: int) -> dict[str, formats.Pac
     folder.mkdir()
     plain = trained(x, folder / "plain", steps)
     found = {name: sharing.load(plain, name) for name in ("baseline", "centred")}
-    white = whitening(outliers.moments(x, covariance=True))
+    white = whitening(moments_lib.moments(x, covariance=True))
     packed = sharing.load(trained(np.asarray(white(x), np.float32), folder / "whitened", steps), "centred")
     found["whitened"] = packed._replace(before=white.replace(scale=packed.before.scale))
     normed = trained(np.asarray(per_token(x, "layer_norm_unit"), np.float32), folder / "normed", steps)
@@ -96,7 +99,7 @@ def ours(packed: formats.Packed, x: np.ndarray, dtype: Any = np.float64) -> tupl
         z = sae_lib.preactivations(sae, y)
     z, reconstruction, x = np.asarray(z), np.asarray(reconstruction), np.asarray(x)
     if before.norm == "layer_norm_unit":
-        deviation = np.sqrt(x.shape[1] * (x.var(axis=1, keepdims=True) + outliers.LAYER_NORM_EPS))
+        deviation = np.sqrt(x.shape[1] * (x.var(axis=1, keepdims=True) + moments_lib.LAYER_NORM_EPS))
         reconstruction = reconstruction * deviation + x.mean(axis=1, keepdims=True)
     if before.norm == "unit":
         reconstruction = reconstruction * np.linalg.norm(x, axis=1, keepdims=True)
@@ -289,7 +292,7 @@ def main(argv: list[str]) -> int:
                     fine &= row["rms_float64"] <= allowed and row["identity"] and not row["differ"]
                     fine &= row["rms_float32"] <= max(allowed, 2 * row["rms_our_float32"])
                     rows.append({"peer": peer, "gamma": gamma, "condition": name, **row})
-                    print(report.one_line({key: str(value) for key, value in rows[-1].items()}), flush=True)
+                    print(tables.one_line({key: str(value) for key, value in rows[-1].items()}), flush=True)
         for peer in (peer for peer in peers if peer in TRAIN and not given.run):
             x, folder = activations(5.0, given.tokens), f"{scratch}/{peer}-trained"
             TRAIN[peer](x, folder, given.steps)
@@ -299,7 +302,7 @@ def main(argv: list[str]) -> int:
             print(f"trained by {peer}: " + ", ".join(
                 f"{key} {100 * found[key]:.2f} % (NumPy {100 * value:.2f})" for key, value in expected.items()))
     if given.out:
-        report.write_csv(given.out, rows)
+        tables.write_csv(given.out, rows)
     return 0 if fine else 1
 
 

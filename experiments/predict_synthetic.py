@@ -15,8 +15,11 @@ import numpy as np
 from absl import app, flags
 
 from sae_jax import config as config_lib
-from sae_jax import diagnosis, outliers, remedies, report, sources
-from sae_jax.preprocess import Preprocessing
+from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.models import sources
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.outliers.preprocess import Preprocessing
+from sae_jax.reports import tables
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/predict_synthetic", "folder for the table")
 N_PROBES = flags.DEFINE_integer("n_probes", 512, "probes")
@@ -37,7 +40,7 @@ def cell(signal: np.ndarray, mu: np.ndarray, seed: int) -> dict[str, Any]:
     band = probes.curve(np.array([K / SIZE]), SIZE)
     found = remedies.measured_deaths(tokens, plain, SIZE, K, seed + 1)["none"]
     summary["probe"] = probes.deaths(SIZE, K)
-    row: dict[str, Any] = {**severity.gammas(), "rank_measured": outliers.effective_rank(severity.raw.eigenvalues)}
+    row: dict[str, Any] = {**severity.gammas(), "rank_measured": moments_lib.effective_rank(severity.raw.eigenvalues)}
     for law in LAWS:
         row[law] = summary[law]["dead_total"]
         row[f"{law}_relu"] = summary[law]["dead_by_relu"]
@@ -62,7 +65,7 @@ def main(_: list[str]) -> None:
                 rows.append(row)
                 print(f"rank {rank:3d} tail {tail:.0f} gamma {gamma:4.1f}  measured {100 * row['measured']:5.1f}  "
                       + "  ".join(f"{law} {100 * row[law]:5.1f}" for law in LAWS), flush=True)  # fmt: skip
-    report.write_csv(Path(WORKDIR.value) / "predict_synthetic.csv", rows)
+    tables.write_csv(Path(WORKDIR.value) / "predict_synthetic.csv", rows)
     print("\n" + errors(rows))
 
 

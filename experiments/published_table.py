@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from sae_jax import theory
 from sae_jax.errors import Refused
-from sae_jax.statistics import interval, spearman
+from sae_jax.outliers import theory
+from sae_jax.outliers.statistics import interval, spearman
 
 TABLE = flags.DEFINE_string("table", None, "path of the table", required=True)
 OUT = flags.DEFINE_string("out", None, "where to write the predictions, as a .csv")

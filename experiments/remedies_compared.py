@@ -28,10 +28,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import death, outliers, recovery, report, synthetic, training
-from sae_jax import sae as sae_lib
-from sae_jax.preprocess import fold, whitening
-from sae_jax.sae import SAE
+from sae_jax.activations import synthetic
+from sae_jax.autoencoder import death
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.sae import SAE
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.outliers.preprocess import fold, whitening
+from sae_jax.reports import tables
+from sae_jax.training import recovery
+from sae_jax.training import step as step_lib
 
 # d, true features, n, k, batch, steps, held-out tokens
 SCALES = {
@@ -40,7 +45,7 @@ SCALES = {
 }  # fmt: skip
 GAMMAS, SEEDS = (2.0, 20.0), range(3)
 RATE = 1e-3
-Step = Callable[[training.TrainState, jax.Array, jax.Array], training.TrainState]
+Step = Callable[[step_lib.TrainState, jax.Array, jax.Array], step_lib.TrainState]
 
 
 def settings(scale: str, gamma: float, seed: int, auxk: bool = False) -> ConfigDict:
@@ -54,12 +59,12 @@ def settings(scale: str, gamma: float, seed: int, auxk: bool = False) -> ConfigD
     return c
 
 
-def plain(static: training.Static) -> Step:
+def plain(static: step_lib.Static) -> Step:
     """The package's own step."""
-    return lambda state, x, t: training.group_step(state, x, static=static, allsum=lambda tree: tree)[0]
+    return lambda state, x, t: step_lib.group_step(state, x, static=static, allsum=lambda tree: tree)[0]
 
 
-def resampling(static: training.Static) -> Step:
+def resampling(static: step_lib.Static) -> Step:
     """`plain`, and now and then the dead features become normalised errors of random tokens, their moments zeroed.
 
     After Bricken et al., Towards Monosemanticity (2023), without their weighting of tokens by loss; encoder rows get a
@@ -67,8 +72,8 @@ def resampling(static: training.Static) -> Step:
     """
     every = max(1, static.steps // 8)
 
-    def revive(state: training.TrainState, x: jax.Array, t: jax.Array) -> training.TrainState:
-        def one(s: training.TrainState) -> training.TrainState:
+    def revive(state: step_lib.TrainState, x: jax.Array, t: jax.Array) -> step_lib.TrainState:
+        def one(s: step_lib.TrainState) -> step_lib.TrainState:
             sae: SAE = s.sae
             dead = s.tokens_since_fired >= s.hyper.dead_after_tokens
             e = x - sae_lib.decode(sae, sae_lib.encode(sae, x))
@@ -91,7 +96,7 @@ def resampling(static: training.Static) -> Step:
 
     step = plain(static)
 
-    def both(state: training.TrainState, x: jax.Array, t: jax.Array) -> training.TrainState:
+    def both(state: step_lib.TrainState, x: jax.Array, t: jax.Array) -> step_lib.TrainState:
         due = (t % every == every - 1) & (t < 0.9 * static.steps)  # the last ones have time to settle
         return jax.lax.cond(due, lambda s: revive(s, x, t), lambda s: s, step(state, x, t))
 
@@ -105,7 +110,7 @@ def normalised(sae: SAE, x: jax.Array) -> SAE:
     return sae.replace(W_enc=sae.W_enc * scale[:, None], b_enc=sae.b_enc - mean * scale)
 
 
-def batch_norm(static: training.Static) -> Step:
+def batch_norm(static: step_lib.Static) -> Step:
     """Gradient through `normalised`; Adam, clipping and unit decoder rows as in the package."""
 
     def loss(sae: SAE, x: jax.Array) -> jax.Array:
@@ -113,14 +118,14 @@ def batch_norm(static: training.Static) -> Step:
         e = x - sae_lib.decode(own, sae_lib.encode(own, x))
         return jnp.sum(e**2) / len(x)
 
-    def one(s: training.TrainState, x: jax.Array) -> training.TrainState:
-        sae, moments, _ = training.descend(s, jax.grad(loss)(s.sae, x), static)
+    def one(s: step_lib.TrainState, x: jax.Array) -> step_lib.TrainState:
+        sae, moments, _ = step_lib.descend(s, jax.grad(loss)(s.sae, x), static)
         return s.replace(step=s.step + 1, sae=sae, moments=moments)
 
     return lambda state, x, t: jax.vmap(lambda s: one(s, x))(state)
 
 
-def ghost_gradients(static: training.Static) -> Step:
+def ghost_gradients(static: step_lib.Static) -> Step:
     """The loss, and that of the dead features' fit to the error, scaled to be as large.
 
     After Jermyn and Templeton, Ghost Grads (Transformer Circuits, January 2024): dead features give exp(z_pre), their
@@ -140,10 +145,10 @@ def ghost_gradients(static: training.Static) -> Step:
         share = jnp.where(dead.any(), still(error / (fit + 1e-6)), 0.0)
         return error + share * fit, sae_lib.fired(codes, static.n_features) > 0
 
-    def one(s: training.TrainState, x: jax.Array) -> training.TrainState:
+    def one(s: step_lib.TrainState, x: jax.Array) -> step_lib.TrainState:
         dead = s.tokens_since_fired >= s.hyper.dead_after_tokens
         grads, fired = jax.grad(loss, has_aux=True)(s.sae, x, dead)
-        sae, moments, _ = training.descend(s, grads, static)
+        sae, moments, _ = step_lib.descend(s, grads, static)
         return s.replace(step=s.step + 1, sae=sae, moments=moments,
                          tokens_since_fired=death.count_tokens(s.tokens_since_fired, fired, len(x)))  # fmt: skip
 
@@ -154,21 +159,21 @@ def arm(name: str, scale: str, gamma: float) -> list[dict[str, Any]]:
     """Trains the seeds of one remedy in one program and counts; a row a seed."""
     configs = [settings(scale, gamma, seed, auxk=name == "AuxK") for seed in SEEDS]
     d, _, _, _, batch, steps, n_eval = SCALES[scale]
-    static, spec = training.Static.of(configs[0]), synthetic.build(configs[0].data, seed=0)
+    static, spec = step_lib.Static.of(configs[0]), synthetic.build(configs[0].data, seed=0)
     sample = np.asarray(synthetic.sample(spec, synthetic.SPLITS["statistics"], 0, jnp.arange(20_000)))
-    severity = outliers.severity([sample], covariance=True).raw
+    severity = moments_lib.severity([sample], covariance=True).raw
     before = whitening(severity)
-    median = outliers.geometric_median(lambda: iter([sample]), severity.mean)
+    median = moments_lib.geometric_median(lambda: iter([sample]), severity.mean)
     starts = {"mean": severity.mean, "geometric median": median}
     center = jnp.asarray(np.tile(starts.get(name, np.zeros(d)), (len(configs), 1)), jnp.float32)
-    states = training.init_group(configs, center)
+    states = step_lib.init_group(configs, center)
     if name == "encoder bias":
         against = -states.sae.W_enc @ jnp.asarray(severity.mean, jnp.float32)
         states = states.replace(sae=states.sae.replace(b_enc=against))
     own = {"batch norm": batch_norm, "resampling": resampling, "ghost gradients": ghost_gradients}
     step = own.get(name, plain)(static)
 
-    def body(t: jax.Array, states: training.TrainState) -> training.TrainState:
+    def body(t: jax.Array, states: step_lib.TrainState) -> step_lib.TrainState:
         x = synthetic.sample(spec, 0, t, jnp.arange(batch))
         return step(states, before(x) if name == "whitening" else x, t)
 
@@ -211,7 +216,7 @@ def main(workdir: Path, scale: str) -> None:
             shown = ("dead_by_relu", "dead_total", "fve", "mmcs", "mmcs_alive", "mcc", "cpu_us_per_step")
             means = {key: float(np.mean([row[key] for row in mine])) for key in shown}
             print(f"gamma {gamma:g}  {name:16s} " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()), flush=True)
-    report.write_csv(workdir / "remedies_compared.csv", rows)
+    tables.write_csv(workdir / "remedies_compared.csv", rows)
 
 
 if __name__ == "__main__":

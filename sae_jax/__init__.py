@@ -10,12 +10,12 @@
     Refused    what all of them raise where the input is wrong
 """
 
-from sae_jax.autopsy import dissect
+from sae_jax.autoencoder.sae import SAE, decode, encode
 from sae_jax.config import base
-from sae_jax.diagnosis import diagnose
+from sae_jax.diagnosis.autopsy import dissect
+from sae_jax.diagnosis.diagnosis import diagnose
 from sae_jax.errors import Refused
-from sae_jax.running import train
-from sae_jax.sae import SAE, decode, encode
-from sae_jax.sharing import export, load
+from sae_jax.exchange.sharing import export, load
+from sae_jax.training.run import train
 
 __all__ = ["SAE", "Refused", "base", "decode", "diagnose", "dissect", "encode", "export", "load", "train"]

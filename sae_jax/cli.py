@@ -8,8 +8,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from sae_jax import config as config_lib
-from sae_jax import disk
 from sae_jax.errors import Preempted, Refused, RunFailed
+from sae_jax.runtime import disk
 
 USAGE = """usage:
   python -m sae_jax train    --config=configs/X.py --workdir=DIR [--config.a.b=value ...]
@@ -67,10 +67,11 @@ def train(argv: list[str]) -> int:
     given, config = _parse(argv, lambda values: None)
     if config is None:
         raise Refused("--config", None, "a configuration file, as configs/synthetic.py")
-    from sae_jax import report, running
+    from sae_jax.reports import tables
+    from sae_jax.training import run as run_lib
 
     logging.set_verbosity(logging.FATAL)  # the libraries below narrate every save, and what they raise a second time
-    print(report.table(running.train(config, given.workdir)))
+    print(tables.table(run_lib.train(config, given.workdir)))
     print(f"report, figures, checkpoints: {given.workdir}")
     return 0
 
@@ -93,7 +94,8 @@ def diagnose(argv: list[str]) -> int:
         raise Refused("--activations", given.activations, "a file or a dataset folder, or --config=FILE in its place")
     if given.member is not None and given.sae is None:
         raise Refused("--member", given.member, "--sae=RUN beside it")
-    from sae_jax import autopsy, diagnosis, report
+    from sae_jax.diagnosis import autopsy, diagnosis
+    from sae_jax.reports import tables
 
     logging.set_verbosity(logging.FATAL)
     if given.sae is not None:
@@ -104,7 +106,7 @@ def diagnose(argv: list[str]) -> int:
             given.sae, given.activations if config is None else config, given.workdir,
             member=given.member, n_probes=given.n_probes, seed=given.seed,
         )  # fmt: skip
-        print(report.autopsy_table(found))
+        print(tables.autopsy_table(found))
         print(f"report, features.csv, figures: {given.workdir}")
         return 0
     sae = config_lib.base().sae if config is None else config.sae
@@ -117,7 +119,7 @@ def diagnose(argv: list[str]) -> int:
         n_probes=given.n_probes,
         seed=given.seed,
     )
-    print(report.diagnosis_table(found))
+    print(tables.diagnosis_table(found))
     print(f"report, figures: {given.workdir}")
     return 0
 
@@ -136,7 +138,7 @@ def export(argv: list[str]) -> int:
     source: str | None = given["from"].value
     if (source is None) == (given.workdir is None):
         raise Refused("--workdir", given.workdir, "the folder of a run, or --from=SAE in its place")
-    from sae_jax import sharing
+    from sae_jax.exchange import sharing
 
     logging.set_verbosity(logging.FATAL)
     sharing.export(
@@ -159,7 +161,8 @@ def extract(argv: list[str]) -> int:
     source: str | None = given["from"].value
     if (source is None) == (config is None):
         raise Refused("--from", source, "a file, or --config=FILE in its place")
-    from sae_jax.activations import models, store
+    from sae_jax.activations import store
+    from sae_jax.models import extraction
 
     if config is None or source is not None:
         folders = [store.import_file(str(source), given.out, given.dtype or "float32")]
@@ -176,7 +179,7 @@ def extract(argv: list[str]) -> int:
             raise Refused("--layers", ",".join(given.layers), "numbers, as 1,2,9") from error
         if layers[0] < 0:
             raise Refused("--layers", layers[0], "numbers ≥ 0")
-        folders = list(models.extract(model, layers, given.out).values())
+        folders = list(extraction.extract(model, layers, given.out).values())
     print("\n".join(folders))
     return 0
 
@@ -198,7 +201,8 @@ def sweep(argv: list[str]) -> int:
     given, config = _parse(argv, define)
     if config is None:
         raise Refused("--config", None, "a configuration file with sweep(add), as configs/sweep.py")
-    from sae_jax import cluster, combinations, sweeping
+    from sae_jax.sweeps import cluster, combinations
+    from sae_jax.sweeps import jobs as jobs_lib
 
     logging.set_verbosity(logging.FATAL)
     every = combinations.jobs(config_flags.get_config_filename(given["config"]), config, given.grid)
@@ -209,15 +213,15 @@ def sweep(argv: list[str]) -> int:
         print(combinations.plan(chosen))
         return 0
     ray = given.launcher == "ray" and not given.merge
-    launch = cluster.launcher(given.address, given.cpus, given.gpus) if ray else sweeping.local
-    sweeping.check_workdir(given.workdir, every)
+    launch = cluster.launcher(given.address, given.cpus, given.gpus) if ray else jobs_lib.local
+    jobs_lib.check_workdir(given.workdir, every)
     if not given.merge:
-        sweeping.run(given.workdir, chosen, launch, given.shard.replace("/", "-of-") or "all")
+        jobs_lib.run(given.workdir, chosen, launch, given.shard.replace("/", "-of-") or "all")
     if not given.shard:
-        sweeping.merge(given.workdir, every)
-    print(sweeping.summary(given.workdir, chosen))
-    print(f"table: {given.workdir}/{sweeping.RESULTS}" if not given.shard else "table: run with --merge")
-    return 0 if all(sweeping.finished(given.workdir, job) for job in chosen) else 4
+        jobs_lib.merge(given.workdir, every)
+    print(jobs_lib.summary(given.workdir, chosen))
+    print(f"table: {given.workdir}/{jobs_lib.RESULTS}" if not given.shard else "table: run with --merge")
+    return 0 if all(jobs_lib.finished(given.workdir, job) for job in chosen) else 4
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

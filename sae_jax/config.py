@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from sae_jax.activations import facts
+from sae_jax.autoencoder.objective import PRESETS
 from sae_jax.errors import Refused
-from sae_jax.objective import PRESETS
 
 # Keys that change how a run is carried out but not what it computes: a workdir may be continued with others.
 FREE_KEYS = ("train.devices", "checkpoint.keep")
@@ -43,7 +42,7 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     data.norm = "none"  # of each token, before all else: none | layer_norm | unit
     data.statistics_tokens = 100_000  # training tokens for mu, sigma, gamma and the median
     data.model = model = ConfigDict()
-    model.id = ""  # OWNER/NAME on the Hugging Face hub, or a name of activations/facts.py, as gpt2 or gemma-3-270m
+    model.id = ""  # OWNER/NAME on the Hugging Face hub, or a name of models/facts.py, as gpt2 or gemma-3-270m
     model.revision = "main"
     model.remote_code = ""  # NAME=COMMIT[,…]: models whose class is code on the hub, and the commit that may run here
     model.layer = 9  # number of blocks; 0 is the embedding output
@@ -52,7 +51,7 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     model.context = 256  # tokens a sequence, special tokens included
     model.batch_size = 16  # sequences a forward pass
     # What the model is shown, by kind: a file (images: a folder), hf:OWNER/NAME for a dataset of the hub, or empty for
-    # what is built in (activations/inputs.py).
+    # what is built in (models/inputs.py).
     model.text = ""
     model.images = ""
     model.proteins = ""
@@ -238,8 +237,6 @@ def _check_data(data: ConfigDict) -> None:
     if not (data.path or data.model.id or data.signal):
         raise Refused("data.path", data.path, "set data.path (a .npy file or a dataset), data.model.id or data.signal")
     _one_of("data.signal", data.signal, ("", "sparse", "gaussian"))
-    if data.model.id and not data.path:
-        facts.check(data.model, [data.model.layer])
     _one_of("data.norm", data.norm, ("none", "layer_norm", "unit"))
     _one_of("data.model.dtype", data.model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("data.mean_direction", data.mean_direction, ("one", "few", "spread"))

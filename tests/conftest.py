@@ -17,8 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from jaxtyping import install_import_hook  # noqa: E402
 
 NUMERIC = (
-    "sae", "topk", "kept", "optimizer", "objective", "death", "outliers", "synthetic", "recovery", "fates", "training",
-    "evaluation",
+    "autoencoder", "outliers.moments", "activations.synthetic", "training.recovery", "training.fates", "training.step",
+    "training.evaluation",
 )  # fmt: skip
 install_import_hook([f"sae_jax.{name}" for name in NUMERIC], "beartype.beartype")
 
@@ -27,8 +27,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from sae_jax import figures, running  # noqa: E402
 from sae_jax.config import base  # noqa: E402
+from sae_jax.reports import figures  # noqa: E402
+from sae_jax.training import run as run_lib  # noqa: E402
 
 FULL_DPI = figures.STYLE["figure.dpi"]
 figures.STYLE["figure.dpi"] = 40
@@ -42,7 +43,7 @@ def undrawn(request):
     """
     with pytest.MonkeyPatch.context() as patch:
         if not request.node.get_closest_marker("drawn"):
-            patch.setattr(running.Run, "_draw", lambda *_: None)
+            patch.setattr(run_lib.Run, "_draw", lambda *_: None)
         yield
 
 

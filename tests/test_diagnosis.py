@@ -11,10 +11,12 @@ from safetensors.flax import save_file
 from test_theory import count_deaths
 
 import sae_jax
-from sae_jax import cli, diagnosis, remedies, sources
+from sae_jax import cli
 from sae_jax.activations import store
+from sae_jax.diagnosis import diagnosis, remedies
 from sae_jax.errors import RunFailed
-from sae_jax.probes import Forecast
+from sae_jax.models import sources
+from sae_jax.outliers.probes import Forecast
 
 SIZE = {"n_features": 512, "k": 8}
 ROOT = Path(__file__).parents[1]

@@ -5,12 +5,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax import fates, outliers, parallel, running, synthetic, training
-from sae_jax import sae as sae_lib
-from sae_jax.death import Sightings
+from sae_jax.activations import synthetic
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.death import Sightings
 from sae_jax.errors import Refused
-from sae_jax.preprocess import Preprocessing
-from sae_jax.sources import open_source
+from sae_jax.models.sources import open_source
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.outliers.preprocess import Preprocessing
+from sae_jax.runtime import devices as devices_lib
+from sae_jax.training import fates
+from sae_jax.training import run as run_lib
+from sae_jax.training import step as step_lib
 
 
 @pytest.mark.usefixtures("x64")
@@ -24,16 +29,16 @@ def test_eight_members_equal_eight_alone_over_fifty_steps(tiny):
         "frozen": {"data": {"gamma": 5.0}, "sae": {"freeze_bias": True}}, "near": {"data": {"gamma": 0.0}},
     })  # fmt: skip
     configs = list(config_lib.members(tiny).values())
-    static = training.Static.of(tiny)
+    static = step_lib.Static.of(tiny)
     spec = synthetic.build(tiny.data, seed=0)
     moved = jnp.stack([(c.data.gamma - 1.0) * 4.0 * spec.direction for c in configs])  # √d = 4
 
     @jax.jit
     def step(state, x):
-        return training.group_step(state, x, static=static, allsum=lambda tree: tree)
+        return step_lib.group_step(state, x, static=static, allsum=lambda tree: tree)
 
-    together = training.init_group(configs, jnp.zeros((8, 16)), Preprocessing(shift=-moved, scale=jnp.ones(8)))
-    alone = [training.init_group([c], jnp.zeros((1, 16))) for c in configs]
+    together = step_lib.init_group(configs, jnp.zeros((8, 16)), Preprocessing(shift=-moved, scale=jnp.ones(8)))
+    alone = [step_lib.init_group([c], jnp.zeros((1, 16))) for c in configs]
     for t in range(50):
         x = synthetic.sample(spec, 0, t, jnp.arange(32))
         together, metrics = step(together, x)
@@ -48,7 +53,7 @@ def test_eight_members_equal_eight_alone_over_fifty_steps(tiny):
 
 
 def record_after(config, workdir, steps):
-    run = running.Run(config, str(workdir), parallel.Devices(1), open_source(config))
+    run = run_lib.Run(config, str(workdir), devices_lib.Devices(1), open_source(config))
     for _ in range(0, steps, config.train.steps_per_dispatch):
         run.states, _ = run._advance(run.states, run._next_inputs(4), np.int32(4))
     record = run._record()
@@ -118,7 +123,7 @@ def after_training(config, workdir, x):
     np.save(path, x)
     config = ConfigDict(config.to_dict())
     config.data.path = str(path)
-    run = running.Run(config, str(workdir), parallel.Devices(1), open_source(config))
+    run = run_lib.Run(config, str(workdir), devices_lib.Devices(1), open_source(config))
     run.states, metrics = run._advance(run.states, run._next_inputs(4), np.int32(4))
     record = run._record()
     run.data.close()
@@ -156,7 +161,7 @@ def test_behind_whitening_an_sae_trains_as_on_whitened_activations_and_is_judged
 @pytest.mark.parametrize("norm", ["layer_norm", "unit"])
 def test_a_norm_of_tokens_is_as_good_as_normed_activations(tiny, tmp_path, rng, norm):
     x = correlated(rng)
-    normed = {"layer_norm": outliers.layer_norm, "unit": outliers.direction}[norm](x)
+    normed = {"layer_norm": moments_lib.layer_norm, "unit": moments_lib.direction}[norm](x)
     tiny.data.signal, tiny.members = "", ConfigDict({"centred": {"sae": {"center": "geometric_median"}}})
     tiny.data.norm = norm
     run, metrics, record = after_training(tiny, tmp_path / "norm", x)
@@ -165,7 +170,7 @@ def test_a_norm_of_tokens_is_as_good_as_normed_activations(tiny, tmp_path, rng, 
     np.testing.assert_allclose(metrics[0]["loss"], expected[0]["loss"], rtol=1e-6)
     for key, value in record["members"]["centred"].items():
         assert judged["members"]["centred"][key] == pytest.approx(value, rel=1e-6), key
-    gammas = outliers.severity(run.source.statistics()).gammas()
+    gammas = moments_lib.severity(run.source.statistics()).gammas()
     np.testing.assert_allclose(run.ensemble.statistics["gammas"], list(gammas.values()))  # of x as it comes
 
 

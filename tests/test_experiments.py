@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import synthetic, training
+from sae_jax.activations import synthetic
+from sae_jax.training import step as step_lib
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -89,9 +90,9 @@ def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):
 def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):
     script = importlib.import_module("remedies_compared")
     config = script.settings("smoke", 20.0, 0)
-    static, spec = training.Static.of(config), synthetic.build(config.data, 0)
+    static, spec = step_lib.Static.of(config), synthetic.build(config.data, 0)
     x = synthetic.sample(spec, 0, 0, jnp.arange(32))
-    start = training.init_group([config], jnp.zeros((1, 16)))
+    start = step_lib.init_group([config], jnp.zeros((1, 16)))
     plain, ghost = jax.jit(script.plain(static)), jax.jit(script.ghost_gradients(static))
     for a, b in zip(jax.tree.leaves(plain(start, x, 0).sae), jax.tree.leaves(ghost(start, x, 0).sae), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)

@@ -16,8 +16,11 @@ import pytest
 from ml_collections import ConfigDict
 
 import sae_jax
-from sae_jax import checkpoint, cli, disk, outliers, training
+from sae_jax import cli
 from sae_jax.errors import Refused, RunFailed
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.runtime import checkpoint, disk
+from sae_jax.training import step as step_lib
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,7 +159,7 @@ def test_any_bit_of_a_dataset_is_noticed_and_named(tmp_path, rng, capsys):
 
 HOLDS = """
     import sys, time
-    from sae_jax import disk
+    from sae_jax.runtime import disk
     with disk.sole_user(sys.argv[1], "--workdir"):
         print("holding", flush=True)
         time.sleep(600)
@@ -231,14 +234,14 @@ def test_float32_at_gamma_1000_trains_like_float64(tiny, rng, center):
     mu = (1000 * np.sqrt(d) * mean / np.linalg.norm(mean)).astype(np.float32)
     batches = (rng.normal(size=(n_steps, 64, d)) + mu).astype(np.float32)
     tiny.train.steps, tiny.train.learning_rate = n_steps, 3e-3
-    static, hyper = training.Static.of(tiny), training.hyper(tiny)
-    start = training.init_state(jax.random.key(0), static, hyper, jnp.asarray(mu if center == "mean" else 0 * mu))
+    static, hyper = step_lib.Static.of(tiny), step_lib.hyper(tiny)
+    start = step_lib.init_state(jax.random.key(0), static, hyper, jnp.asarray(mu if center == "mean" else 0 * mu))
     start = jax.tree.map(np.asarray, start)
 
     def trained(dtype):
         with jax.enable_x64(dtype == np.float64):
             floats = lambda a: jnp.asarray(a, dtype if a.dtype == np.float32 else a.dtype)  # noqa: E731
-            state, step = jax.tree.map(floats, start), jax.jit(partial(training.train_step, static=static))
+            state, step = jax.tree.map(floats, start), jax.jit(partial(step_lib.train_step, static=static))
             metrics = []
             for x in batches:
                 state, found = step(state, jnp.asarray(x, dtype))
@@ -258,7 +261,7 @@ def test_float32_at_gamma_1000_trains_like_float64(tiny, rng, center):
 
 def test_moments_of_float32_rows_at_gamma_a_million_are_those_of_float64(rng):
     x = (rng.normal(size=(4000, 8)) + 1e6).astype(np.float32)
-    found = outliers.severity([x]).raw
+    found = moments_lib.severity([x]).raw
     np.testing.assert_allclose(found.mean, x.mean(axis=0, dtype=float), rtol=1e-12)
     np.testing.assert_allclose(found.sigma, x.std(axis=0, dtype=float), rtol=1e-6)
 
@@ -306,7 +309,8 @@ def test_sigterm_stops_an_extraction_after_a_batch_and_the_next_run_ends_alike(t
 
 ENDS = """
     import signal, sys
-    import sae_jax.__main__, sae_jax.checkpoint, sae_jax.cli, sae_jax.running, sae_jax.sharing, sae_jax.sweeping
+    import sae_jax.__main__, sae_jax.cli, sae_jax.runtime.checkpoint, sae_jax.training.run
+    import sae_jax.exchange.sharing, sae_jax.sweeps.jobs
     from jax._src import xla_bridge
     print(xla_bridge.backends_are_initialized(), flush=True)
     sae_jax.cli.VERBS["diagnose"] = lambda argv: signal.raise_signal(signal.SIGTERM)

@@ -15,13 +15,17 @@ import torch
 from conftest import FULL_DPI
 from safetensors.numpy import load_file, save_file
 
-from sae_jax import autopsy, cli, figures, formats, outliers, sharing
-from sae_jax import sae as sae_lib
+from sae_jax import cli
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.sae import SAE
+from sae_jax.diagnosis import autopsy
 from sae_jax.errors import Refused
-from sae_jax.formats import Packed
-from sae_jax.preprocess import Preprocessing, whitening
-from sae_jax.running import train
-from sae_jax.sae import SAE
+from sae_jax.exchange import formats, sharing
+from sae_jax.exchange.formats import Packed
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.outliers.preprocess import Preprocessing, whitening
+from sae_jax.reports import figures
+from sae_jax.training.run import train
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -40,7 +44,7 @@ def x(rng):
 
 def packed(rng, x, kind):
     """An SAE with weights of no particular structure behind each kind of preprocessing."""
-    moments = outliers.moments(x, covariance=True)
+    moments = moments_lib.moments(x, covariance=True)
     zero = np.zeros(D)
     before = {
         "baseline": Preprocessing(shift=zero, scale=3.0),

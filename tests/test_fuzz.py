@@ -20,12 +20,13 @@ from ml_collections import ConfigDict
 from safetensors.flax import save_file
 
 import sae_jax
-from sae_jax import cli, formats
+from sae_jax import cli
 from sae_jax import config as config_lib
 from sae_jax.activations import files, store
+from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused, RunFailed
-from sae_jax.preprocess import Preprocessing
-from sae_jax.sae import SAE
+from sae_jax.exchange import formats
+from sae_jax.outliers.preprocess import Preprocessing
 
 ROOT = Path(__file__).parents[1]
 TIMES = int(os.environ.get("FUZZ", "0"))

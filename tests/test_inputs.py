@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from sae_jax.activations import inputs
 from sae_jax.errors import Refused
+from sae_jax.models import inputs
 
 
 def first(source, count):

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sae_jax.activations import adapters, facts, files, models, store
+from sae_jax.activations import files, store
 from sae_jax.config import base
 from sae_jax.errors import Refused
+from sae_jax.models import adapters, extraction, facts
 
 torch = pytest.importorskip("torch", reason="needs the extra hf")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
@@ -103,7 +104,7 @@ def saved(monkeypatch, settings, folder, name, network, words=None):
 def extracted(settings, layers):
     """Rows of each layer."""
     found = {layer: [] for layer in layers}
-    for _, parts in models.rows(adapters.load(settings), settings, layers):
+    for _, parts in extraction.rows(adapters.load(settings), settings, layers):
         for layer, part in parts.items():
             found[layer].append(part)
     return {layer: store.Rows(*map(np.concatenate, zip(*parts, strict=True))) for layer, parts in found.items()}
@@ -218,7 +219,7 @@ def test_stand_ins_for_code_of_the_hub(name, settings, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
     proteins(settings, tmp_path, "dna" if name == "evo" else "proteins")
     with pytest.raises(Refused, match=f"data.model.remote_code = '': {name}=COMMIT"):
-        models.extract(settings, [1], settings.cache)
+        extraction.extract(settings, [1], settings.cache)
     settings.remote_code = f"{name}={COMMIT}"
     path, ids, inner = {
         "progen_base": ("transformer.h", lambda s: words("1" + s + "2").input_ids, slice(1, -1)),
@@ -335,13 +336,13 @@ def test_other_hook_points_are_modules_of_the_block(hook, path, settings, monkey
     )
     with torch.no_grad():
         network(ids)
-    mine = models.streams(adapters.load(settings), {"input_ids": ids}, [2], hook)[2]
+    mine = extraction.streams(adapters.load(settings), {"input_ids": ids}, [2], hook)[2]
     np.testing.assert_allclose(mine, found[2], atol=1e-6)
-    folder = models.extract(settings, [2], settings.cache)[2]
+    folder = extraction.extract(settings, [2], settings.cache)[2]
     assert files.open_chunks(folder).d_model == found[2].shape[-1]
     settings.hook = "no_such_module"
     with pytest.raises(Refused, match="data.model.hook = 'no_such_module': residual, attention, mlp or .*: ln_1, attn"):
-        models.extract(settings, [2], settings.cache)
+        extraction.extract(settings, [2], settings.cache)
 
 
 def test_in_bert_and_its_like_the_residual_stream_is_not_part_of_what_attention_and_mlp_give():
@@ -349,8 +350,8 @@ def test_in_bert_and_its_like_the_residual_stream_is_not_part_of_what_attention_
         vocab_size=60, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
     layer = transformers.BertModel(config, add_pooling_layer=False).encoder.layer[0]
-    assert models._submodule(layer, "attention") is layer.attention.output.dense
-    assert models._submodule(layer, "mlp") is layer.output.dense
+    assert extraction._submodule(layer, "attention") is layer.attention.output.dense
+    assert extraction._submodule(layer, "mlp") is layer.output.dense
 
 
 def test_nothing_behind_the_last_layer_is_computed(settings, monkeypatch, tmp_path):
@@ -358,7 +359,7 @@ def test_nothing_behind_the_last_layer_is_computed(settings, monkeypatch, tmp_pa
     saved(monkeypatch, settings, tmp_path / "model", "gpt2", network, words)
     loaded = adapters.load(settings)
     loaded.blocks[2].register_forward_hook(lambda *_: pytest.fail("ran on"))
-    found = models.streams(loaded, {"input_ids": torch.randint(3, 60, (2, 7))}, [2, 1, 0])
+    found = extraction.streams(loaded, {"input_ids": torch.randint(3, 60, (2, 7))}, [2, 1, 0])
     assert {layer: x.shape for layer, x in found.items()} == dict.fromkeys([2, 1, 0], (2, 7, WIDTH))
 
 
@@ -366,8 +367,8 @@ def test_rows_may_begin_later_and_are_the_same(settings, monkeypatch, tmp_path):
     network, words, _ = gpt2()
     saved(monkeypatch, settings, tmp_path / "model", "gpt2", network, words)
     loaded = adapters.load(settings)
-    whole = list(models.rows(loaded, settings, [1, 2]))
-    later = list(models.rows(loaded, settings, [1, 2], start=300))
+    whole = list(extraction.rows(loaded, settings, [1, 2]))
+    later = list(extraction.rows(loaded, settings, [1, 2], start=300))
     assert 0 < len(later) < len(whole)
     assert later[0][0] <= 300
     for (first, parts), (first_later, parts_later) in zip(whole[-len(later) :], later, strict=True):
@@ -380,17 +381,17 @@ def test_rows_may_begin_later_and_are_the_same(settings, monkeypatch, tmp_path):
 def test_layers_are_extracted_once_and_found_one_by_one(settings, monkeypatch, tmp_path):
     network, words, _ = gpt2()
     saved(monkeypatch, settings, tmp_path / "model", "gpt2", network, words)
-    folders = models.extract(settings, [0, 1, 2], settings.cache)
+    folders = extraction.extract(settings, [0, 1, 2], settings.cache)
     monkeypatch.setattr(adapters, "load", lambda _: pytest.fail("loaded again"))
     for layer in range(3):
         settings.layer = layer
-        assert models.extracted(settings) == folders[layer]
+        assert extraction.extracted(settings) == folders[layer]
         chunks = files.open_chunks(folders[layer])
         assert (chunks.identity["layer"], chunks.d_model) == (layer, WIDTH)
         assert len(chunks) * chunks.rows >= settings.n_tokens
     settings.layer = 3
     with pytest.raises(pytest.fail.Exception):
-        models.extracted(settings)
+        extraction.extracted(settings)
 
 
 def test_what_cannot_be_had_is_refused_before_anything_is_written(settings, monkeypatch, tmp_path):
@@ -398,7 +399,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_written(settings, monk
         model = settings.copy_and_resolve_references()
         model.update(changes)
         with pytest.raises(Refused, match=match):
-            models.extract(model, [model.layer], settings.cache)
+            extraction.extract(model, [model.layer], settings.cache)
 
     refused("data.model.id = 'gpt-9': OWNER/NAME on the hub, or one of gpt2, pythia_70m", id="gpt-9")
     refused("data.model.layer = 13: 0 to 12 for gpt2", id="gpt2", layer=13)
@@ -414,7 +415,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_written(settings, monk
 def test_user_supplied_activations_are_taken_as_they_are(settings, tmp_path, rng):
     np.save(tmp_path / "single.npy", rng.normal(size=(300, 384)).astype(np.float32))
     settings.id, settings.layer, settings.activations = "af3", 0, str(tmp_path / "single.npy")
-    assert files.open_chunks(models.extracted(settings)).d_model == 384
+    assert files.open_chunks(extraction.extracted(settings)).d_model == 384
 
 
 def test_a_missing_package_names_its_extra(monkeypatch, settings):

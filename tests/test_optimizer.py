@@ -4,9 +4,10 @@ import numpy as np
 import optax
 import pytest
 
-from sae_jax import kept, optimizer, training
-from sae_jax import sae as sae_lib
+from sae_jax.autoencoder import kept, optimizer
+from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.config import base
+from sae_jax.training import step as step_lib
 
 CLIP, BETAS, RATE = 1.5, (0.9, 0.99), 0.03
 
@@ -48,9 +49,9 @@ def test_an_update_is_that_of_optax_whole_or_in_blocks_of_rows(monkeypatch, n, b
 
 @pytest.mark.parametrize(("warmup", "decay"), [(0, 0.2), (10, 0.5), (90, 0.5), (0, 0.0), (100, 1.0)])
 def test_the_learning_rate_rises_stays_and_ends_near_zero(warmup, decay):
-    static = training.Static.of(base({"train.steps": 100, "train.warmup_steps": warmup, "train.decay_fraction": decay,
+    static = step_lib.Static.of(base({"train.steps": 100, "train.warmup_steps": warmup, "train.decay_fraction": decay,
                                       "data.signal": "gaussian"}))  # fmt: skip
-    factors = np.array([training.schedule(static, jnp.int32(step)) for step in range(100)])
+    factors = np.array([step_lib.schedule(static, jnp.int32(step)) for step in range(100)])
     start = max(warmup, round(100 - 100 * decay))
     rise = np.linspace(1 / (warmup + 1), 1, warmup, endpoint=False)
     np.testing.assert_allclose(factors[:warmup], rise, rtol=1e-5)

@@ -5,14 +5,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.optimize import minimize
 
-from sae_jax import outliers
+from sae_jax.outliers import moments as moments_lib
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])
 def test_streamed_moments_of_float32_equal_float64_in_one_go(rng, offset):
     x = (rng.normal(size=(1000, 7)) ** 2 * np.arange(1, 8) + offset).astype(np.float32)
     cuts = [0, 1, 17, 400, 1000]
-    got = outliers.severity((x[a:b] for a, b in zip(cuts, cuts[1:], strict=False)), covariance=True).raw
+    got = moments_lib.severity((x[a:b] for a, b in zip(cuts, cuts[1:], strict=False)), covariance=True).raw
     x64 = x.astype(np.float64)
     np.testing.assert_allclose(got.mean, x64.mean(0), rtol=1e-12)
     np.testing.assert_allclose(got.sigma, x64.std(0), rtol=1e-9)
@@ -27,14 +27,14 @@ def test_streamed_moments_of_float32_equal_float64_in_one_go(rng, offset):
 def test_merging_parts_in_any_order_is_one_pass(seed, sizes, offset):
     rng = np.random.default_rng(seed)
     parts = [rng.exponential(size=(size, 3)) * 10 ** rng.uniform(-2, 2, 3) + offset for size in sizes]
-    moments = [outliers.moments(part, covariance=True) for part in parts]
-    whole = outliers.moments(np.concatenate(parts), covariance=True)
+    moments = [moments_lib.moments(part, covariance=True) for part in parts]
+    whole = moments_lib.moments(np.concatenate(parts), covariance=True)
     left = moments[0]
     for part in moments[1:]:
-        left = outliers.merge(left, part)
+        left = moments_lib.merge(left, part)
     right = moments[-1]
     for part in reversed(moments[:-1]):
-        right = outliers.merge(part, right)
+        right = moments_lib.merge(part, right)
     for merged in (left, right):
         assert merged.n_tokens == whole.n_tokens
         scale = np.sqrt(whole.square / whole.n_tokens) + 1e-9 * abs(offset)
@@ -46,44 +46,44 @@ def test_merging_parts_in_any_order_is_one_pass(seed, sizes, offset):
 
 def test_gammas_do_not_change_with_global_scale_and_the_forms_differ_as_defined(rng):
     x = rng.normal(size=(500, 6)) + 3.0  # an outlier along the all-ones direction: LayerNorm takes it away
-    a, b = outliers.severity([x]).gammas(), outliers.severity([1e3 * x]).gammas()
+    a, b = moments_lib.severity([x]).gammas(), moments_lib.severity([1e3 * x]).gammas()
     for key in a:
         np.testing.assert_allclose(a[key], b[key], rtol=1e-4)
     assert a["gamma_raw"] == pytest.approx(3.0, rel=0.1)
     assert a["gamma"] < 0.2
-    rescaled = outliers.severity([x * rng.uniform(0.5, 20, size=(500, 1))]).gammas()
+    rescaled = moments_lib.severity([x * rng.uniform(0.5, 20, size=(500, 1))]).gammas()
     assert rescaled["gamma_direction"] == pytest.approx(a["gamma_direction"], rel=1e-9)
     assert rescaled["gamma_raw"] < 0.7 * a["gamma_raw"]
 
 
 def test_effective_rank_of_known_spectra(rng):
-    assert outliers.effective_rank(np.ones(12)) == pytest.approx(12)
-    assert outliers.effective_rank(np.array([5.0, 0, 0])) == pytest.approx(1)
-    assert outliers.effective_rank(np.array([0.5, 0.25, 0.25])) == pytest.approx(2 ** 1.5)
+    assert moments_lib.effective_rank(np.ones(12)) == pytest.approx(12)
+    assert moments_lib.effective_rank(np.array([5.0, 0, 0])) == pytest.approx(1)
+    assert moments_lib.effective_rank(np.array([0.5, 0.25, 0.25])) == pytest.approx(2 ** 1.5)
     x = rng.normal(size=(4000, 10)) @ np.diag([3.0, 1, 1, 1, 0, 0, 0, 0, 0, 0])
-    values, vectors = outliers.moments(x, covariance=True).eigen
+    values, vectors = moments_lib.moments(x, covariance=True).eigen
     np.testing.assert_allclose(values[:4], [9, 1, 1, 1], rtol=0.1)
     np.testing.assert_allclose(vectors @ vectors.T, np.eye(10), atol=1e-9)
     with pytest.raises(ValueError, match="without the covariance"):
-        _ = outliers.moments(x).eigenvalues
+        _ = moments_lib.moments(x).eigenvalues
 
 
 def test_outlier_dimensions_come_largest_first(rng):
     x = rng.normal(size=(1000, 8))
     x[:, 2] += 5
     x[:, 6] -= 20
-    assert outliers.moments(x).outlier_dimensions.tolist() == [6, 2]
+    assert moments_lib.moments(x).outlier_dimensions.tolist() == [6, 2]
 
 
 def test_no_activations_are_refused():
     with pytest.raises(ValueError, match="no activations"):
-        outliers.severity([])
+        moments_lib.severity([])
 
 
 def test_geometric_median_minimises_the_mean_distance(rng):
     x = rng.normal(size=(400, 4)) + 2
     x[:40] *= 50  # a tenth of the tokens far out: the mean follows them, the median hardly
-    got = outliers.geometric_median(lambda: np.array_split(x, 7), x.mean(0), tolerance=1e-7, max_iterations=1000)
+    got = moments_lib.geometric_median(lambda: np.array_split(x, 7), x.mean(0), tolerance=1e-7, max_iterations=1000)
     best = minimize(lambda c: np.linalg.norm(x - c, axis=1).mean(), x.mean(0), tol=1e-12).x
     np.testing.assert_allclose(got, best, atol=1e-4)
     assert np.linalg.norm(got - 2) < 0.5 < np.linalg.norm(x.mean(0) - 2)
@@ -92,17 +92,18 @@ def test_geometric_median_minimises_the_mean_distance(rng):
 @pytest.mark.parametrize("start", range(4))
 def test_geometric_median_leaves_a_token_it_starts_on(start):
     x = np.asarray([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
-    got = outliers.geometric_median(lambda: [x], x[start], tolerance=1e-8, max_iterations=1000)
+    got = moments_lib.geometric_median(lambda: [x], x[start], tolerance=1e-8, max_iterations=1000)
     best = minimize(lambda c: np.linalg.norm(x - c, axis=1).sum(), x.mean(0), method="Nelder-Mead").fun
     assert np.linalg.norm(x - got, axis=1).sum() == pytest.approx(best, rel=1e-4)
 
 
 def test_geometric_median_stays_on_a_token_that_is_it():
     x = np.asarray([[0.0, 0.0]] * 5 + [[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
-    np.testing.assert_array_equal(outliers.geometric_median(lambda: [x], x[0]), [0, 0])
+    np.testing.assert_array_equal(moments_lib.geometric_median(lambda: [x], x[0]), [0, 0])
 
 
 def test_a_part_without_rows_changes_nothing(rng):
-    a, none = outliers.moments(rng.normal(size=(9, 3)), True), outliers.Moments(0, *(np.zeros(3) for _ in range(4)))
-    assert outliers.merge(a, none) is a
-    assert outliers.merge(none, a) is a
+    a = moments_lib.moments(rng.normal(size=(9, 3)), True)
+    none = moments_lib.Moments(0, *(np.zeros(3) for _ in range(4)))
+    assert moments_lib.merge(a, none) is a
+    assert moments_lib.merge(none, a) is a

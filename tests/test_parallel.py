@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +7,12 @@ import pytest
 from ml_collections import ConfigDict
 
 import sae_jax
-from sae_jax import checkpoint, parallel, running, training
 from sae_jax.config import base, members
 from sae_jax.errors import Refused
+from sae_jax.runtime import checkpoint
+from sae_jax.runtime import devices as devices_lib
+from sae_jax.training import run as run_lib
+from sae_jax.training import step as step_lib
 
 B, D = 16, 6
 
@@ -21,8 +26,8 @@ def group():
     config.members = {"one": {"seed": 1}, "other": {"seed": 2, "train": {"learning_rate": 1e-2}}}
     configs = list(members(config).values())
     with jax.enable_x64(True):
-        state = training.init_group(configs, jnp.zeros((2, D)))
-        yield training.Static.of(configs[0]), state
+        state = step_lib.init_group(configs, jnp.zeros((2, D)))
+        yield step_lib.Static.of(configs[0]), state
 
 
 def batches(n):
@@ -35,7 +40,7 @@ def assert_equal(found, expected):
 
 
 def plain(state, static, n=5):
-    step = jax.jit(lambda s, x: training.group_step(s, x, static=static, allsum=lambda tree: tree))
+    step = jax.jit(lambda s, x: step_lib.group_step(s, x, static=static, allsum=lambda tree: tree))
     for x in batches(n):
         state, metrics = step(state, x)
     return jax.device_get((state, metrics))
@@ -46,9 +51,9 @@ def test_a_mesh_computes_what_one_device_does(group, axes):
     static, state = group
     expected = plain(state, static)
     assert expected[1]["dead"][1] > 0  # AuxK was at work
-    mesh = parallel.make_mesh(jax.devices(), **axes)
-    step = parallel.mesh_step(mesh, static, state)
-    state = jax.device_put(state, parallel.layout(mesh, state))
+    mesh = devices_lib.make_mesh(jax.devices(), **axes)
+    step = devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state)
+    state = jax.device_put(state, devices_lib.layout(mesh, state))
     for x in batches(5):
         state, metrics = step(state, x)
     assert_equal(jax.device_get((state, metrics)), expected)
@@ -57,8 +62,8 @@ def test_a_mesh_computes_what_one_device_does(group, axes):
 def test_pmap_computes_what_one_device_does(group):
     static, state = group
     expected = plain(state, static)
-    step = parallel.Devices(2).compile(
-        lambda allsum, _, s, x: training.group_step(s, x, static=static, allsum=allsum), split=(None, 0)
+    step = devices_lib.Devices(2).compile(
+        lambda allsum, _, s, x: step_lib.group_step(s, x, static=static, allsum=allsum), split=(None, 0)
     )
     for x in batches(5):
         state, metrics = step(state, x)
@@ -70,15 +75,16 @@ def test_ties_across_shards_go_to_the_lowest_feature(group):
     sae = state.sae.replace(W_enc=jnp.tile(state.sae.W_enc[:, :6], (1, 4, 1)))  # every row four times, in both shards
     state = state.replace(sae=sae)
     expected = plain(state, static, n=1)
-    mesh = parallel.make_mesh(jax.devices(), feature=2)
-    found = parallel.mesh_step(mesh, static, state)(jax.device_put(state, parallel.layout(mesh, state)), batches(1)[0])
+    mesh = devices_lib.make_mesh(jax.devices(), feature=2)
+    step = devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state)
+    found = step(jax.device_put(state, devices_lib.layout(mesh, state)), batches(1)[0])
     assert_equal(jax.device_get(found), expected)
 
 
 def test_no_preactivations_are_gathered_over_features(group):
     static, state = group
-    mesh = parallel.make_mesh(jax.devices(), feature=2)
-    step = parallel.mesh_step(mesh, static, state)
+    mesh = devices_lib.make_mesh(jax.devices(), feature=2)
+    step = devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state)
     hlo = step.lower(state, batches(1)[0]).compile().as_text()
     gathered = [line.split(" = ")[1].split(" ")[0] for line in hlo.splitlines() if " all-gather(" in line]
     assert gathered
@@ -93,7 +99,7 @@ def test_no_recompilation_and_no_transfer_in_the_loop(group):
 
     def once(s, x):
         traces.append(0)
-        return training.group_step(s, x, static=static, allsum=lambda tree: tree)
+        return step_lib.group_step(s, x, static=static, allsum=lambda tree: tree)
 
     step = jax.jit(once, donate_argnums=0)
     given = batches(4)
@@ -109,10 +115,10 @@ def test_no_recompilation_and_no_transfer_in_the_loop(group):
 def test_the_same_step_is_exported_for_every_platform(platform):
     config = base()
     config.data.signal = "gaussian"
-    static = training.Static.of(config)  # n 8192, k 64: the shape for which a CPU takes its own kernels
-    abstract = jax.eval_shape(lambda: training.init_group([config], jnp.zeros((1, 768))))
+    static = step_lib.Static.of(config)  # n 8192, k 64: the shape for which a CPU takes its own kernels
+    abstract = jax.eval_shape(lambda: step_lib.init_group([config], jnp.zeros((1, 768))))
     x = jax.ShapeDtypeStruct((2048, 768), jnp.float32)
-    step = jax.jit(lambda s, x: training.group_step(s, x, static=static, allsum=lambda tree: tree))
+    step = jax.jit(lambda s, x: step_lib.group_step(s, x, static=static, allsum=lambda tree: tree))
     own = jax.export.DisabledSafetyCheck.custom_call("cpu_csr_sparse_dense_ffi")  # it is the same JAX that runs it
     exported = jax.export.export(step, platforms=[platform], disabled_checks=[own])(abstract, x)
     assert exported.platforms == (platform,)
@@ -136,7 +142,7 @@ def test_a_run_on_a_mesh_cut_short_and_continued_equals_one_device(tiny, tmp_pat
     })  # fmt: skip
     one = sae_jax.train(tiny, str(tmp_path / "one"))
     tiny.train.devices, tiny.train.mesh = 2, mesh
-    given, shapes = running.Run._next_inputs, []
+    given, shapes = run_lib.Run._next_inputs, []
 
     def cut_short(self, count):
         shapes.append(self.states[0].sae.W_enc.addressable_shards[0].data.shape)
@@ -144,7 +150,7 @@ def test_a_run_on_a_mesh_cut_short_and_continued_equals_one_device(tiny, tmp_pat
             raise KeyboardInterrupt
         return given(self, count)
 
-    monkeypatch.setattr(running.Run, "_next_inputs", cut_short)
+    monkeypatch.setattr(run_lib.Run, "_next_inputs", cut_short)
     with pytest.raises(KeyboardInterrupt):
         sae_jax.train(tiny, str(tmp_path / "two"))
     monkeypatch.undo()
@@ -190,6 +196,6 @@ def test_a_mesh_that_cannot_be_is_refused_and_nothing_is_written(tiny, tmp_path,
 def test_large_members_are_grouped_so_that_each_device_has_one():
     config = base()
     config.members = ConfigDict({name: {"seed": i} for i, name in enumerate("abcd")})
-    assert [group.names for group in training.group_members(members(config), 768)] == [["a"], ["b"], ["c"], ["d"]]
+    assert [group.names for group in step_lib.group_members(members(config), 768)] == [["a"], ["b"], ["c"], ["d"]]
     config.train.mesh = "member=2"
-    assert [group.names for group in training.group_members(members(config), 768)] == [["a", "b"], ["c", "d"]]
+    assert [group.names for group in step_lib.group_members(members(config), 768)] == [["a", "b"], ["c", "d"]]

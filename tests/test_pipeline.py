@@ -3,10 +3,12 @@ import pytest
 from processes import Processes
 
 import sae_jax
-from sae_jax import checkpoint, parallel, running
 from sae_jax.activations import files, pipeline, store
 from sae_jax.errors import Refused
-from sae_jax.sources import open_source
+from sae_jax.models.sources import open_source
+from sae_jax.runtime import checkpoint
+from sae_jax.runtime import devices as devices_lib
+from sae_jax.training import run as run_lib
 
 
 def numbered(n, d=3):
@@ -101,23 +103,23 @@ TWO = """
     import numpy as np
     from ml_collections import ConfigDict
     import sae_jax
-    from sae_jax import running
+    from sae_jax.training import run as run_lib
     from sae_jax.errors import Preempted
-    from sae_jax.sources import open_source
+    from sae_jax.models.sources import open_source
 
     jax.config.update("jax_enable_x64", True)
     config = ConfigDict(json.loads({config!r}))
     data = open_source(config).train(0)
     np.save(f"batches{{number}}.npy", np.stack([next(data) for _ in range(40)]))
     data.close()
-    advance = running.Run._next_inputs
+    advance = run_lib.Run._next_inputs
 
     def stops(self, count):
         if self.step == 14 and number == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return advance(self, count)
 
-    running.Run._next_inputs = stops
+    run_lib.Run._next_inputs = stops
     try:
         sae_jax.train(config, "w")
     except Preempted as error:
@@ -143,7 +145,7 @@ def test_two_processes_see_what_one_sees_and_one_goes_on_where_two_stopped(tiny,
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), alone)
 
     workdir = str(tmp_path / "two" / "w")
-    run = running.Run(tiny, workdir, parallel.Devices(1), source)
+    run = run_lib.Run(tiny, workdir, devices_lib.Devices(1), source)
     assert 14 <= run.step < 40
     np.testing.assert_array_equal(next(run.data), alone[run.step])
     run.data.close()

@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import outliers, preprocess
-from sae_jax import sae as sae_lib
-from sae_jax.preprocess import Preprocessing
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.outliers import preprocess
+from sae_jax.outliers.preprocess import Preprocessing
 
 
 def skewed(rng, gamma=0.0, n_tokens=4000, d=24):
@@ -16,7 +17,7 @@ def skewed(rng, gamma=0.0, n_tokens=4000, d=24):
 
 
 def choices(x):
-    moments = outliers.moments(x, covariance=True)
+    moments = moments_lib.moments(x, covariance=True)
     shift = jnp.asarray(moments.mean, jnp.float32)
     return {
         "centred": Preprocessing(shift=shift),
@@ -67,7 +68,7 @@ def test_whitened_activations_have_unit_covariance_and_the_cut_leaves_directions
 
 def test_a_spectrum_with_zeros_is_cut_not_blown_up(rng):
     x = rng.normal(size=(500, 3)) @ rng.normal(size=(3, 10))
-    before = preprocess.whitening(outliers.moments(x, covariance=True))
+    before = preprocess.whitening(moments_lib.moments(x, covariance=True))
     assert before.matrix.shape == (3, 10)
 
 
@@ -75,10 +76,10 @@ def test_per_token_norms_agree_with_their_definitions_and_cannot_be_folded(rng):
     x = rng.normal(size=(50, 12)).astype(np.float32) * 10 + 3
     x[7] = 0
     got = preprocess.per_token(jnp.asarray(x), "layer_norm")
-    np.testing.assert_allclose(got, outliers.layer_norm(x.astype(np.float64)), atol=1e-5)
+    np.testing.assert_allclose(got, moments_lib.layer_norm(x.astype(np.float64)), atol=1e-5)
     np.testing.assert_allclose(preprocess.per_token(jnp.asarray(x), "layer_norm_unit") * np.sqrt(12), got, atol=1e-5)
     unit = preprocess.per_token(jnp.asarray(x), "unit")
-    np.testing.assert_allclose(unit, outliers.direction(x.astype(np.float64)), atol=1e-6)
+    np.testing.assert_allclose(unit, moments_lib.direction(x.astype(np.float64)), atol=1e-6)
     assert np.isfinite(unit).all()
     sae = sae_lib.init(jax.random.key(0), 20, 2, jnp.zeros(12))
     with pytest.raises(ValueError, match="not affine"):

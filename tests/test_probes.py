@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from sae_jax.probes import Forecast, stratified_rows
+from sae_jax.outliers.probes import Forecast, stratified_rows
 
 
 def test_probes_are_unit_rows_spread_evenly_along_the_mean(rng):

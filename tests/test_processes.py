@@ -10,30 +10,30 @@ from processes import Processes
 from test_running import final_states
 
 import sae_jax
-from sae_jax import checkpoint
+from sae_jax.runtime import checkpoint
 
 TRAIN = """
     import json, os, signal
     from ml_collections import ConfigDict
     import sae_jax
-    from sae_jax import running
+    from sae_jax.training import run as run_lib
     from sae_jax.errors import Preempted
 
     jax.config.update("jax_enable_x64", True)
     config, disturb = ConfigDict(json.loads({config!r})), {disturb!r}
-    advance = running.Run._next_inputs
+    advance = run_lib.Run._next_inputs
 
     def disturbed(self, count):
         if self.step == (45 if disturb == "kill" else 15) and number == 1:
             os.kill(os.getpid(), signal.SIGKILL if disturb == "kill" else signal.SIGTERM)
         return advance(self, count)
 
-    running.Run._next_inputs = disturbed if disturb else advance
+    run_lib.Run._next_inputs = disturbed if disturb else advance
     try:
         sae_jax.train(config, "w")
     except Preempted as error:
         print(error, error.exit_code)
-        running.Run._next_inputs = advance
+        run_lib.Run._next_inputs = advance
         sae_jax.train(config, "w")
 """
 

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import recovery
+from sae_jax.training import recovery
 
 
 def test_mmcs_knows_sign_scale_and_absence(rng):

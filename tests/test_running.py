@@ -11,10 +11,14 @@ import pytest
 from ml_collections import ConfigDict
 
 import sae_jax
-from sae_jax import checkpoint, objective, parallel, running, training
 from sae_jax import config as config_lib
+from sae_jax.autoencoder import objective
 from sae_jax.errors import Preempted, Refused, RunFailed
-from sae_jax.sources import open_source
+from sae_jax.models.sources import open_source
+from sae_jax.runtime import checkpoint
+from sae_jax.runtime import devices as devices_lib
+from sae_jax.training import run as run_lib
+from sae_jax.training import step as step_lib
 
 METRICS = {
     "dead_by_relu", "dead_by_topk", "dead_total", "fve", "fve_about_zero", "l0", "bias_relative_error",
@@ -24,7 +28,7 @@ METRICS = {
 
 def final_states(config, workdir):
     """The states in the newest checkpoint, as NumPy arrays."""
-    run = running.Run(config, str(workdir), parallel.Devices(1), open_source(config))
+    run = run_lib.Run(config, str(workdir), devices_lib.Devices(1), open_source(config))
     states = jax.device_get(run.states)
     run.data.close()
     run.checkpoints.close()
@@ -58,7 +62,7 @@ def test_a_run_leaves_its_report_figures_history_and_table(tiny, tmp_path):
         assert (tmp_path / name).stat().st_size > 0
     assert list((tmp_path / "tensorboard").iterdir())
     assert [entry["step"] for entry in checkpoint.history(str(tmp_path))] == [0, 10, 20, 30, 40]
-    assert "dead by ReLU" in running.report.table(result)
+    assert "dead by ReLU" in run_lib.report.table(result)
 
 
 def test_no_steps_is_an_evaluation_at_init(tiny, tmp_path):
@@ -69,12 +73,12 @@ def test_no_steps_is_an_evaluation_at_init(tiny, tmp_path):
 
 
 def test_mean_zero_leaves_bias_metrics_undefined(tiny, tmp_path):
-    assert running.evaluation.bias_state(np.ones(3), np.zeros(3))["bias_projection"] is None
+    assert run_lib.evaluation.bias_state(np.ones(3), np.zeros(3))["bias_projection"] is None
 
 
 def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
     sae_jax.train(tiny, str(tmp_path / "whole"))
-    advance = running.Run._next_inputs
+    advance = run_lib.Run._next_inputs
     calls = []
 
     def dies(self, count):
@@ -83,7 +87,7 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return advance(self, count)
 
-    monkeypatch.setattr(running.Run, "_next_inputs", dies)
+    monkeypatch.setattr(run_lib.Run, "_next_inputs", dies)
     with pytest.raises(KeyboardInterrupt):
         sae_jax.train(tiny, str(tmp_path / "cut"))
     monkeypatch.undo()
@@ -94,20 +98,20 @@ def test_interrupted_equals_uninterrupted(tiny, tmp_path, monkeypatch):
 
 def test_a_finished_run_reports_again_without_training(tiny, tmp_path, monkeypatch):
     first = sae_jax.train(tiny, str(tmp_path))
-    monkeypatch.setattr(running.Run, "_next_inputs", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(run_lib.Run, "_next_inputs", lambda *_: pytest.fail("trained again"))
     assert sae_jax.train(tiny, str(tmp_path)) == first
 
 
 def test_sigterm_saves_and_the_next_start_goes_on(tiny, tmp_path, monkeypatch):
     sae_jax.train(tiny, str(tmp_path / "whole"))
-    advance = running.Run._next_inputs
+    advance = run_lib.Run._next_inputs
 
     def asked_to_stop(self, count):
         if self.step == 14:
             signal.raise_signal(signal.SIGTERM)
         return advance(self, count)
 
-    monkeypatch.setattr(running.Run, "_next_inputs", asked_to_stop)
+    monkeypatch.setattr(run_lib.Run, "_next_inputs", asked_to_stop)
     with pytest.raises(Preempted, match="step 18"):
         sae_jax.train(tiny, str(tmp_path / "cut"))
     sae_jax.train(tiny, str(tmp_path / "cut"))
@@ -161,8 +165,8 @@ def test_another_configuration_in_the_workdir_is_refused_and_nothing_is_lost(tin
 def test_one_compilation_for_the_whole_run(tiny, tmp_path, monkeypatch):
     tiny.train.steps = 37  # ends within a dispatch and within a checkpoint interval
     traced = []
-    step = training.train_step
-    monkeypatch.setattr(training, "train_step", lambda *a, **k: traced.append(1) or step(*a, **k))
+    step = step_lib.train_step
+    monkeypatch.setattr(step_lib, "train_step", lambda *a, **k: traced.append(1) or step(*a, **k))
     sae_jax.train(tiny, str(tmp_path))
     baseline_and_shape_pass = len(traced)
     tiny.train.steps, tiny.checkpoint.every = 4, 4  # a single dispatch
@@ -199,7 +203,7 @@ def trained(config, workdir, n_devices, steps):
     """(states, losses) after `steps` steps on n_devices."""
     config = ConfigDict(config.to_dict())
     config.train.steps, config.train.devices = steps, n_devices
-    run = running.Run(config, str(workdir), parallel.Devices(n_devices), open_source(config))
+    run = run_lib.Run(config, str(workdir), devices_lib.Devices(n_devices), open_source(config))
     losses, t = [], config.train.steps_per_dispatch
     for _ in range(steps // t):
         run.states, metrics = run._advance(run.states, run._next_inputs(t), np.int32(t))

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_jax import death, kept, objective, topk
-from sae_jax import sae as sae_lib
-from sae_jax.sae import Codes
+from sae_jax.autoencoder import death, kept, objective, topk
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.kept import Kept
 
 
 def a_sae(rng, n=24, d=6, k=3, dtype=np.float64):
@@ -44,7 +44,7 @@ def test_encode_and_decode_are_the_dense_formula(seed, n, k, d):
 
 
 def test_an_index_kept_with_value_zero_has_not_fired():
-    codes = Codes(jnp.asarray([[2.0, 0.0]]), jnp.asarray([[3, 1]]))
+    codes = Kept(jnp.asarray([[2.0, 0.0]]), jnp.asarray([[3, 1]]))
     np.testing.assert_array_equal(sae_lib.fired(codes, 4), [0, 0, 0, 1])
 
 

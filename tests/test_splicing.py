@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_models import DEPTH, WIDTH, gemma3, gpt2, modernbert, saved, settings  # noqa: F401
 
-from sae_jax.activations import adapters, models, splicing
 from sae_jax.errors import Refused
+from sae_jax.models import adapters, extraction, splicing
 
 torch = pytest.importorskip("torch", reason="needs the extra hf")
 
@@ -53,7 +53,7 @@ def test_the_stream_itself_gives_the_clean_loss_and_its_mean_the_ablated_one(dec
 
     seen = []
     splicing.losses(network, model, batch, lambda x: (seen.append(x), x)[1])
-    rows = models.forward(network, model, batch, 0, [layer])[layer]
+    rows = extraction.forward(network, model, batch, 0, [layer])[layer]
     np.testing.assert_array_equal(seen[0], rows.x)  # what an SAE is given here is what it was trained on
 
 

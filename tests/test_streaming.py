@@ -6,10 +6,11 @@ import pytest
 from test_running import assert_equal, final_states
 
 import sae_jax
-from sae_jax import running
-from sae_jax.activations import files, models, pipeline, streaming
+from sae_jax.activations import files, pipeline
 from sae_jax.errors import Refused
-from sae_jax.sources import open_source
+from sae_jax.models import extraction, streaming
+from sae_jax.models.sources import open_source
+from sae_jax.training import run as run_lib
 
 torch = pytest.importorskip("torch", reason="needs the extra hf")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
@@ -41,7 +42,7 @@ def config(tiny, tmp_path):
 
 def test_streamed_rows_are_the_stored_ones_bit_by_bit(config):
     streamed = streaming.StreamedChunks(config.data.model)
-    stored = files.open_chunks(models.extracted(config.data.model))
+    stored = files.open_chunks(extraction.extracted(config.data.model))
     assert streamed.rows == SEQUENCES * (CONTEXT - 1)
     n = min(stored.n_tokens, streamed.n_tokens)
     assert n >= 1024
@@ -67,14 +68,14 @@ def test_a_streamed_run_that_is_interrupted_ends_like_one_that_was_not_and_store
 ):
     whole = sae_jax.train(config, str(tmp_path / "whole"))
     assert whole["data"]["tokens_a_batch"] == SEQUENCES * (CONTEXT - 1)
-    advance = running.Run._next_inputs
+    advance = run_lib.Run._next_inputs
 
     def dies(self, count):
         if self.step == 24:
             raise KeyboardInterrupt
         return advance(self, count)
 
-    monkeypatch.setattr(running.Run, "_next_inputs", dies)
+    monkeypatch.setattr(run_lib.Run, "_next_inputs", dies)
     with pytest.raises(KeyboardInterrupt):
         sae_jax.train(config, str(tmp_path / "cut"))
     monkeypatch.undo()
@@ -86,8 +87,8 @@ def test_a_streamed_run_that_is_interrupted_ends_like_one_that_was_not_and_store
 def test_only_what_is_needed_again_is_kept(config, monkeypatch):
     source = open_source(config)
     runs = []
-    forward = models.forward
-    monkeypatch.setattr(models, "forward", lambda *a: runs.append(a[3]) or forward(*a))
+    forward = extraction.forward
+    monkeypatch.setattr(extraction, "forward", lambda *a: runs.append(a[3]) or forward(*a))
     first = [x for x, _ in source.held_out()], list(source.statistics())
     count = len(runs)
     second = [x for x, _ in source.held_out()], list(source.statistics())

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sae_jax import cli, cluster, combinations, statistics, sweeping
+from sae_jax import cli
 from sae_jax import config as config_lib
-from sae_jax import sae as sae_lib
-from sae_jax.activations.facts import MODELS, PAPER
+from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.errors import Refused, RunFailed
+from sae_jax.models.facts import MODELS, PAPER
+from sae_jax.outliers import statistics
+from sae_jax.sweeps import cluster, combinations
+from sae_jax.sweeps import jobs as jobs_lib
 
 ROOT = Path(__file__).parents[1]
 # The paper's table: layers and width of each model.
@@ -204,7 +207,7 @@ def test_one_table_with_a_row_for_what_failed(small, whole, tmp_path, capsys):
     assert [(row["condition"], row["steps"]) for row in trained] == [
         ("centred", "0"), ("centred", "30"), ("topk", "0"), ("topk", "30"),
     ]  # fmt: skip
-    read = sweeping.read_table(workdir / "results.csv")
+    read = jobs_lib.read_table(workdir / "results.csv")
     assert isinstance(read[0]["gamma"], float)
     assert read[0]["fve"] is None
 
@@ -221,7 +224,7 @@ def test_one_table_with_a_row_for_what_failed(small, whole, tmp_path, capsys):
 
 
 def test_deaths_are_those_of_a_count_by_hand(small, whole):
-    found = next(r for r in sweeping.read_table(whole / "results.csv")
+    found = next(r for r in jobs_lib.read_table(whole / "results.csv")
                  if r["name"] == "data_high" and r["condition"] == "none")  # fmt: skip
     x = np.load(small.parent / "high.npy")
     weights = np.asarray(sae_lib.init(jax.random.key(1), 64, 4, jnp.zeros(16)).W_enc)
@@ -309,7 +312,7 @@ def test_a_ray_worker_in_another_folder_finds_relative_paths(small, tmp_path, mo
     job = next(job for job in combinations.jobs(str(small), config_of(small)) if job.name == "data_low")
     job.config.data.path = "low.npy"
     cluster._work(str(small.parent), "relative", [(job.name, job.config.to_json())])
-    assert sweeping.finished(str(small.parent / "relative"), job)
+    assert jobs_lib.finished(str(small.parent / "relative"), job)
     assert not (tmp_path / "relative").exists()
 
 
@@ -346,9 +349,9 @@ def test_a_layer_that_cannot_be_extracted_leaves_the_others_alone(monkeypatch, t
             raise RunFailed("token 7: activations not finite")
         return dict.fromkeys(layers, str(tmp_path / "x.npy"))
 
-    monkeypatch.setattr(sweeping.models, "extract", extract)
+    monkeypatch.setattr(jobs_lib.models, "extract", extract)
     every = combinations.selected(jobs("sweep", "sae.n_features=32", "sae.k=4"), ["model=gpt2", "layer=1-3"])
-    sweeping.local(str(tmp_path), combinations.grouped(every))
-    rows = sweeping.merge(str(tmp_path), every)
+    jobs_lib.local(str(tmp_path), combinations.grouped(every))
+    rows = jobs_lib.merge(str(tmp_path), every)
     assert {(r["layer"], r["status"]) for r in rows} == {(1, "done"), (2, "failed"), (3, "done")}
     assert next(r["error"] for r in rows if r["layer"] == 2) == "RunFailed: token 7: activations not finite"

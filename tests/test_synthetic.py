@@ -2,8 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import outliers, synthetic
+from sae_jax.activations import synthetic
 from sae_jax.config import base
+from sae_jax.outliers import moments as moments_lib
 
 
 def drawn(n=40_000, **settings):
@@ -23,7 +24,7 @@ def drawn(n=40_000, **settings):
 ])
 def test_gamma_mean_and_scale_are_those_asked_for(direction, settings):
     spec, x = drawn(gamma=5.0, mean_direction=direction, **settings)
-    found = outliers.severity([x]).raw
+    found = moments_lib.severity([x]).raw
     assert np.linalg.norm(found.sigma) == pytest.approx(32**0.5, rel=0.02)
     assert found.gamma == pytest.approx(5.0, rel=0.02)
     np.testing.assert_allclose(found.mean, spec.mu, atol=0.06)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from sae_jax import theory
-from sae_jax.probes import Forecast, stratified_rows
+from sae_jax.outliers import theory
+from sae_jax.outliers.probes import Forecast, stratified_rows
 
 
 def count_deaths(x, n, k, seed=0):

@@ -1,1 +1,1 @@
-"""Real activations: extracted from models, stored as datasets, read back in a reproducible order."""
+"""Arrays, files and datasets in, batches of tokens out, in one order."""

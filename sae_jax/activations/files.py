@@ -12,9 +12,9 @@ import pyarrow.ipc
 from etils import epath
 
 from sae_jax.activations import pipeline
-from sae_jax.activations.optional import module
-from sae_jax.disk import read_json
 from sae_jax.errors import Refused
+from sae_jax.runtime.disk import read_json
+from sae_jax.runtime.optional import module
 
 MOST = 100  # fold: whatever a compressed file grows by more than this is no activations
 FORMATS = "a .npy, .npz, .safetensors or .pt file, a dataset folder, or a folder that SAELens cached activations in"

@@ -14,7 +14,6 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from sae_jax import outliers
 from sae_jax.activations import pipeline
 from sae_jax.activations.pipeline import CHUNK
 from sae_jax.activations.stored import (
@@ -34,10 +33,11 @@ from sae_jax.activations.stored import (
     sha256,
     template,
 )  # fmt: skip
-from sae_jax.disk import LOCK, sole_user, write_text
 from sae_jax.errors import Preempted, Refused, RunFailed
-from sae_jax.outliers import Moments, Severity
-from sae_jax.stopping import StopRequest
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.outliers.moments import Moments, Severity
+from sae_jax.runtime.disk import LOCK, sole_user, write_text
+from sae_jax.runtime.stopping import StopRequest
 
 SHARD_BYTES = 128 * 2**20
 
@@ -104,8 +104,8 @@ class Writer:
         x = np.ascontiguousarray(rows.x[: n_chunks * self._chunk], np.float32)
         if not np.isfinite(x).all():
             raise RunFailed(f"token {self.n_tokens + int(np.argwhere(~np.isfinite(x))[0][0])}: activations not finite")
-        seen = outliers.severity(np.array_split(x, -(-len(x) // 4096)))
-        self._severity = seen if self._severity is None else Severity(*map(outliers.merge, self._severity, seen))
+        seen = moments_lib.severity(np.array_split(x, -(-len(x) // 4096)))
+        self._severity = seen if self._severity is None else Severity(*map(moments_lib.merge, self._severity, seen))
         if self._dtype == "float16" and "center" not in self._manifest:
             sigma = seen.raw.sigma
             self._manifest["center"] = seen.raw.mean.astype(np.float32).tolist()

@@ -18,8 +18,8 @@ from array_record.python import array_record_module
 from etils import epath
 
 from sae_jax.activations import pipeline
-from sae_jax.disk import read_json
 from sae_jax.errors import Refused, RunFailed
+from sae_jax.runtime.disk import read_json
 
 NAME, SPLIT, VERSION = "activations", "tokens", "2.0.0"
 MANIFEST = "activations.json"

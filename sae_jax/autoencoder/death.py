@@ -1,0 +1,66 @@
+"""Dead features: which firing counts, by which pathway a feature died, and how long ago it last fired.
+
+    dead-by-ReLU   z_pre ≤ 0 on every token seen
+    dead-by-TopK   positive on some token, yet never among the k kept with a value > 0
+    dead in total  never fired: the two together
+
+Definitions: Simon, Adams and Zou, arXiv:2605.31518 (their `dead_pct_init_topk` is the total).
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder import topk
+from sae_jax.autoencoder.kept import Kept
+from sae_jax.autoencoder.sae import SAE
+
+MAX_TOKENS = 2**31 - 1  # the counters saturate here instead of wrapping round
+
+
+class Sightings(struct.PyTreeNode):
+    """What has been seen of every feature over the tokens so far; n flags, whatever the number of tokens."""
+
+    positive: Any  # (n,) bool: z_pre > 0 on some token
+    fired: Any  # (n,) bool: kept with a value > 0 on some token
+
+    def __or__(self, other: "Sightings") -> "Sightings":
+        return Sightings(positive=self.positive | other.positive, fired=self.fired | other.fired)
+
+
+def sight(sae: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> tuple[Sightings, Kept]:
+    """Sightings on one batch (rows that are not `valid` are padding), and its codes."""
+    positive, codes = topk.seen(x, valid, sae.W_enc, sae.b_enc, sae.b_dec, sae.k)
+    return Sightings(positive, sae_lib.fired(codes, len(positive)) > 0), codes
+
+
+def pathways(seen: Sightings) -> dict[str, float]:
+    """Fractions of the n features that are dead: `dead_by_relu`, `dead_by_topk`, `dead_total`."""
+    positive, fired = np.asarray(seen.positive), np.asarray(seen.fired)
+    return {
+        "dead_by_relu": float(np.mean(~positive)),
+        "dead_by_topk": float(np.mean(positive & ~fired)),
+        "dead_total": float(np.mean(~fired)),
+    }
+
+
+class Shift(NamedTuple):
+    """Every feature's pre-activation over some held-out tokens, and its fate on them."""
+
+    mean: np.ndarray  # (n,)
+    std: np.ndarray  # (n,)
+    dead_by_relu: np.ndarray  # (n,) bool
+    dead_by_topk: np.ndarray  # (n,) bool
+    n_tokens: int  # those it was seen on: the fewer, the more features look dead
+
+
+def count_tokens(
+    tokens_since_fired: Int[Array, "n"], fired: Bool[Array, "n"], n_tokens: Int[Array, ""] | int
+) -> Int[Array, "n"]:
+    """Tokens since each feature last fired, after a batch of n_tokens tokens."""
+    longer = jnp.minimum(tokens_since_fired, MAX_TOKENS - n_tokens) + n_tokens
+    return jnp.where(fired, 0, longer)

@@ -1,0 +1,134 @@
+"""Products with A, the (B, n) matrix of the entries that top-k kept, k a token, in the cheapest of three exact forms.
+
+Aᵀ @ dense is the gradient of a weight matrix, A @ dense the decoder. By measured cost:
+
+    compressed  A in compressed rows, one sort by feature for both weight gradients: one large SAE on a CPU
+    rows        k gathered rows a token, rows scattered back: small SAEs on a CPU, under vmap too
+    dense       A written out and multiplied: accelerators, and wherever many of the n are kept
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.sparse import BCSR
+from jaxtyping import Array
+
+LARGE = 2**20  # entries of a weight matrix (n · d) from which compressed rows pay, measured on two CPU cores
+SPARSE = 1 / 32  # the largest share k / n for which the sparse forms pay there
+UNROLLED = 8  # kept entries of a token handled in one pass over memory
+FEW = 16  # tokens whose kept rows are read together; 4 to 32 are alike at k 64, d 768
+
+
+def is_large(n: int, d: int) -> bool:
+    """Whether one SAE keeps the machine busy by itself."""
+    return n * d >= LARGE
+
+
+def form(k: int, n: int, d: int) -> str:
+    """How products with the kept entries are computed on a CPU: `dense` (as elsewhere), `rows` or `compressed`."""
+    if k > n * SPARSE:
+        return "dense"
+    return "compressed" if is_large(n, d) else "rows"
+
+
+class Kept(NamedTuple):
+    """The kept entries of a batch: k values a token, and the features they belong to."""
+
+    values: jax.Array  # (B, k), ≥ 0 where an SAE encoded them; 0: fewer than k were positive
+    indices: jax.Array  # (B, k)
+
+
+def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
+    """One of two ways, by the platform that the program is compiled for, which need not be the one it is built on."""
+    return elsewhere(*args) if cpu is elsewhere else jax.lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
+
+
+def _dense(kept: Kept, n: int) -> Array:
+    batch = kept.values.shape[0]
+    return jnp.zeros((batch, n), kept.values.dtype).at[jnp.arange(batch)[:, None], kept.indices].add(kept.values)
+
+
+def combine(kept: Kept, rows: Array) -> Array:
+    """A @ rows, (B, d)."""
+    (batch, k), (n, d) = kept.values.shape, rows.shape
+
+    def dense(kept: Kept, rows: Array) -> Array:
+        return _dense(kept, n) @ rows
+
+    def gathered(kept: Kept, rows: Array) -> Array:
+        add = lambda j, sum: sum + kept.values[:, j, None] * rows[kept.indices[:, j]]  # noqa: E731
+        return _over_kept(k, add, jnp.zeros((batch, d), rows.dtype))
+
+    def compressed(kept: Kept, rows: Array) -> Array:
+        starts = jnp.arange(batch + 1, dtype=kept.indices.dtype) * k
+        product: Array = BCSR((kept.values.ravel(), kept.indices.ravel(), starts), shape=(batch, n)) @ rows
+        return product
+
+    ways = {"dense": dense, "rows": gathered, "compressed": compressed}
+    product: Array = on_cpu(ways[form(k, n, d)], dense, kept, rows)
+    return product
+
+
+def pick(g: Array, kept: Kept, rows: Array) -> Array:
+    """(g @ rowsᵀ) at the kept entries, (B, k)."""
+    (batch, k), (n, d) = kept.values.shape, rows.shape
+
+    def dense(g: Array, indices: Array, rows: Array) -> Array:
+        return jnp.take_along_axis(g @ rows.T, indices, axis=1)
+
+    def gathered(g: Array, indices: Array, rows: Array) -> Array:
+        # One kept entry of every token at a time fuses, where gather and einsum would write out (B, k, d).
+        put = lambda j, out: out.at[:, j].set(jnp.sum(g * rows[indices[:, j]], axis=1))  # noqa: E731
+        return _over_kept(k, put, jnp.zeros((batch, k), g.dtype))
+
+    def few_tokens(g: Array, indices: Array, rows: Array) -> Array:
+        # Of all tokens at once the rows would be (B, k, d).
+        picked: Array = jax.lax.map(lambda token: rows[token[1]] @ token[0], (g, indices), batch_size=FEW)
+        return picked
+
+    ways = {"dense": dense, "rows": gathered, "compressed": few_tokens}
+    picked: Array = on_cpu(ways[form(k, n, d)], dense, g, kept.indices, rows)
+    return picked
+
+
+def _over_kept(k: int, body: Any, start: Array) -> Array:
+    return jax.lax.fori_loop(0, k, body, start, unroll=min(k, UNROLLED))
+
+
+def scatter(values: tuple[Array, ...], indices: Array, tokens: tuple[Array, ...], n: int) -> tuple[Array, ...]:
+    """Aᵀ @ tokens, (n, d), for several A with the same indices: for every feature a weighted sum of its tokens."""
+    (batch, k), d = indices.shape, tokens[0].shape[1]
+
+    def dense(each: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
+        return tuple(_dense(Kept(v, indices), n).T @ t for v, t in each)
+
+    def scattered(each: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
+        return tuple(
+            jnp.zeros((n, d), v.dtype).at[indices.ravel()].add((v[:, :, None] * t[:, None]).reshape(-1, d))
+            for v, t in each
+        )
+
+    def compressed(each: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
+        features, order = _sorted(indices.ravel(), n)
+        starts = jnp.searchsorted(features, jnp.arange(n + 1, dtype=indices.dtype)).astype(indices.dtype)
+        return tuple(BCSR((v.ravel()[order], order // k, starts), shape=(n, batch)) @ t for v, t in each)
+
+    ways = {"dense": dense, "rows": scattered, "compressed": compressed}
+    sums: tuple[Array, ...] = on_cpu(
+        ways[form(k, n, d)], dense, list(zip(values, tokens, strict=True)), indices
+    )
+    return sums
+
+
+def _sorted(features: Array, n: int) -> tuple[Array, Array]:
+    """Features in ascending order, and where each stood before."""
+    position = jnp.arange(features.size, dtype=features.dtype)
+    bits = (features.size - 1).bit_length()
+    if n << bits > 2**32:
+        ordered, order = jax.lax.sort((features, position), num_keys=1)
+        return ordered, order
+    # One key in place of a pair: four times as fast.
+    packed = jax.lax.sort((features.astype(jnp.uint32) << bits) | position.astype(jnp.uint32))
+    return (packed >> bits).astype(features.dtype), (packed & (2**bits - 1)).astype(features.dtype)

@@ -1,0 +1,127 @@
+"""The loss: reconstruction plus AuxK, which lets dead features reconstruct what the live ones leave over.
+
+With e = x − x̂, sg = stop-gradient, a = the k_aux largest codes among the dead features, and sums over the whole
+batch of B tokens (all devices together), the presets are those of four libraries, as they stand in their code:
+
+    openai               mean e²  + w · Σ(W_decᵀa − sg e)² / Σ(e − ē)²            k_aux = 256,  w = 1/32
+    dictionary_learning  Σe² / B  + w · Σ(W_decᵀa − sg e)² / Σ(e − ē)²            k_aux = d//2, w = 1/32
+    saelens              Σe² / B  + w · min(n_dead/(d//2), 1) · Σ(W_decᵀa − sg e)² / B          w = 1
+    sparsify             Σe² / V  + w · min(n_dead/(d//2), 1) · Σ(W_decᵀa − sg e)² / V, V = Σ(x − x̄)², w = 1/32
+
+a comes from ReLU(z_pre), except for saelens (z_pre itself, negative values too). sparsify ships with w = 0; 1/32 is
+what its documentation suggests. b_dec is never added to the auxiliary reconstruction: openai's form does, on both
+sides, which trains the bias a second time and confounds its convergence (its value is the same without).
+openai's factor 1 / mean (x − x̄)² on the first term is 1 here, because the data is scaled to unit variance.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder import topk
+from sae_jax.autoencoder.kept import Kept
+from sae_jax.autoencoder.sae import SAE
+
+AllSum = Callable[[Any], Any]
+
+
+class Preset(NamedTuple):
+    """One library's AuxK. `k_aux` = 0 means d//2, and at least 1; `gradual` scales by min(n_dead / (d//2), 1)."""
+
+    weight: float
+    k_aux: int = 0
+    rectified: bool = True
+    gradual: bool = False
+
+
+PRESETS = {
+    "none": Preset(weight=0.0),
+    "openai": Preset(weight=1 / 32, k_aux=256),
+    "dictionary_learning": Preset(weight=1 / 32),
+    "saelens": Preset(weight=1.0, rectified=False, gradual=True),
+    "sparsify": Preset(weight=1 / 32, gradual=True),
+}
+
+
+class Batch(NamedTuple):
+    """What one batch tells, beyond its loss. Sums run over all devices."""
+
+    codes: Kept
+    fve: jax.Array  # fraction of the variance about the batch mean that is explained
+    l0: jax.Array  # features fired per token
+
+
+def loss(
+    sae: SAE,
+    x: Float[Array, "B d"],
+    dead: Bool[Array, "n"],
+    auxk_weight: Float[Array, ""],
+    *,
+    preset: str,
+    auxk: bool = True,
+    allsum: AllSum = lambda tree: tree,
+    shards: str | None = None,
+    precision: str = "float32",
+) -> tuple[Float[Array, ""], Batch]:
+    """This device's share of the loss (the shares add up to the loss of the whole batch), and what the batch tells.
+
+    Args:
+      sae: parameters.
+      x: tokens, scaled to ‖sigma‖ = √d.
+      dead: features that AuxK may use.
+      auxk_weight: weight w of the auxiliary term.
+      preset: a name in `PRESETS`.
+      auxk: False leaves the auxiliary term out of the program: its value while nothing is dead, or w is 0.
+      allsum: adds a pytree up over the devices that share the batch.
+      shards: the mesh axis over which the features are split, where they are.
+      precision: of the encoder's matmul: float32 | bfloat16.
+    """
+    d = x.shape[1]
+    square, e, codes = sae_lib.square_error(sae, x, shards, precision)
+    fixed_e = jax.lax.stop_gradient(e)
+
+    n_tokens = allsum(jnp.asarray(x.shape[0], x.dtype))
+    x_sum, e_sum = allsum((x.sum(0), fixed_e.sum(0)))
+    variance, e_variance, e_square, n_fired = allsum((
+        _square(x - x_sum / n_tokens),
+        _square(fixed_e - e_sum / n_tokens),
+        jax.lax.stop_gradient(square),
+        topk.over_shards((codes.values > 0).sum(dtype=x.dtype), shards),
+    ))
+
+    divisors = {"openai": n_tokens * d, "sparsify": variance}
+    total = square / (divisors[preset] if preset in divisors else n_tokens)
+    if auxk and preset != "none":
+        n_dead = topk.over_shards(dead.sum(), shards)
+        aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], shards, precision)
+        # Of tokens that are all alike only rounding is left of this variance.
+        e_variance = jnp.where(e_variance > (4 * jnp.finfo(x.dtype).eps) ** 2 * e_square, e_variance, 0.0)
+        aux_divisors = {"saelens": n_tokens, "sparsify": variance}
+        aux_divisor = aux_divisors[preset] if preset in aux_divisors else e_variance
+        scale = jnp.minimum(n_dead / _half(d), 1.0) if PRESETS[preset].gradual else 1.0
+        term = jnp.where(aux_divisor > 0, scale * aux / jnp.where(aux_divisor > 0, aux_divisor, 1.0), 0.0)
+        total = total + jnp.where((auxk_weight > 0) & (n_dead > 0), auxk_weight * term, 0.0)
+    return total, Batch(codes, fve=1 - e_square / variance, l0=n_fired / n_tokens)
+
+
+def _auxiliary_square(
+    sae: SAE, x: Float[Array, "B d"], e: Float[Array, "B d"], dead: Bool[Array, "n"], preset: Preset,
+    shards: str | None = None, precision: str = "float32",
+) -> Float[Array, ""]:  # fmt: skip
+    """Σ(W_decᵀa − e)² over this device's tokens. Its pre-activations are those of the main term: computed once."""
+    k_aux = min(preset.k_aux or _half(x.shape[1]), sae.W_enc.shape[0] * topk.n_shards(shards))
+    way = topk.Way(k_aux, rectified=preset.rectified, shards=shards, precision=precision)
+    square, *_ = topk.square_error(x, e, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, way)
+    return square
+
+
+def _half(d: int) -> int:
+    return max(1, d // 2)
+
+
+def _square(a: Float[Array, "..."]) -> Float[Array, ""]:
+    return jnp.sum(a * a)

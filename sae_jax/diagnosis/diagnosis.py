@@ -1,0 +1,272 @@
+"""`diagnose`: how severe the outliers are, what an untrained SAE would lose to them, and what to do about it.
+
+Two passes over the tokens: moments, then probes under every remedy at once. Measuring, with a real untrained SAE for
+every remedy, is a third pass and costs what the first two save.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from sae_jax.diagnosis import remedies
+from sae_jax.errors import Refused, RunFailed
+from sae_jax.models.sources import Tokens, open_tokens
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.outliers import theory
+from sae_jax.outliers.moments import Severity
+from sae_jax.outliers.probes import Band, Forecast
+from sae_jax.reports import diagnosis_figures, figures, tables
+from sae_jax.runtime import checkpoint
+
+SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
+MIN_TOKENS = 256
+
+
+class Report(dict[str, Any]):
+    """The report as a dictionary, as in tables.json, with `figures`: name → matplotlib Figure."""
+
+    figures: dict[str, Figure]
+
+
+def diagnose(
+    activations: np.ndarray | str | ConfigDict,
+    workdir: str | None = None,
+    *,
+    n_features: int = 8192,
+    k: int = 64,
+    measure: bool = False,
+    n_probes: int = 512,
+    seed: int = 0,
+) -> Report:
+    """Outlier severity, predicted death at initialisation by every law, and the cheapest remedy.
+
+    Args:
+      activations: an array (tokens, d_model); the path of a .npy, .npz, .safetensors file or of a dataset folder; or a
+        configuration, whose training tokens are taken (`data.statistics_tokens` of them).
+      workdir: where tables.json and the figures go; None writes nothing.
+      n_features, k: of the SAE in question.
+      measure: also count deaths in an untrained SAE of that size under every remedy.
+      n_probes: random directions to forecast with; the error of a forecast falls as 1/√n_probes. Remedies that may be
+        on either side of 1 % are looked at again with more, up to about n_features.
+      seed: of probes and measured SAEs.
+
+    Returns:
+      The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead
+      at initialisation), `death_curve` (k/n → share), `remedies` (name → forecast, and count where measured),
+      `recommended` (the name of one), `advice` (a few sentences). `undecided` names the remedies that may be on either
+      side of 1 % even so, `.figures` are the pictures by their names.
+
+    Raises:
+      Refused: the activations cannot be diagnosed; nothing was written.
+      RunFailed: activations made or extracted on the way are not finite.
+    """
+    check(n_features, k, n_probes, seed, workdir)
+    tokens, scale = rescaled(open_tokens(activations))
+    severity, sample, n_zero = first_pass(tokens)
+    median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
+    choices = remedies.preprocessings(severity, median)
+    found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed)
+    measured = remedies.measured_deaths(tokens, choices, n_features, k, seed + 1) if measure else {}
+    probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
+    band = found["none"].curve(_shares(n_features, k), n_features)
+
+    result = Report(summary(severity), n_features=n_features, k=k)
+    result["predicted"] = predictions(severity, sample, n_features, k)
+    here = int(np.searchsorted(band.share, k / n_features))
+    result["predicted"]["probe"] = {**probe["none"], "low": float(band.low[here]), "high": float(band.high[here])}
+    result["death_curve"] = {repr(float(s)): float(dead) for s, dead in zip(band.share, band.dead, strict=True)}
+    result["death_curve_band"] = {
+        repr(float(s)): [float(low), float(high)]
+        for s, low, high in zip(band.share, band.low, band.high, strict=True)
+    }
+    result["remedies"] = {
+        name: {
+            "probe": probe[name], "n_probes": len(found[name].best), "dimensions": found[name].rows.shape[1],
+            "measured": measured.get(name),
+        } for name in choices
+    }
+    result["recommended"] = remedies.recommended(probe)
+    result["undecided"] = remedies.undecided(found, n_features, k)
+    result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"])
+    result |= {"n_zero_tokens": n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
+    result |= {"data": tokens.identity, "versions": tables.versions()}
+    result.figures = _figures(severity, sample, result, band, found["none"], measured)
+    if workdir:
+        folder = epath.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in result.figures.items():
+            figures.save(figure, folder / f"{name}.png")
+        tables.write_json(workdir, result)
+    return result
+
+
+def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None) -> None:
+    """Refuses settings that cannot be run, and a workdir that cannot be written. Writes nothing."""
+    if not 1 <= n_features < 2**31:
+        raise Refused("n_features", n_features, "1 to 2^31 - 1")
+    if not 1 <= k <= n_features:
+        raise Refused("k", k, f"1 to n_features = {n_features}")
+    if not 16 <= n_probes <= 2**20:
+        raise Refused("n_probes", n_probes, "16 to 2^20")
+    if not 0 <= seed < 2**31:
+        raise Refused("seed", seed, "0 to 2^31 - 1")
+    if workdir and (epath.Path(workdir) / checkpoint.CONFIG).exists():
+        raise Refused("--workdir", workdir, "a folder of its own: this one holds a run")
+    if workdir and "://" not in workdir:
+        there = Path(workdir).absolute()
+        while not there.exists():
+            there = there.parent
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise Refused("--workdir", workdir, f"a folder that can be written: {there} cannot")
+
+
+def rescaled(tokens: Tokens) -> tuple[Tokens, float]:
+    """The tokens times a power of two that brings their size near 1 where float32 could not square it.
+
+    No cosine changes, so no feature's fate does. Returns the factor too: 1 for all ordinary activations.
+    """
+    first = np.asarray(next(tokens.batches(), np.ones((1, 1))), np.float64)
+    size = np.abs(first[np.isfinite(first)]).max(initial=0.0)
+    if not size > 0 or 1e-3 < size < 1e6:
+        return tokens, 1.0
+    scale = float(2.0 ** -np.round(np.log2(size)))
+
+    def batches() -> Iterator[np.ndarray]:
+        return (np.asarray(x, np.float64) * scale for x in tokens.batches())
+
+    return tokens._replace(batches=batches), scale
+
+
+def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, int]:
+    """Moments of all tokens, evenly spaced ones of them kept aside, and how many are zero in every dimension.
+
+    Refuses what cannot be diagnosed.
+    """
+    kept: list[np.ndarray] = []
+    stride, seen, n_bad, n_zero, first_bad = 1, 0, 0, 0, ""
+
+    def watched() -> Iterator[np.ndarray]:
+        nonlocal kept, stride, seen, n_bad, n_zero, first_bad
+        for x in tables.tokens_bar(tokens.batches(), "moments"):
+            finite = np.isfinite(x)
+            if not finite.all():
+                if not n_bad:
+                    row, dimension = np.argwhere(~finite)[0]
+                    first_bad = f"row {seen + row}, dimension {dimension} is {x[row, dimension]}"
+                n_bad += int((~finite).sum())
+            if not n_bad:
+                n_zero += int((~x.any(axis=1)).sum())
+                kept.append(np.asarray(x[-seen % stride :: stride], np.float32))
+                if sum(map(len, kept)) > 2 * SAMPLE:
+                    kept, stride = [np.concatenate(kept)[::2].copy()], 2 * stride
+                yield x
+            seen += len(x)
+
+    try:
+        severity = moments_lib.severity(watched(), covariance=True)
+    except ValueError:
+        severity = None
+    name = tokens.identity.get("path", "activations")
+    if n_bad:
+        message = f"{n_bad} values are not finite; the first: {first_bad}"
+        raise Refused("activations", name, message) if tokens.given else RunFailed(message)
+    needed = max(MIN_TOKENS, 2 * tokens.d_model)  # with fewer, whitening learns the tokens by heart
+    if severity is None or severity.raw.n_tokens < needed:
+        raise Refused("activations", name, f"at least {needed} tokens for {tokens.d_model} dimensions, not {seen}")
+    if tokens.d_model < 2:
+        raise Refused("activations", name, "at least 2 dimensions")
+    # Rounding leaves a deviation of about 1e-16 of the mean where a dimension does not move.
+    constant = np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
+    if len(constant):
+        which = ", ".join(map(str, constant[:5])) + (", …" if len(constant) > 5 else "")
+        raise Refused(
+            "activations", name, f"dimensions that vary: leave out the {len(constant)} that are constant ({which})"
+        )
+    return severity, np.concatenate(kept), n_zero
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+
+
+def _shares(n_features: int, k: int) -> np.ndarray:
+    """k/n to draw the death curve at: four an octave from 1/n to 1/2, and the one asked about."""
+    steps = np.arange(0, 4 * np.log2(max(n_features, 4)) - 3)
+    return np.unique(np.append(0.5 * 2 ** (-steps / 4), k / n_features))
+
+
+def summary(severity: Severity) -> dict[str, Any]:
+    """What the moments say: the gammas, rank, kurtosis, outlier dimensions, how long a bias takes to learn the mean."""
+    raw, normed, _ = severity
+    kurtosis, d_model = raw.kurtosis, len(raw.mean)
+    return {
+        **severity.gammas(),
+        "effective_rank": moments_lib.effective_rank(normed.eigenvalues),
+        "kurtosis": {"median": float(np.median(kurtosis)), "max": float(np.max(kurtosis))},
+        "n_outlier_dimensions": len(normed.outlier_dimensions),
+        "outlier_dimensions": moments_lib.standing_out(normed),
+        "bias_learning_time": theory.bias_learning_time(raw.mean * np.sqrt(d_model) / np.linalg.norm(raw.sigma)),
+        "n_tokens": raw.n_tokens,
+        "d_model": d_model,
+    }
+
+
+def predictions(severity: Severity, sample: Float[np.ndarray, "m d"], n_features: int, k: int) -> dict[str, Any]:
+    """What each law in closed form says of these activations; `sample` is some of the tokens."""
+    d_model = len(severity.raw.mean)
+    size = (severity.raw.n_tokens, n_features, k)
+    gamma, gamma_raw, one = severity.gammas().values()
+    rank_normed = moments_lib.effective_rank(severity.layer_normed.eigenvalues)
+    rank = moments_lib.effective_rank(severity.directions.eigenvalues)
+    cosines = moments_lib.direction(sample.astype(np.float64)) @ severity.directions.axis
+    return {
+        "paper": {
+            "dead_by_relu": float(theory.dead_by_relu_paper(gamma, size[0])),
+            "dead_total": float(theory.dead_total_paper(gamma, *size)),
+        },
+        "finite_gamma": {
+            "dead_by_relu": float(theory.dead_by_relu_finite_gamma(one, size[0])),
+            "dead_total": float(theory.dead_total_finite_gamma(one, *size)),
+        },
+        "token_integral": theory.token_integral(one, rank, d_model, *size),
+        "two_gammas": theory.two_gammas(gamma, gamma_raw, rank_normed, d_model, *size),
+        "spectrum": theory.spectrum_law(severity.directions.across_mean, cosines, *size),
+    }
+
+
+def landscape(sample: Float[np.ndarray, "m d"], result: dict[str, Any]) -> Figure:
+    """The picture of some of the tokens, with the outlier dimensions of a report marked."""
+    shown = moments_lib.layer_norm(sample[np.linspace(0, len(sample) - 1, 200).astype(int)].astype(np.float64))
+    return figures.landscape(shown, result["outlier_dimensions"], result["n_outlier_dimensions"])
+
+
+def _figures(
+    severity: Severity,
+    sample: np.ndarray,
+    result: Report,
+    band: Band,
+    probes: Forecast,
+    measured: dict[str, theory.Deaths],
+) -> dict[str, Figure]:
+    unit = np.sqrt(severity.directions.square.mean() / severity.directions.n_tokens)
+    spread = np.sqrt(np.einsum("pd,pd->p", probes.rows @ severity.directions.covariance, probes.rows))
+    bar = float(theory.alignment_threshold(result["k"] / result["n_features"], result["d_model"]))
+    spectra = {"as they are": severity.raw.eigen[0], "after LayerNorm": severity.layer_normed.eigenvalues}
+    return {
+        "landscape": landscape(sample, result),
+        "spectrum": diagnosis_figures.spectrum(spectra),
+        "death_curve": diagnosis_figures.death_curve(
+            band, result["k"] / result["n_features"], result["predicted"], measured.get("none")
+        ),
+        "shift_signal": diagnosis_figures.shift_signal(
+            probes.rows @ severity.directions.mean / unit, spread / unit, probes.best, bar,
+            theory.median_extreme(result["n_tokens"]),
+        ),  # fmt: skip
+        "remedies": diagnosis_figures.remedies(result["remedies"]),
+    }

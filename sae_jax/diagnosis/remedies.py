@@ -1,0 +1,200 @@
+"""What may be done about feature death before training: the remedies, what each would leave, and which to take.
+
+A forecast sends a few hundred random directions (probes) past all tokens under every remedy at once; a measurement
+sends a real untrained SAE behind each.
+"""
+
+from collections.abc import Collection, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from sae_jax.autoencoder import death
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.sae import SAE
+from sae_jax.models.sources import BATCH, Tokens
+from sae_jax.outliers import theory
+from sae_jax.outliers.moments import Severity
+from sae_jax.outliers.preprocess import Preprocessing, whitening
+from sae_jax.outliers.probes import Forecast, stratified_rows
+from sae_jax.reports import tables
+
+HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
+# In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
+# another loss (every direction counts alike) and a matrix folded into the weights.
+REMEDIES = {
+    "none": "leaving the activations as they are",
+    "mean": "starting the bias at the arithmetic mean",
+    "geometric_median": "starting the bias at the geometric median",
+    "layer_norm_centred": "a LayerNorm of each token, then centring",
+    "unit_norm_centred": "scaling each token to unit length, then centring",
+    "whitening": "PCA whitening",
+}
+
+
+def preprocessings(severity: Severity, median: Float[np.ndarray, "d"]) -> dict[str, Preprocessing]:
+    """Every remedy, in the order of cost."""
+
+    def shifted(shift: np.ndarray, norm: str = "none") -> Preprocessing:
+        return Preprocessing(shift=jnp.asarray(shift, jnp.float32), norm=norm)
+
+    return {
+        "none": shifted(np.zeros_like(median)),
+        "mean": shifted(severity.raw.mean),
+        "geometric_median": shifted(median),
+        "layer_norm_centred": shifted(severity.layer_normed.mean, "layer_norm"),
+        "unit_norm_centred": shifted(severity.directions.mean, "unit"),
+        "whitening": whitening(severity.raw),
+    }
+
+
+def _width(before: Preprocessing) -> int:
+    return before.shift.shape[0] if before.matrix is None else before.matrix.shape[0]
+
+
+@jax.jit
+def _improve(
+    best: dict[str, Array], choices: dict[str, Preprocessing], probes: dict[str, Array],
+    x: Float[Array, "B d"], valid: Bool[Array, "B"],
+) -> dict[str, Array]:  # fmt: skip
+    def one(best: Array, before: Preprocessing, w: Array) -> Array:
+        y = before(x)
+        length = jnp.linalg.norm(y, axis=1, keepdims=True)
+        cosines = jnp.matmul(y, w.T, precision="highest") / jnp.where(length > 0, length, 1)
+        return jnp.maximum(best, jnp.max(jnp.where(valid[:, None], cosines, -1.0), axis=0))
+
+    return {name: one(best[name], before, probes[name]) for name, before in choices.items()}
+
+
+def forecast(
+    tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_probes: int, seed: int
+) -> dict[str, Forecast]:
+    """One pass over the tokens with n_probes probes for every remedy; `mean` is that of the tokens."""
+    rows = {}
+    for name, before in choices.items():
+        # Fates hang on what a remedy leaves of the mean; behind a per-token norm nothing is left of it. Every remedy
+        # gets the same random numbers, so that they differ by what they do and not by luck.
+        left = np.asarray(before(jnp.asarray(mean, jnp.float32)[None])[0], np.float64)
+        rng = np.random.default_rng([seed, theory.STREAM])
+        rows[name] = stratified_rows(n_probes, left * (before.norm == "none"), rng)
+    probes = {name: jnp.asarray(w, jnp.float32) for name, w in rows.items()}
+    best = {name: jnp.full(n_probes, -1.0, jnp.float32) for name in choices}
+    for x, valid in padded(tokens, "forecast"):
+        best = _improve(best, choices, probes, x, valid)
+    return {
+        name: Forecast(w, np.asarray(best[name], np.float64) * np.sqrt(w.shape[1])) for name, w in rows.items()
+    }
+
+
+def forecast_closely(
+    tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_features: int, k: int,
+    n_probes: int, seed: int,
+) -> dict[str, Forecast]:  # fmt: skip
+    """`forecast`, then again and again with four times as many probes for the remedies that `undecided` names.
+
+    It ends where there are as many probes as features: more would tell nothing more about one SAE.
+    """
+    found = forecast(tokens, choices, mean, n_probes, seed)
+    while n_probes < n_features and (doubtful := undecided(found, n_features, k)):
+        n_probes, seed = 4 * n_probes, seed + 2
+        found |= forecast(tokens, {name: choices[name] for name in doubtful}, mean, n_probes, seed)
+    return found
+
+
+def undecided(found: dict[str, Forecast], n_features: int, k: int) -> list[str]:
+    """Remedies that the recommendation hangs on and that may leave more or less than 1 % dead, as far as is known."""
+    doubtful = []
+    for name, one in found.items():
+        band = one.curve(np.array([k / n_features]))
+        if band.high[0] < HARMLESS:
+            break  # good enough for certain: what costs more does not matter
+        if band.low[0] < HARMLESS:
+            doubtful.append(name)
+    return doubtful
+
+
+@jax.jit
+def _sight(sae: SAE, before: Preprocessing, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> death.Sightings:
+    return death.sight(sae, before(x), valid)[0]
+
+
+def measured_deaths(
+    tokens: Tokens, choices: dict[str, Preprocessing], n_features: int, k: int, seed: int
+) -> dict[str, theory.Deaths]:
+    """Deaths counted in an untrained SAE behind every remedy, on all tokens."""
+    saes = {
+        name: sae_lib.init(jax.random.key(seed), n_features, k, jnp.zeros(_width(before), jnp.float32))
+        for name, before in choices.items()
+    }
+    seen: dict[str, death.Sightings] = {}
+    for x, valid in padded(tokens, "measure"):
+        for name, before in choices.items():
+            part = _sight(saes[name], before, x, valid)
+            seen[name] = seen[name] | part if name in seen else part
+    return {name: death.pathways(found) for name, found in seen.items()}
+
+
+def padded(tokens: Tokens, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one shape, with the mask of the rows that are tokens."""
+    for x in tables.tokens_bar(tokens.batches(), what):
+        for start in range(0, len(x), BATCH):
+            part = np.asarray(x[start : start + BATCH], np.float32)
+            yield np.pad(part, ((0, BATCH - len(part)), (0, 0))), np.arange(BATCH) < len(part)
+
+
+# -- which to take ---------------------------------------------------------------------------------------------------
+
+
+ALIKE = 0.02  # forecasts that differ by less are not told apart
+
+
+def recommended(probe: dict[str, theory.Deaths]) -> str:
+    """The cheapest remedy forecast to leave under 1 % dead; failing that, the cheapest of those that leave as few dead
+    by ReLU, then in total, as any."""
+    for name, deaths in probe.items():
+        if deaths["dead_total"] < HARMLESS:
+            return name
+    rest = dict(probe)
+    for key in ("dead_by_relu", "dead_total"):
+        least = min(deaths[key] for deaths in rest.values())
+        rest = {name: deaths for name, deaths in rest.items() if deaths[key] <= least + ALIKE}
+    return next(iter(rest))
+
+
+def advice(probe: dict[str, theory.Deaths], chosen: str, doubtful: Collection[str] = ()) -> str:
+    """The report in a few sentences; `doubtful` are the remedies that `undecided` names."""
+    none, then = probe["none"], probe[chosen]
+    lines = [
+        f"Untreated, {_percent(none['dead_total'])} of the features are forecast to be dead at initialisation, "
+        f"{_percent(none['dead_by_relu'])} by ReLU."
+    ]
+    if none["dead_total"] >= HARMLESS:
+        lines.append(
+            "Death by ReLU stays until the bias has learned the mean; death by TopK mostly recovers in training: "
+            "this is a risk, not a verdict."
+        )
+    what = REMEDIES[chosen][0].upper() + REMEDIES[chosen][1:]
+    if none["dead_total"] < HARMLESS:
+        lines.append("No remedy is needed.")
+    elif chosen == "none":
+        lines.append("No remedy is forecast to leave clearly fewer: the mean is not what they die of.")
+    elif then["dead_total"] < HARMLESS:
+        lines.append(f"{what} is forecast to leave {_percent(then['dead_total'])} dead.")
+    else:
+        lines.append(f"{what} is the best found, and still leaves {_percent(then['dead_total'])} dead.")
+    if doubtful:
+        found = ", ".join(f"{name.replace('_', ' ')} {_percent(probe[name]['dead_total'])}" for name in doubtful)
+        lines.append(f"On which side of 1 % it is, the forecast cannot tell: {found}.")
+    worse = [name for name in probe if probe[name]["dead_total"] > none["dead_total"] + ALIKE]
+    if worse:
+        found = ", ".join(f"{name.replace('_', ' ')} {_percent(probe[name]['dead_total'])}" for name in worse)
+        lines.append(f"Beware, these make it worse: {found}.")
+    if "mean" in worse:
+        lines.append("A mean that a few tokens of very large norm make does that; the geometric median ignores them.")
+    return " ".join(lines)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"

@@ -1,0 +1,1 @@
+"""SAEs of this and other libraries, in and out."""

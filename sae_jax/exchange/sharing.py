@@ -1,0 +1,299 @@
+"""SAEs that leave and come: out of a run or a folder, into the format of another library, onto the Hugging Face hub."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from sae_jax import config as config_lib
+from sae_jax.autoencoder.sae import SAE
+from sae_jax.errors import Refused, RunFailed, first_line
+from sae_jax.exchange import formats
+from sae_jax.exchange.formats import Packed
+from sae_jax.outliers.preprocess import Preprocessing, fold
+from sae_jax.reports import tables
+from sae_jax.runtime import checkpoint, disk
+from sae_jax.runtime.optional import module
+from sae_jax.training import step as step_lib
+
+HUB = "hf://"
+PICTURES = {
+    "deaths.png": "Features dead over the run, by pathway.",
+    "bias.png": "How the decoder bias comes to the mean of the activations.",
+    "shifts.png": "Each feature's mean pre-activation over its standard deviation, coloured by its fate.",
+}
+
+
+def load(path: str, member: str | None = None) -> Packed:
+    """An SAE: a member of a run of ours, or a folder in the format of SAELens, dictionary_learning or sparsify.
+
+        sae, before, metadata = sae_jax.load("runs/quickstart", "centred")
+        codes = sae_jax.encode(sae, before(x))                  # x of shape (tokens, d_model)
+        x_hat = before.invert(sae_jax.decode(sae, codes))
+
+    Args:
+      path: a workdir (its newest checkpoint is read), a folder of one of the formats, or hf://OWNER/NAME/FOLDER.
+      member: which SAE of a run that trained several.
+
+    Returns:
+      The SAE, its preprocessing and its metadata. That of a run: `step`, `gamma`, `gamma_raw`, `gamma_direction`, `mu`
+      (of the activations as they are), `init` and `final` as in tables.json, `num_dead_features`, `config`, …
+
+    Raises:
+      Refused: there is nothing like that; see `formats.decode`.
+    """
+    if path.startswith(HUB):
+        path = _from_hub(path)
+    disk.check_reachable("--sae", path)
+    folder = epath.Path(path)
+    if not folder.is_dir():
+        found = "there is a file of that name" if folder.exists() else "there is none of that name"
+        raise Refused("--sae", path, f"a folder, that of an SAE or of a run ({found})")
+    if not (folder / checkpoint.FOLDER).is_dir():
+        return formats.decode(folder)
+    saved = checkpoint.saved(str(folder))
+    return _unpacked(saved, config_lib.from_identity(saved.identity), member, _facts(folder))
+
+
+def packed_of(sae: str | SAE | Packed, member: str | None = None) -> Packed:
+    """What `load` takes or returns, or an SAE that takes activations as they are."""
+    if isinstance(sae, SAE):
+        arrays = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        return Packed(SAE(**arrays, k=sae.k), Preprocessing(shift=np.zeros(arrays["b_dec"].shape)), {})
+    return load(sae, member) if isinstance(sae, str) else sae
+
+
+def export(
+    sae: str | SAE | Packed, out: str, format: str = "saelens", *, member: str | None = None, push: str | None = None
+) -> Packed:
+    """Writes an SAE in the format of another library, with a model card; `out` appears once it is complete.
+
+    Args:
+      sae: what `load` takes, with `member`, or returns; or an SAE.
+      out: a new or empty folder.
+      format: saelens | dictionary_learning | sparsify.
+      push: OWNER/NAME of a repository on the Hugging Face hub that gets the folder too, under its own name, in one
+        commit. Needs the extra `hub`, and a token as huggingface_hub finds it.
+
+    Returns:
+      What was written, as `load` returns it.
+
+    Raises:
+      Refused: something about the input, or the hub cannot be reached; nothing was written.
+      RunFailed: the upload broke off; the folder is complete and the repository without it.
+    """
+    if format not in formats.FORMATS:
+        raise Refused("--format", format, "one of " + ", ".join(formats.FORMATS))
+    target = epath.Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Refused("--out", out, "a folder that does not exist yet, or is empty")
+    packed = packed_of(sae, member)
+    files = formats.encode(packed, format)
+    run = epath.Path(sae) if isinstance(sae, str) and not sae.startswith(HUB) else None
+    pictures = {name: (run / name).read_bytes() for name in PICTURES if run and (run / name).exists()}
+    card = model_card(packed, format, target.name, pictures)
+    api = _repository(push) if push else None
+    _write(target, files | pictures | {"README.md": card.encode()})
+    if push:
+        _commit(api, push, target)
+    return packed
+
+
+def _write(target: epath.Path, files: dict[str, bytes]) -> None:
+    partial = target.parent / (target.name + ".partial")
+    try:
+        if partial.exists():  # of an export that was killed
+            partial.rmtree()
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise Refused("--out", str(target), f"a folder that can be written ({error.strerror})") from error
+    for name, content in files.items():
+        (partial / name).write_bytes(content)
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
+
+
+# -- out of a run ----------------------------------------------------------------------------------------------------
+
+
+def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: dict[str, Any]) -> Packed:
+    """One member of a checkpoint, with what all tokens went through (a norm, a scalar) as preprocessing."""
+    members = config_lib.members(config)
+    name = next(iter(members)) if member is None and len(members) == 1 else member
+    if name not in members:
+        raise Refused("--member", member, "one of " + ", ".join(members))
+    mu, scale = np.asarray(saved.statistics["mu"], np.float64), float(saved.statistics["scale"])
+    groups = step_lib.group_members(members, len(mu))
+    number, place = next((i, g.names.index(name)) for i, g in enumerate(groups) if name in g.names)
+    group = saved.groups[number]
+    sae = SAE(**{key: np.asarray(value[place]) for key, value in group["sae"].items()}, k=members[name].sae.k)
+    before = Preprocessing(shift=np.zeros_like(mu), scale=scale, norm=config.data.norm)
+    gammas = dict(zip(("gamma", "gamma_raw", "gamma_direction"), saved.statistics["gammas"].tolist(), strict=True))
+    own: dict[str, Any] = {key: np.asarray(value[place]) for key, value in (group["hyper"].get("before") or {}).items()
+           if value is not None}  # fmt: skip
+    if members[name].sae.whiten:
+        sae = fold(sae, Preprocessing(**own))
+    elif own:  # this member's tokens have a mean of their own
+        mu = mu - np.asarray(own["shift"], np.float64) / scale
+        gammas = {"gamma_raw": float(np.linalg.norm(mu)) * scale / np.sqrt(len(mu))}
+    final = saved.history[-1]["members"][name]
+    versions = tables.versions()
+    metadata = {
+        **_origin(config, facts),
+        **gammas,
+        "mu": np.float32(mu).tolist(),
+        "member": name,
+        "step": saved.step,
+        "tokens": saved.step * config.train.batch_size,
+        "scale": scale,
+        "init": saved.history[0]["members"][name],
+        "final": final,
+        "num_dead_features": round(final["dead_total"] * members[name].sae.n_features),
+        "num_dead_by_relu": round(final["dead_by_relu"] * members[name].sae.n_features),
+        "l0": final["l0"],
+        "trained_with": f"sae-jax {versions.get('sae-jax', '')}",
+        "config": {key: v for key, v in config_lib.identity(members[name]).items() if not key.startswith("members.")},
+    }
+    return Packed(sae, before, json.loads(json.dumps(tables.finite(metadata))))
+
+
+def _facts(folder: epath.Path) -> dict[str, Any]:
+    """What the report of a finished run says of its data."""
+    path = folder / "report.json"
+    return disk.read_json("--workdir", path).get("data", {}) if path.exists() else {}
+
+
+def _origin(config: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    """Which model and layer the activations are of, under the names that SAELens uses; nothing where unknown."""
+    model = {**config.data.model.to_dict(), **facts} if config.data.model.id and not config.data.path else facts
+    if not model.get("id"):
+        return {"dataset_path": config.data.path} if config.data.path else {}
+    layer = int(model["layer"])
+    return {
+        "model_name": model["id"],
+        # The residual stream after `layer` blocks.
+        "hook_name": f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre",
+        "layer": layer,
+        "context_size": model.get("context"),
+        "prepend_bos": True,  # where the tokenizer has one
+        "exclude_special_tokens": not model.get("keep_special_tokens", False),
+        "dataset_path": model.get("text") or model.get("text_identity", ""),
+    }
+
+
+# -- the card --------------------------------------------------------------------------------------------------------
+
+LOADING = {
+    "saelens": 'from sae_lens import SAE\nsae = SAE.load_from_disk("{folder}")',
+    "dictionary_learning": "from dictionary_learning.trainers.top_k import AutoEncoderTopK\n"
+    'sae = AutoEncoderTopK.from_pretrained("{folder}/ae.pt")',
+    "sparsify": 'from sparsify import SparseCoder\nsae = SparseCoder.load_from_disk("{folder}")',
+}
+
+
+def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] = ()) -> str:
+    """README.md of an exported SAE: what it is, how to load it, what is dead in it and why, where it comes from."""
+    sae, known = packed.sae, packed.metadata
+    n, d = sae.W_enc.shape[0], packed.before.shift.shape[0]
+    of = f"`{known['model_name']}`, `{known.get('hook_name')}`" if known.get("model_name") else "activations"
+    lines = [
+        "---",
+        f"library_name: {format}",
+        "tags: [sparse-autoencoder, interpretability, sae-jax]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A TopK sparse autoencoder on {of}: {n} features, k = {sae.k}, d_model = {d}, in the format of {format}.",
+        "",
+        "```python",
+        *LOADING[format].format(folder=name).splitlines(),
+        "```",
+        "",
+        "Scaling, centring and whitening are folded into the weights: it takes activations as they are."
+        if packed.before.norm == "none"
+        else f"Each token goes through `{formats.NORM_FLAGS[packed.before.norm][0]}`, as the configuration says.",
+        "Features are kept where they are among the k largest pre-activations **and** above 0.",
+    ]
+    if known.get("final"):
+        rows = [known["init"], known["final"]]
+        shown = [key for key in tables.COLUMNS if key in rows[0]]
+        lines += [
+            "",
+            "## Features that never fire",
+            "",
+            f"On held-out tokens, whose gamma ‖mu‖ / ‖sigma‖ is {known['gamma_raw']:.2f}"
+            + (f", and {known['gamma']:.2f} after LayerNorm." if "gamma" in known else "."),
+            "",
+            "| step | " + " | ".join(tables.COLUMNS[key] for key in shown) + " |",
+            "| --- |" + " --- |" * len(shown),
+            *(
+                f"| {step} | " + " | ".join(tables.cell(key, row[key]) for key in shown) + " |"
+                for step, row in zip((0, known["step"]), rows, strict=True)
+            ),
+            "",
+            f"{known['num_dead_features']} of {n} features are dead, {known['num_dead_by_relu']} of them by ReLU "
+            "(pre-activation never above 0), the others by TopK (never among the k largest). The decoder bias has "
+            f"{tables.cell('bias_projection', known['final']['bias_projection'])} of the mean (b·mu/‖mu‖²).",
+        ]
+    if pictures:
+        member = f" This SAE is the member `{known['member']}`." if known.get("member") else ""
+        lines += ["", f"## The run it comes from\n\nAll SAEs that were trained side by side.{member}"]
+        lines += [f"\n![]({picture})\n\n*{PICTURES[picture]}*" for picture in pictures]
+    if known.get("config"):
+        settings = ", ".join(f"`{key}={value}`" for key, value in known["config"].items() if value not in ("", None))
+        lines += ["", "## Settings", "", f"{known['trained_with']}, {known['tokens']} tokens. {settings}"]
+    return "\n".join(lines) + "\n"
+
+
+# -- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def _hub() -> Any:
+    return module("huggingface_hub", "hub")
+
+
+def _from_hub(path: str) -> str:
+    """The folder hf://OWNER/NAME/FOLDER, downloaded into the hub's cache."""
+    owner, _, rest = path.removeprefix(HUB).strip("/").partition("/")
+    name, _, folder = rest.partition("/")
+    if ".." in folder.split("/"):
+        raise Refused("--sae", path, "hf://OWNER/NAME/FOLDER, a folder inside the repository")
+    try:
+        found = _hub().snapshot_download(f"{owner}/{name}", allow_patterns=f"{folder}/*" if folder else None)
+    except Refused:
+        raise
+    except Exception as error:  # no network, no such repository, no permission: each has errors of its own
+        raise Refused("--sae", path, f"a repository on the hub that can be reached ({first_line(error)})") from error
+    return f"{found}/{folder}"
+
+
+def _repository(name: str) -> Any:
+    """The hub's API, once a repository of that name is there to write to."""
+    api = _hub().HfApi()
+    try:
+        api.create_repo(name, exist_ok=True)
+    except Exception as error:
+        raise Refused("--push", name, f"a repository on the hub that can be reached ({first_line(error)})") from error
+    return api
+
+
+def _commit(api: Any, name: str, folder: epath.Path) -> None:
+    """The folder under its own name, in one commit; its card for the whole repository, if that has none."""
+    try:
+        files = commit_files(folder, with_card=not api.file_exists(name, "README.md"))
+        operations = [_hub().CommitOperationAdd(where, content) for where, content in files.items()]
+        api.create_commit(name, operations, commit_message=f"Add {folder.name}")
+    except Exception as error:
+        raise RunFailed(f"upload to {name}: {first_line(error)}; {folder} is complete") from error
+
+
+def commit_files(folder: epath.Path, with_card: bool) -> dict[str, str | bytes]:
+    """Path in the repository → the file of an exported folder, or the bytes, of everything that `push` commits."""
+    files: dict[str, str | bytes] = {f"{folder.name}/{path.name}": str(path) for path in sorted(folder.iterdir())}
+    if with_card:
+        files["README.md"] = (folder / "README.md").read_text().replace("![](", f"![]({folder.name}/").encode()
+    return files

@@ -1,0 +1,1 @@
+"""Networks that make activations, and the one door to every source of them."""

@@ -1,0 +1,210 @@
+"""Where batches come from: made on the device, or read from stored activations. Both answer the same questions."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from sae_jax import config as config_lib
+from sae_jax.activations import files, pipeline, synthetic
+from sae_jax.errors import Refused, RunFailed
+
+
+class Source(Protocol):
+    """A stream of training tokens, a held-out set and a sample for statistics, all of width d_model."""
+
+    d_model: int
+    n_eval_tokens: int
+    truth: Float[Array, "m d"] | None  # true features, where they are known
+    identity: dict[str, Any]  # what data this is, for reports
+    split_axis: int | None  # axis of a batch's input to share out over devices; None: all devices get it whole
+
+    def train(self, start: int) -> Any:
+        """Iterator over the inputs of training batches from number `start`; has `get_state` and `close`."""
+
+    def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """Inputs of the held-out batches, each with the valid-row mask of this process's share."""
+
+    def statistics(self) -> Iterator[np.ndarray]:
+        """Training tokens to take moments of, (rows, d_model) at a time; a fresh iterator each call."""
+
+    def mean_shift(self, member: ConfigDict) -> np.ndarray:
+        """What a member of another data.gamma has its tokens moved by, (d_model,)."""
+
+    def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
+        """What an input stands for, inside the compiled program; `rows` are this device's rows of the batch."""
+
+
+def open_source(config: ConfigDict) -> Source:
+    """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first."""
+    if config.data.path:
+        return StoredSource(config, files.open_chunks(config.data.path))
+    if config.data.model.id:
+        from sae_jax.models import extraction, streaming
+
+        if config.data.model.stream:
+            streamed = streaming.StreamedChunks(config.data.model)
+            return StoredSource(config, streamed, cache(streamed.__getitem__))
+        return StoredSource(config, files.open_chunks(extraction.extracted(config.data.model)))
+    return SyntheticSource(config)
+
+
+def _own(batch_size: int) -> slice:
+    """This process's rows of a batch."""
+    share = batch_size // jax.process_count()
+    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+
+class SyntheticSource:
+    """Batches made on the device; an input is just the number of the batch."""
+
+    split_axis: int | None = None
+
+    def __init__(self, config: ConfigDict):
+        self._spec = synthetic.build(config.data, config.seed)
+        self._sample = jax.jit(synthetic.sample)
+        self._eval_batch = config.eval.batch_size
+        self._n_statistics = config.data.statistics_tokens
+        self._gamma = config.data.gamma
+        self.d_model = config.data.d_model
+        self.n_eval_tokens = config.eval.n_tokens
+        self.truth = self._spec.rows if self._spec.signal == "sparse" else None
+        self.identity = {"signal": self._spec.signal, "gamma": config.data.gamma, "seed": config.seed}
+
+    def train(self, start: int) -> "Counter":
+        return Counter(start)
+
+    def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
+        for number, done in enumerate(range(0, self.n_eval_tokens, self._eval_batch)):
+            yield np.int32(number), (np.arange(self._eval_batch) < self.n_eval_tokens - done)[_own(self._eval_batch)]
+
+    def statistics(self) -> Iterator[np.ndarray]:
+        size = 2000
+        for number, done in enumerate(range(0, self._n_statistics, size)):
+            rows = jnp.arange(min(size, self._n_statistics - done))
+            yield np.asarray(self._sample(self._spec, synthetic.SPLITS["statistics"], number, rows))
+
+    def mean_shift(self, member: ConfigDict) -> np.ndarray:
+        more: np.ndarray = (member.data.gamma - self._gamma) * np.sqrt(self.d_model) * np.asarray(self._spec.direction)
+        return more
+
+    def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
+        return synthetic.sample(self._spec, synthetic.SPLITS[split], given, rows)
+
+
+class Counter:
+    """An iterator over the numbers of batches with the interface of a grain iterator."""
+
+    def __init__(self, start: int):
+        self._next = start
+
+    def __next__(self) -> np.int32:
+        self._next += 1
+        return np.int32(self._next - 1)
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._next}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self._next = state["next_index"]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class StoredSource:
+    """Batches read from chunks of activations; an input is the rows themselves.
+
+    Args:
+      again: how the chunks are read that are needed more than once, for statistics and evaluation; where chunks are
+        computed it keeps them.
+    """
+
+    split_axis: int | None = 0
+    truth: Float[Array, "m d"] | None = None
+
+    def __init__(
+        self, config: ConfigDict, chunks: pipeline.Chunks, again: Callable[[int], np.ndarray] | None = None
+    ):
+        self._chunks, self._config, self._again = chunks, config, again or chunks.__getitem__
+        n_tokens = len(chunks) * chunks.rows
+        self.n_eval_tokens = min(config.eval.n_tokens, n_tokens // 5)
+        if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:
+            raise Refused("data.path", config.data.path, f"at least 5 tokens to train and evaluate on, not {n_tokens}")
+        n_held_out = -(-self.n_eval_tokens // chunks.rows)
+        self._train, self._held_out = pipeline.split_chunks(len(chunks), n_held_out)
+        self.d_model = chunks.d_model
+        self.identity = chunks.identity
+
+    def train(self, start: int) -> Any:
+        iterator = pipeline.batches(
+            self._chunks, self._train, self._config.train.batch_size, self._config.seed,
+            jax.process_index(), jax.process_count(),
+        )  # fmt: skip
+        iterator.set_state({"next_index": start})
+        return iterator
+
+    def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
+        size = self._config.eval.batch_size
+        mine = _own(size)
+        for x in pipeline.read(self._again, self._held_out, size, self.n_eval_tokens):
+            padding = ((0, size - len(x)), (0, 0))
+            yield np.pad(x, padding)[mine], (np.arange(size) < len(x))[mine]
+
+    def statistics(self) -> Iterator[np.ndarray]:
+        wanted = min(self._config.data.statistics_tokens, len(self._train) * self._chunks.rows)
+        n_chunks = -(-wanted // self._chunks.rows)
+        spaced = self._train[np.arange(n_chunks) * len(self._train) // n_chunks]
+        return pipeline.read(self._again, spaced, 4096, wanted)
+
+    def mean_shift(self, member: ConfigDict) -> np.ndarray:
+        return np.zeros(self.d_model)
+
+    def tokens(self, split: str, given: Array, rows: Int[Array, "B"]) -> Float[Array, "B d"]:
+        return given.astype(jnp.zeros(()).dtype)
+
+
+# -- the same tokens, to be gone through in order --------------------------------------------------------------------
+
+BATCH = 4096  # tokens at a time
+
+
+class Tokens(NamedTuple):
+    """Activations that can be gone through more than once."""
+
+    batches: Callable[[], Iterator[np.ndarray]]
+    d_model: int
+    identity: dict[str, Any]
+    given: bool  # a file or an array of the user's, as against one made or extracted on the way
+
+
+def open_tokens(activations: np.ndarray | str | ConfigDict) -> Tokens:
+    """Whatever the user points at, as batches that can be read again."""
+    if isinstance(activations, ConfigDict):
+        config_lib.check(activations)
+        source = open_source(activations)
+        return Tokens(source.statistics, source.d_model, source.identity, given=bool(activations.data.path))
+    try:
+        chunks: Any = (
+            files.open_chunks(activations) if isinstance(activations, str)
+            else pipeline.ArrayChunks(np.asarray(activations), "array")
+        )  # fmt: skip
+    except Refused as error:
+        raise Refused("activations", error.value, error.allowed) from error
+    except ValueError as error:  # lists of rows that are not equally long
+        raise Refused("activations", "array", f"an array of shape (tokens, d_model) ({error})") from error
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, chunks.n_tokens, BATCH):
+            try:
+                x = chunks.tokens(start, start + BATCH)
+            except RunFailed as error:
+                raise Refused("activations", chunks.identity["path"], f"whole shards; {error}") from error
+            yield x
+
+    return Tokens(batches, chunks.d_model, chunks.identity, given=True)

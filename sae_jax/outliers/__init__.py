@@ -1,0 +1,1 @@
+"""What activations say of death before any training: moments and gamma, laws, probes, and preprocessing that folds."""

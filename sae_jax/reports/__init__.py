@@ -1,0 +1,1 @@
+"""Plain data in; tables, pictures and pages out."""

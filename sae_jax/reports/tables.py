@@ -1,0 +1,175 @@
+"""What a run leaves for people and programs: report.json, TensorBoard events, a table, a progress bar."""
+
+import csv
+import importlib.metadata
+import io
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from etils import epath
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tqdm import tqdm
+
+from sae_jax.runtime.disk import write_text
+
+COLUMNS = {
+    "dead_by_relu": "dead by ReLU", "dead_by_topk": "dead by TopK", "dead_total": "dead in total",
+    "fve": "FVE", "l0": "L0", "bias_projection": "b·mu/‖mu‖²", "mmcs": "MMCS",
+}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    packages = ("sae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "ml_collections",
+                "torch", "transformers")  # fmt: skip
+    found = {name: importlib.metadata.version(name) for name in packages if _installed(name)}
+    return {"python": platform.python_version(), "backend": jax.default_backend(), **found}
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def write_json(workdir: str, report: dict[str, Any]) -> None:
+    """report.json; numbers that are not finite become null."""
+    write_text(epath.Path(workdir) / "report.json", json.dumps(finite(report), indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, which JSON has no way to write."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(path: epath.PathLike, rows: list[dict[str, Any]]) -> None:
+    """A table of rows that have the same keys, with its folder."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def one_line(row: dict[str, Any]) -> str:
+    """A row of a table to be seen while the next one is made."""
+    return "  ".join(f"{key} {value if isinstance(value, str) else format(value, '.3f')}" for key, value in row.items())
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report of a training run as a short table: two lines a member, before training and after."""
+    shown = [key for key in COLUMNS if any(key in member["init"] for member in report["members"])]
+    lines = [["member", "step", *(COLUMNS[key] for key in shown)]]
+    for member in report["members"]:
+        for when, step in (("init", 0), ("final", report["step"])):
+            lines.append([member["name"], str(step), *(cell(key, member[when][key]) for key in shown)])
+    size = f"n = {report['n_features']}, k = {report['k']}, {report['n_eval_tokens']} held-out tokens"
+    return f"{size}; {_gammas(report)}\n{_aligned(lines)}"
+
+
+def diagnosis_table(report: dict[str, Any]) -> str:
+    """The report of a diagnosis: severity, what each law says, what each remedy would leave, the advice."""
+    standing = [f"{o['dimension']} ({100 * o['share_of_mean_square']:.0f} % of ‖mu‖²)"
+                for o in report["outlier_dimensions"][:4]]  # fmt: skip
+    head = [
+        f"{report['n_tokens']} tokens of {report['d_model']} dimensions; {_gammas(report)}",
+        f"effective rank {report['effective_rank']:.0f}, excess kurtosis {report['kurtosis']['median']:.1f} (median), "
+        f"{report['n_outlier_dimensions']} outlier dimensions" + (": " + ", ".join(standing) if standing else ""),
+        *([f"{report['n_zero_tokens']} tokens are zero in every dimension: padding, perhaps"] if
+          report["n_zero_tokens"] else []),
+        f"a bias that starts at 0 has 90 % of mu after {report['bias_learning_time'] / 3e-4:,.0f} steps of Adam at "
+        "3e-4 (data scaled to ‖sigma‖ = √d), at the earliest",
+        f"\ndead at initialisation, n = {report['n_features']}, k = {report['k']}",
+    ]
+    laws = [["law", COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
+    laws += [[name.replace("_", " "), *_deaths(found)] for name, found in report["predicted"].items()]
+    remedies = [["remedy", "forecast: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
+    remedies += [[name.replace("_", " "), *_deaths(found["probe"])] for name, found in report["remedies"].items()]
+    if all(found["measured"] for found in report["remedies"].values()):
+        measured = [_deaths(found["measured"]) for found in report["remedies"].values()]
+        titles = ["measured: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]
+        remedies = [line + more for line, more in zip(remedies, [titles, *measured], strict=True)]
+    return "\n".join([*head, _aligned(laws), "", _aligned(remedies), "", report["advice"]])
+
+
+def autopsy_table(report: dict[str, Any]) -> str:
+    """The report of an autopsy: the SAE as it is beside the same with its bias at the mean, and the verdict."""
+    shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve", "l0"]
+    lines = [["SAE", *(COLUMNS[key] for key in shown)]]
+    for name, found in (("as it is", report), ("bias moved to the mean", report["if_centred"])):
+        lines.append([name, *(cell(key, found[key]) for key in shown)])
+    fates = [["features", "number", "median cosine with mu"]]
+    for name, found in report["alignment_with_mean"].items():
+        cosine = found["cosine"][1] if found["cosine"] else None
+        fates.append([COLUMNS.get(name, name), str(found["n"]), cell("cosine", cosine)])
+    size = f"n = {report['n_features']}, k = {report['k']}, {report['n_tokens']} tokens"
+    return "\n".join([f"{size}; {_gammas(report)}", _aligned(lines), "", _aligned(fates), "", report["advice"]])
+
+
+def _gammas(report: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {report[key]:.2f}" for key in ("gamma", "gamma_raw", "gamma_direction"))
+
+
+def _deaths(found: dict[str, float]) -> list[str]:
+    return [cell(key, found[key]) for key in ("dead_by_relu", "dead_total")]
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Columns of equal width, the first to the left and the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i else cell.ljust(width)
+                  for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines
+    )  # fmt: skip
+
+
+def cell(key: str, value: float | None) -> str:
+    """A number as tables show it, by its key in the report."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if key.startswith("dead") else f"{value:.3f}" if key != "l0" else f"{value:.1f}"
+
+
+class Board:
+    """TensorBoard scalars under WORKDIR/tensorboard, `member/metric`; a resumed run writes a second events file."""
+
+    def __init__(self, workdir: str):
+        folder = epath.Path(workdir) / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Written by this thread: tensorboardX's own blocks for ever once it has met a full disk.
+        self._events = EventsWriter(str(folder / "events"))
+
+    def scalars(self, step: int, member: str, values: dict[str, Any]) -> None:
+        found = [summary.scalar(f"{member}/{key}", value) for key, value in values.items() if value is not None]
+        for one in found:
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=one))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def progress(total: int, initial: int) -> "tqdm[Any]":
+    """A bar on stderr; silent where stderr is not a terminal."""
+    return tqdm(total=total, initial=initial, unit=" steps", desc="training", disable=not sys.stderr.isatty())
+
+
+def tokens_bar(batches: Iterable[Any], what: str) -> Iterable[Any]:
+    """The batches, with a bar on stderr that counts them; silent where stderr is not a terminal."""
+    return tqdm(batches, desc=what, unit=" batches", disable=not sys.stderr.isatty())

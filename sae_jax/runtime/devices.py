@@ -1,0 +1,227 @@
+"""The only file that knows about devices: one program for one (jit) or several (pmap, or a mesh).
+
+Under pmap they share the batch, each with all the parameters. On a mesh they share members and features as well.
+"""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.objective import AllSum
+from sae_jax.autoencoder.sae import FEATURE, MEMBERS
+from sae_jax.errors import Preempted, Refused, RunFailed
+
+DATA = "data"  # name of the axis over which a batch is split
+WHOLE = PartitionSpec()  # the same on all devices
+STEPS = PartitionSpec(None, sae_lib.MEMBER)  # of metrics, step by step
+Out = Callable[..., Any]  # specs of the arguments → specs of what is returned
+
+
+class Devices:
+    """The local devices of this run and how its work is laid over them.
+
+    Args:
+      count: local devices to use; 0 is all of them.
+      member, feature: over how many the members and the features are spread; the batch is shared by what is left.
+    """
+
+    def __init__(self, count: int = 0, member: int = 1, feature: int = 1):
+        available = jax.local_devices()
+        if count > len(available):
+            raise Refused("train.devices", count, f"0 (all) to {len(available)}, the local devices of this process")
+        self.local = available[: count or len(available)]
+        self.count = len(self.local) * jax.process_count()
+        self.shares, rest = divmod(self.count, member * feature)  # parts of a batch
+        self.shards = FEATURE if feature > 1 else None  # the axis over which features are split, where they are
+        self._mesh: Mesh | None = None
+        if member * feature > 1:
+            asked = f"member={member},feature={feature}"
+            if jax.process_count() > 1:
+                raise Refused("train.mesh", asked, "empty: several processes share the batch")
+            if rest:
+                raise Refused("train.mesh", asked, f"numbers whose product divides the {self.count} devices")
+            self._mesh = make_mesh(self.local, member=member, data=self.shares, feature=feature)
+
+    def check_batch(self, field: str, batch_size: int) -> None:
+        """Refuses a batch that the devices cannot share equally."""
+        if batch_size % self.shares:
+            raise Refused(field, batch_size, f"a multiple of {self.shares}, the devices that share it")
+
+    def check_groups(self, groups: list[list[str]]) -> None:
+        """Refuses members that the devices cannot share equally, given the names of those that are one program."""
+        member = self._mesh.shape[sae_lib.MEMBER] if self._mesh else 1
+        for names in groups:
+            if len(names) % member:
+                alike = f"{len(names)} ({', '.join(names)}) are one program"
+                raise Refused("train.mesh", f"member={member}", f"a number that divides members of a program: {alike}")
+
+    def compile(
+        self, fn: Callable[..., Any], *, split: tuple[int | None, ...], donate: tuple[int, ...] = (),
+        out: Out = lambda *_: WHOLE,
+    ) -> Callable[..., Any]:  # fmt: skip
+        """Compiles fn(allsum, device, *args), which must return the same values on every device that shares a batch.
+
+        Args:
+          fn: `allsum` adds pytrees up over the devices that share a batch, `device` is the number of this one of them.
+          split: for every argument the axis along which it is shared out, or None where all devices get the whole; of
+            what has a `spread` each gets its members and features.
+          donate: arguments whose buffers are given up.
+          out: how what is returned lies on a mesh.
+        """
+        if self._mesh is not None:
+            return self._meshed(self._mesh, fn, split, donate, out)
+        if self.count == 1:
+            return jax.jit(
+                lambda *args: fn(lambda tree: tree, jnp.zeros((), jnp.int32), *args), donate_argnums=donate
+            )
+        mapped = jax.pmap(
+            partial(fn, _psum),
+            axis_name=DATA,
+            in_axes=(0, *split),
+            out_axes=None,
+            donate_argnums=tuple(1 + argument for argument in donate),
+            devices=self._everywhere(),
+        )
+        numbers = jax.process_index() * len(self.local) + np.arange(len(self.local), dtype=np.int32)
+
+        def call(*args: Any) -> Any:
+            folded = [a if axis is None else self._fold(a, axis) for a, axis in zip(args, split, strict=True)]
+            return mapped(numbers, *folded)
+
+        return call
+
+    def _meshed(
+        self, mesh: Mesh, fn: Callable[..., Any], split: tuple[int | None, ...], donate: tuple[int, ...], out: Out
+    ) -> Callable[..., Any]:
+        compiled: list[Callable[..., Any]] = []  # on the first call, which shows how members are grouped
+
+        def call(*args: Any) -> Any:
+            specs = tuple(
+                _specs(a) if axis is None else PartitionSpec(*[None] * axis, DATA)
+                for a, axis in zip(args, split, strict=True)
+            )
+            if not compiled:
+                each = lambda *args: fn(_allsum(mesh), jax.lax.axis_index(DATA), *args)  # noqa: E731
+                compiled.append(_over(mesh, each, specs, out(*specs), donate))
+            return compiled[0](*jax.device_put(args, _on(mesh, specs)))
+
+        return call
+
+    def made(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns, each device making its own members and features: no one could hold all."""
+        if self._mesh is None:
+            return make()
+        return jax.jit(make, out_shardings=_on(self._mesh, _specs(jax.eval_shape(make))))()
+
+    def _everywhere(self) -> list[jax.Device]:
+        """The devices of this run in all processes, which use equally many each."""
+        found: dict[int, list[jax.Device]] = {}
+        for device in jax.devices():
+            found.setdefault(device.process_index, []).append(device)
+        return [device for own in found.values() for device in own[: len(self.local)]]
+
+    def shared(self, tree: Any) -> Any:
+        """The same values as arrays that all processes own together: what a checkpoint of a pod is made of."""
+        if jax.process_count() == 1:
+            return tree
+        everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), (DATA,)), PartitionSpec())
+
+        def one(leaf: jax.Array) -> jax.Array:
+            values = np.asarray(leaf)
+            return jax.make_array_from_callback(values.shape, everywhere, lambda index: values[index])
+
+        return jax.tree.map(one, tree)
+
+    def own(self, tree: Any) -> Any:
+        """`shared` undone: this process's copy."""
+        return tree if jax.process_count() == 1 else jax.tree.map(lambda a: jnp.asarray(a.addressable_data(0)), tree)
+
+    def _fold(self, array: np.ndarray, axis: int) -> np.ndarray:
+        """(…, B, …) → (…, devices, B / devices, …)."""
+        n = len(self.local)
+        return array.reshape(*array.shape[:axis], n, array.shape[axis] // n, *array.shape[axis + 1 :])
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Several processes go on together or not at all: one that fails ends at once, and the others notice and follow.
+
+    The ordinary way out, past open checkpoints and an interpreter that shuts down, waits for all processes to take
+    leave of each other, and one that is gone never comes. To stop on request is no failure: all do so in the same turn.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Preempted) or not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, Refused | RunFailed):
+            message, code = str(error), error.exit_code
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            message, code = f"another process of this run has ended or cannot be reached, so all stop ({error})", 3
+        else:
+            traceback.print_exception(error)
+            message, code = f"process {jax.process_index()} has failed, so all stop", 1
+        print(f"sae_jax: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)
+
+
+_psum: AllSum = lambda tree: jax.lax.psum(tree, DATA)  # noqa: E731
+
+
+# -- a mesh of members × batch × features ----------------------------------------------------------------------------
+
+def make_mesh(devices: Any, *, member: int = 1, data: int = 1, feature: int = 1) -> Mesh:
+    """member × data × feature devices, in that order; collectives over features, the most frequent, on neighbours."""
+    return Mesh(np.asarray(devices).reshape(member, data, feature), (sae_lib.MEMBER, DATA, FEATURE))
+
+
+def layout(mesh: Mesh, state: Any) -> Any:
+    """How a group's state (leading axis: members) lies on a mesh: the NamedSharding of every leaf."""
+    return _on(mesh, _specs(state))
+
+
+def mesh_step(mesh: Mesh, step: Callable[..., Any], like: Any) -> Callable[..., Any]:
+    """A group's step on a mesh, compiled: (state, x (B, d)) → (state, metrics), the state's buffers given up.
+
+    `step` takes state and x, `allsum` and `shards`, as `training.step.group_step` does; `like` is a state.
+
+    Each device keeps its members, its rows of the batch and its features. Over `feature` go the k candidates a token of
+    every shard and one (B, d) sum, never pre-activations; over `data` the gradients of a device's own features.
+    """
+    laid = partial(step, allsum=_allsum(mesh), shards=FEATURE if mesh.shape[FEATURE] > 1 else None)
+    return _over(mesh, laid, (_specs(like), PartitionSpec(DATA)), (_specs(like), MEMBERS), donate=(0,))
+
+
+def _specs(tree: Any) -> Any:
+    """What has a `spread` (states and SAEs of groups) by members and features, everything else whole."""
+
+    def laid_out(node: Any) -> bool:
+        return hasattr(node, "spread")
+
+    return jax.tree.map(lambda node: node.spread() if laid_out(node) else WHOLE, tree, is_leaf=laid_out)
+
+
+def _on(mesh: Mesh, specs: Any) -> Any:
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def _over(mesh: Mesh, fn: Callable[..., Any], ins: Any, outs: Any, donate: tuple[int, ...]) -> Callable[..., Any]:
+    """fn on every device of the mesh, compiled."""
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+    return jax.jit(mapped, in_shardings=_on(mesh, ins), out_shardings=_on(mesh, outs), donate_argnums=donate)
+
+
+def _allsum(mesh: Mesh) -> AllSum:
+    return _psum if mesh.shape[DATA] > 1 else lambda tree: tree

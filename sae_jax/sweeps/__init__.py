@@ -1,0 +1,1 @@
+"""Many models and layers, one table."""

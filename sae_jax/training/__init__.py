@@ -1,0 +1,1 @@
+"""The pure step, the loop around it, and what became of every feature."""

@@ -1,0 +1,167 @@
+"""The members of a run: what they start from, and what is found out about each of them along the way.
+
+Members that differ in seed, learning rate, AuxK weight, bias or gamma are one vmapped program; those that differ in
+what fixes the program (n, k, preset, schedule) are groups of their own. All see the same batches.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from sae_jax import config as config_lib
+from sae_jax.errors import RunFailed
+from sae_jax.models.sources import Source
+from sae_jax.outliers import moments as moments_lib
+from sae_jax.outliers import preprocess
+from sae_jax.outliers.preprocess import Preprocessing
+from sae_jax.training import evaluation, fates, recovery
+from sae_jax.training import step as step_lib
+
+
+class Ensemble:
+    """The members of one configuration on one source.
+
+    Args:
+      statistics: those of a checkpoint, or None where the run is new.
+    """
+
+    def __init__(self, config: ConfigDict, source: Source, statistics: dict[str, np.ndarray] | None):
+        self.source = source
+        self.norm = config.data.norm
+        self.members = config_lib.members(config)
+        self.groups = step_lib.group_members(self.members, source.d_model)
+        self.statistics = statistics or self._statistics()
+        self.scale = float(self.statistics["scale"])
+        self.shared_mu = self.statistics["mu"] * self.scale
+
+    def _statistics(self) -> dict[str, np.ndarray]:
+        """Of the tokens after `data.norm`: mu, the median and the whitening where members need them, and the scale that
+        makes ‖sigma‖ = √d. The three gammas are of the activations as they come."""
+        d = self.source.d_model
+        whiten = any(member.sae.whiten for member in self.members.values())
+
+        def batches() -> Iterator[np.ndarray]:
+            for number, x in enumerate(self.source.statistics()):
+                if not np.isfinite(x).all():
+                    raise RunFailed(f"step 0, statistics batch {number}: {culprit(x)}")
+                yield x
+
+        severity = moments_lib.severity(batches(), covariance=whiten)
+        seen, normed = {
+            "none": (severity.raw, lambda x: x),
+            "layer_norm": (severity.layer_normed, moments_lib.layer_norm),
+            "unit": (severity.directions, moments_lib.direction),
+        }[self.norm]
+        spread = float(np.linalg.norm(seen.sigma))
+        if not spread > 0:
+            raise RunFailed("step 0: the activations do not vary at all")
+        median = np.full(d, np.nan)
+        if any(member.sae.center == "geometric_median" for member in self.members.values()):
+            median = moments_lib.geometric_median(lambda: map(normed, batches()), seen.mean)
+        found = {
+            "mu": seen.mean,
+            "geometric_median": median,
+            "scale": np.asarray(np.sqrt(d) / spread),
+            "gammas": np.asarray(list(severity.gammas().values())),
+        }
+        if whiten:
+            whitening = preprocess.whitening(seen)
+            found |= {"whitening": np.asarray(whitening.matrix), "unwhitening": np.asarray(whitening.inverse)}
+        return found
+
+    def initial_states(self) -> tuple[step_lib.TrainState, ...]:
+        """The untrained members, group by group; a pure function of the configuration and the statistics."""
+        return tuple(self._initial(group) for group in self.groups)
+
+    def _initial(self, group: step_lib.Group) -> step_lib.TrainState:
+        configs = [self.members[name] for name in group.names]
+        if group.static.whiten:
+            before = jax.tree.map(lambda a: np.stack([a] * len(configs)), self._whitening())
+            centers = np.zeros(before.matrix.shape[:2])
+        else:
+            moved = np.stack([self.mean_shift(name) for name in group.names])
+            before = Preprocessing(shift=-moved, scale=np.ones(len(configs))) if moved.any() else None
+            centers = np.stack([self._center(name) for name in group.names])
+        before = jax.tree.map(lambda a: jnp.asarray(a, float), before)
+        return step_lib.init_group(configs, jnp.asarray(centers, float), before)
+
+    def _whitening(self) -> Preprocessing:
+        """PCA whitening of the scaled tokens."""
+        return Preprocessing(
+            shift=self.shared_mu, scale=np.asarray(1 / self.scale),
+            matrix=self.statistics["whitening"], inverse=self.statistics["unwhitening"],
+        )  # fmt: skip
+
+    def _center(self, name: str) -> np.ndarray:
+        """Where b_dec starts, (d,)."""
+        kind = self.members[name].sae.center
+        if kind == "none":
+            return np.zeros(self.source.d_model)
+        point = self.statistics["mu" if kind == "mean" else kind]
+        return point * self.scale + self.mean_shift(name)
+
+    def mean_shift(self, name: str) -> np.ndarray:
+        """What this member's tokens are moved by: nonzero where it has a data.gamma of its own."""
+        return self.source.mean_shift(self.members[name]) * self.scale
+
+    def mu(self, name: str) -> np.ndarray:
+        """The mean of this member's scaled tokens, (d,)."""
+        mu: np.ndarray = self.shared_mu + self.mean_shift(name)
+        return mu
+
+    def gamma_raw(self, name: str) -> float:
+        """gamma of this member's tokens, whose scaled spread is √d."""
+        return float(np.linalg.norm(self.mu(name)) / np.sqrt(self.source.d_model))
+
+    def record(self, states: tuple[step_lib.TrainState, ...], run: Callable[..., Any]) -> dict[str, Any]:
+        """`members`: held-out metrics and the bias of each; `fates`: a letter for each of its features.
+
+        Args:
+          states: group by group.
+          run: the compiled `evaluation.evaluate_batch`.
+        """
+        groups = tuple(step_lib.in_shared_frame(state) for state in states)
+        moved = [np.stack([self.mean_shift(name) for name in group.names]) for group in self.groups]
+        results = evaluation.evaluate(
+            run, groups, self.source.held_out(), self.source.n_eval_tokens, self.shared_mu, moved
+        )
+        found: dict[str, Any] = {}
+        letters: dict[str, str] = {}
+        for group, state, sae, values in zip(self.groups, states, groups, results, strict=True):
+            # In the frame of each member's own tokens; going there and back would cost float32 digits at high gamma.
+            biases = np.asarray(sae.b_dec if group.static.whiten else state.sae.b_dec)
+            for i, name in enumerate(group.names):
+                if not np.isfinite(biases[i]).all() or not np.isfinite(values[i]["fve_about_zero"] or 0):
+                    raise RunFailed(f"{name} no longer reconstructs anything finite")
+                seen = values[i].pop("seen")
+                letters[name] = fates.letters(seen)
+                found[name] = {**values[i], **evaluation.bias_state(biases[i], self.mu(name))}
+                if self.source.truth is not None:
+                    rows = sae.W_dec[i]
+                    found[name]["mmcs"] = float(recovery.mmcs(self.source.truth, rows))
+                    found[name]["mmcs_alive"] = float(recovery.mmcs(self.source.truth, rows, jnp.asarray(seen.fired)))
+        return {"members": {name: found[name] for name in self.members}, "fates": letters}
+
+    def fates(
+        self, history: list[dict[str, Any]], first_states: tuple[step_lib.TrainState, ...],
+        states: tuple[step_lib.TrainState, ...],
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """One line for every feature of every member."""
+        rows: list[dict[str, Any]] = []
+        for group, first, last in zip(self.groups, first_states, states, strict=True):
+            W_enc = [np.asarray(step_lib.in_shared_frame(state).W_enc) for state in (first, last)]
+            for i, name in enumerate(group.names):
+                ends = [fates.alignment(w[i], self.mu(name)) for w in W_enc]
+                rows += fates.rows(name, fates.ledger(history, name), *ends)
+        return rows
+
+
+def culprit(x: Float[np.ndarray, "B d"]) -> str:
+    """Where the first value stands that is not finite."""
+    row, dimension = np.argwhere(~np.isfinite(x))[0]
+    return f"activations that are not finite (row {row}, dimension {dimension} is {x[row, dimension]})"

@@ -1,0 +1,238 @@
+"""TrainState and the pure training step: no I/O, no data, no device in here."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from ml_collections import ConfigDict
+
+from sae_jax import config as config_lib
+from sae_jax.autoencoder import death, kept, objective, optimizer, topk
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.objective import AllSum
+from sae_jax.autoencoder.sae import SAE
+from sae_jax.outliers.preprocess import Preprocessing, fold
+
+
+class Static(NamedTuple):
+    """What fixes the compiled program; members that agree on it train as one vmapped group."""
+
+    n_features: int
+    k: int
+    unit_decoder: bool
+    whiten: bool
+    preset: str
+    steps: int
+    warmup_steps: int
+    decay_fraction: float
+    beta1: float
+    beta2: float
+    clip_norm: float
+    precision: str
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Static":
+        """The static part of one member's configuration."""
+        s, t = config.sae, config.train
+        return cls(
+            s.n_features, s.k, s.unit_decoder, s.whiten, config.auxk.preset, t.steps, t.warmup_steps, t.decay_fraction,
+            t.beta1, t.beta2, t.clip_norm, t.precision,
+        )  # fmt: skip
+
+
+class Hyper(struct.PyTreeNode):
+    """What may differ within a group: arrays, so that one program serves all members."""
+
+    learning_rate: Any  # ()
+    learn_bias: Any  # () bool
+    auxk_weight: Any  # ()
+    dead_after_tokens: Any  # () int32
+    before: Any = None  # Preprocessing that is this member's own; None where it sees the tokens that all share
+
+
+class TrainState(struct.PyTreeNode):
+    """Every mutable fact of training one SAE. Data and randomness follow from the step and the seed."""
+
+    step: Any  # () int32
+    sae: SAE
+    moments: optimizer.Moments
+    tokens_since_fired: Any  # (n,) int32
+    hyper: Hyper
+
+    def spread(self) -> "TrainState":
+        """How a group's state may be spread over devices: the leading axes of every leaf, by name."""
+        sae, one = self.sae.spread(), sae_lib.MEMBERS
+        hyper = jax.tree.map(lambda _: one, self.hyper)
+        return TrainState(one, sae, optimizer.Moments(sae, sae), sae_lib.FEATURES, hyper)
+
+
+def hyper(config: ConfigDict) -> Hyper:
+    """The varying part of one member's configuration."""
+    return Hyper(
+        learning_rate=jnp.asarray(config.train.learning_rate, float),
+        learn_bias=jnp.asarray(not config.sae.freeze_bias),
+        auxk_weight=jnp.asarray(config_lib.auxk_weight(config), float),
+        dead_after_tokens=jnp.asarray(config_lib.dead_after_tokens(config), jnp.int32),
+    )
+
+
+def schedule(static: Static, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Warm-up, constant, decay to 0: the factor of the learning rate at a step, counted from 0."""
+    start = max(static.warmup_steps, static.steps - round(static.decay_fraction * static.steps))
+    factor: Array = optax.join_schedules(
+        [
+            optax.linear_schedule(1 / (static.warmup_steps + 1), 1.0, static.warmup_steps),
+            optax.constant_schedule(1.0),
+            optax.linear_schedule(1.0, 0.0, max(static.steps - start, 1)),
+        ],
+        [static.warmup_steps, start],
+    )(step)
+    return factor
+
+
+def init_state(key: PRNGKeyArray, static: Static, hyper: Hyper, center: Float[Array, "d"]) -> TrainState:
+    """A fresh SAE whose b_dec starts at `center`, nothing yet counted as silent."""
+    sae = sae_lib.init(key, static.n_features, static.k, center)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        sae=sae,
+        moments=optimizer.init(sae),
+        tokens_since_fired=jnp.zeros(static.n_features, jnp.int32),
+        hyper=hyper,
+    )
+
+
+def descend(
+    state: TrainState, grads: SAE, static: Static, shards: str | None = None
+) -> tuple[SAE, optimizer.Moments, Float[Array, ""]]:
+    """Parameters and moments one step down the gradient, and the gradient's norm."""
+    return optimizer.update(
+        state.sae,
+        state.moments,
+        grads.replace(b_dec=jnp.where(state.hyper.learn_bias, grads.b_dec, 0.0)),
+        count=state.step + 1,
+        rate=state.hyper.learning_rate * schedule(static, state.step),
+        betas=(static.beta1, static.beta2),
+        clip_norm=static.clip_norm,
+        unit_decoder=static.unit_decoder,
+        shards=shards,
+    )
+
+
+def train_step(
+    state: TrainState,
+    x: Float[Array, "B d"],
+    *,
+    static: Static,
+    allsum: AllSum = lambda tree: tree,
+    anywhere: AllSum = lambda flag: flag,
+    shards: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step on this device's share of a batch, scaled to ‖sigma‖ = √d. Returns the next state and scalars.
+
+    `allsum` adds a pytree up over the devices that share the batch (gradients, denominators, fired flags); `anywhere`
+    spreads a flag over the members of an ensemble. Both are the identity on one device, for one SAE. `shards` names
+    the mesh axis over which the features are split, where they are.
+    """
+    dead = state.tokens_since_fired >= state.hyper.dead_after_tokens
+    n_dead = topk.over_shards(dead.sum(), shards)
+
+    def gradients(auxk: bool) -> Any:
+        def share(sae: SAE) -> tuple[jax.Array, objective.Batch]:
+            return objective.loss(
+                sae, x, dead, state.hyper.auxk_weight, preset=static.preset, auxk=auxk, allsum=allsum, shards=shards,
+                precision=static.precision,
+            )  # fmt: skip
+
+        (loss, batch), grads = jax.value_and_grad(share, has_aux=True)(state.sae)
+        return loss, grads, sae_lib.fired(batch.codes, dead.shape[0]), batch.fve, batch.l0
+
+    if static.preset == "none":
+        found = gradients(auxk=False)
+    else:
+        # Two whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
+        awake = anywhere((state.hyper.auxk_weight > 0) & (n_dead > 0))
+        found = jax.lax.cond(awake, lambda: gradients(auxk=True), lambda: gradients(auxk=False))
+    loss_share, grads, fired, fve, l0 = found
+    loss, grads, n_fired, n_tokens = allsum((loss_share, grads, fired, jnp.asarray(x.shape[0], jnp.int32)))
+
+    sae, moments, grad_norm = descend(state, grads, static, shards)
+    silent = death.count_tokens(state.tokens_since_fired, n_fired > 0, n_tokens)
+    n_silent = topk.over_shards((silent >= state.hyper.dead_after_tokens).sum(), shards)
+    metrics = {
+        "loss": loss, "fve": fve, "l0": l0, "dead": n_silent.astype(loss.dtype) / static.n_features,
+        "grad_norm": grad_norm,
+    }  # fmt: skip
+    return state.replace(step=state.step + 1, sae=sae, moments=moments, tokens_since_fired=silent), metrics
+
+
+class Group(NamedTuple):
+    """Members that are trained as one vmapped program."""
+
+    static: Static
+    names: list[str]
+
+
+def group_members(configs: dict[str, ConfigDict], d_model: int) -> list[Group]:
+    """Members that share their static part, together; large ones each alone on a device.
+
+    Batching pays where one SAE cannot keep the machine busy. A large one can, and alone it keeps its own AuxK branch
+    (skipped while nothing is dead) and the sparse kernels. Spread over several devices, as many make a group.
+    """
+    groups: list[Group] = []
+    for name, config in configs.items():
+        static = Static.of(config)
+        room = config_lib.mesh(config)["member"] if kept.is_large(static.n_features, d_model) else len(configs)
+        alike = [group for group in groups if group.static == static and len(group.names) < room]
+        if alike:
+            alike[0].names.append(name)
+        else:
+            groups.append(Group(static, [name]))
+    return groups
+
+
+def init_group(
+    configs: list[ConfigDict], centers: Float[Array, "M r"], before: Preprocessing | None = None
+) -> TrainState:
+    """The members of one group stacked along a leading axis. Members with equal seeds start from equal rows."""
+    static = Static.of(configs[0])
+    keys = jax.vmap(jax.random.key)(jnp.asarray([config.seed for config in configs]))
+    hypers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(hyper, configs)).replace(before=before)
+    return jax.jit(jax.vmap(lambda key, h, c: init_state(key, static, h, c)))(keys, hypers, centers)
+
+
+def group_step(
+    state: TrainState, x: Float[Array, "B d"], *, static: Static, allsum: AllSum, shards: str | None = None
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`train_step` for all members of a group on the same batch."""
+
+    alone = state.step.shape == (1,)
+
+    def anywhere(flag: jax.Array) -> jax.Array:
+        # The maximum over the vmapped axis is no longer batched: lax.cond stays a branch instead of computing both.
+        return flag if alone else jax.lax.pmax(flag.astype(jnp.int32), sae_lib.MEMBER) > 0
+
+    def one(s: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        own = x if s.hyper.before is None else s.hyper.before(x)
+        return train_step(s, own, static=static, allsum=allsum, anywhere=anywhere, shards=shards)
+
+    return sae_lib.each_member(one, state)
+
+
+def in_shared_frame(state: TrainState) -> SAE:
+    """The group's SAEs for the tokens that all share: what a member does to them first is folded into its weights.
+
+    Without a matrix it is a shift alone, as `Ensemble` makes it.
+    """
+    before = state.hyper.before
+    if before is None:
+        sae: SAE = state.sae
+        return sae
+    if before.matrix is None:
+        moved: SAE = state.sae.replace(b_dec=state.sae.b_dec + before.shift)
+        return moved
+    pairs = [jax.tree.map(lambda a, i=i: a[i], (state.sae, before)) for i in range(len(state.step))]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fold(*pair) for pair in pairs))
