@@ -106,7 +106,7 @@ def damaged(root: Path, attempt: int, rng: Any) -> list[Row]:
     for what in ("newest checkpoint", "all checkpoints", checkpoint.CONFIG, "report.json"):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(root / "undisturbed" / "train", folder)
-        every = checkpoint._steps(epath.Path(folder / checkpoint.FOLDER))
+        every = checkpoint.steps(epath.Path(folder / checkpoint.FOLDER))
         chosen = {"newest checkpoint": every[-1:], "all checkpoints": every}.get(what, [])
         for place in [folder / checkpoint.FOLDER / str(step) for step in chosen] or [folder / what]:
             damage(place, rng)

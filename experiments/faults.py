@@ -25,8 +25,8 @@ from etils import epath
 
 from sae_jax.__main__ import run
 from sae_jax.activations import store, stored
-from sae_jax.reports import figures, tables
-from sae_jax.runtime import checkpoint, disk
+from sae_jax.reports import figures
+from sae_jax.runtime import checkpoint, disk, progress
 
 SETTINGS = """
 from ml_collections import ConfigDict
@@ -108,20 +108,13 @@ class Child:
 def _count_progress() -> None:
     """In the child: steps trained and tokens given to a writer are counted where the parent sees them."""
 
-    class Bar:
-        def __init__(self, total: int, initial: int):
-            self.at = initial
+    class Steps(progress.Progress):
+        def update(self, count: int, *_: object) -> None:
+            super().update(count)
+            if self.unit == "steps":
+                done[:] = struct.pack("q", self.at)
 
-        def __enter__(self) -> "Bar":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def update(self, count: int) -> None:
-            self.at += count
-            done[:] = struct.pack("q", self.at)
-
-    tables.progress = Bar  # type: ignore[assignment,misc]
+    progress.Progress = Steps  # type: ignore[misc]
     add = store.Writer.add
 
     def counted(self: store.Writer, start: int, rows: store.Rows) -> None:
@@ -150,7 +143,7 @@ def trained(folder: Path) -> dict[str, str]:
 
 def steps(folder: Path) -> int:
     """Step of the newest complete checkpoint."""
-    return max(checkpoint._steps(epath.Path(folder / checkpoint.FOLDER)), default=0)
+    return max(checkpoint.steps(epath.Path(folder / checkpoint.FOLDER)), default=0)
 
 
 def tokens(folder: Path) -> int:
@@ -195,7 +188,7 @@ def not_whole(folder: Path) -> list[str]:
             for number, shard in enumerate(stored.read_manifest("", epath.Path(path.parent))["shards"]):
                 file = stored.template(epath.Path(path.parent)).sharded_filepath(shard_index=number, num_shards=None)
                 bad += [] if sha(file.read_bytes()) == shard["sha256"] else [str(file)]
-    for step in checkpoint._steps(epath.Path(folder / checkpoint.FOLDER)):
+    for step in checkpoint.steps(epath.Path(folder / checkpoint.FOLDER)):
         wrong = checkpoint.damage(epath.Path(folder / checkpoint.FOLDER / str(step)))
         bad += [f"checkpoint {step}: {wrong}"] if wrong else []
     return bad

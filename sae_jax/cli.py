@@ -244,19 +244,26 @@ def _parse(argv: list[str], define: Define, folder: str = "workdir") -> tuple[fl
         if overrides:
             raise Refused(overrides[0], "", "--config=FILE before its overrides")
         return values, None
-    keys = config_lib.flatten(plain)
+    keys, of_members = config_lib.flatten(plain), []
     for override in overrides:  # one by one, so that the one that is wrong can be named
         key, equals, value = override.removeprefix("--config.").partition("=")
         if not equals:
             raise Refused(override, "", "written as --config.KEY=VALUE")
-        if key not in keys:
+        name, own = config_lib.split_member(plain, key)
+        if own not in keys:
             near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4) or sorted(keys)
             raise Refused(key, value, "an existing key, as " + ", ".join(near))
         try:
-            _read([*others, override], define)
+            _, read = _read([*others, f"--config.{own}={value}"], define)
         except Refused as error:
-            raise Refused(key, value, f"a value of type {type(keys[key]).__name__}") from error
-    return _read(argv, define)
+            raise Refused(key, value, f"a value of type {type(keys[own]).__name__}") from error
+        if name:
+            of_members.append((override, name, own, config_lib.flatten(read or plain)[own]))
+    laid_over = {override for override, *_ in of_members}
+    values, config = _read([argument for argument in argv if argument not in laid_over], define)
+    for _, name, own, value in of_members:
+        config_lib.lay_over_member(config or plain, name, own, value)
+    return values, config
 
 
 def _read(argv: list[str], define: Define) -> tuple[flags.FlagValues, ConfigDict | None]:

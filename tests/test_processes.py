@@ -72,4 +72,4 @@ def test_one_process_killed_stops_the_other_with_a_line_and_not_with_a_hang(tiny
     assert victim == -9
     assert code == 3, said
     assert "sae_jax: another process of this run has ended or cannot be reached, so all stop" in said
-    assert checkpoint._steps(checkpoint.epath.Path(tmp_path / "w" / "checkpoints"))
+    assert checkpoint.steps(checkpoint.epath.Path(tmp_path / "w" / "checkpoints"))

@@ -23,7 +23,7 @@ from sae_jax.outliers import theory
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import Band, Forecast
 from sae_jax.reports import diagnosis_figures, figures, tables
-from sae_jax.runtime import checkpoint
+from sae_jax.runtime import checkpoint, progress
 
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
 MIN_TOKENS = 256
@@ -154,7 +154,7 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, int]:
 
     def watched() -> Iterator[np.ndarray]:
         nonlocal kept, stride, seen, n_bad, n_zero, first_bad
-        for x in tables.tokens_bar(tokens.batches(), "moments"):
+        for x in progress.counted(tokens.batches(), "moments"):
             finite = np.isfinite(x)
             if not finite.all():
                 if not n_bad:

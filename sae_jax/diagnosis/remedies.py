@@ -19,7 +19,7 @@ from sae_jax.outliers import theory
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.preprocess import Preprocessing, whitening
 from sae_jax.outliers.probes import Forecast, stratified_rows
-from sae_jax.reports import tables
+from sae_jax.runtime import progress
 
 HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
 # In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
@@ -138,7 +138,7 @@ def measured_deaths(
 
 def padded(tokens: Tokens, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of one shape, with the mask of the rows that are tokens."""
-    for x in tables.tokens_bar(tokens.batches(), what):
+    for x in progress.counted(tokens.batches(), what):
         for start in range(0, len(x), BATCH):
             part = np.asarray(x[start : start + BATCH], np.float32)
             yield np.pad(part, ((0, BATCH - len(part)), (0, 0))), np.arange(BATCH) < len(part)

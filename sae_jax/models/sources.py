@@ -20,6 +20,7 @@ class Source(Protocol):
 
     d_model: int
     n_eval_tokens: int
+    n_train_tokens: int | None  # None: as many as are asked for
     truth: Float[Array, "m d"] | None  # true features, where they are known
     identity: dict[str, Any]  # what data this is, for reports
     split_axis: int | None  # axis of a batch's input to share out over devices; None: all devices get it whole
@@ -64,6 +65,7 @@ class SyntheticSource:
     """Batches made on the device; an input is just the number of the batch."""
 
     split_axis: int | None = None
+    n_train_tokens: int | None = None
 
     def __init__(self, config: ConfigDict):
         self._spec = synthetic.build(config.data, config.seed)
@@ -138,6 +140,7 @@ class StoredSource:
             raise Refused("data.path", config.data.path, f"at least 5 tokens to train and evaluate on, not {n_tokens}")
         n_held_out = -(-self.n_eval_tokens // chunks.rows)
         self._train, self._held_out = pipeline.split_chunks(len(chunks), n_held_out)
+        self.n_train_tokens: int | None = len(self._train) * chunks.rows
         self.d_model = chunks.d_model
         self.identity = chunks.identity
 

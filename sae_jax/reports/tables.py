@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: report.json, TensorBoard events, a table, a progress bar."""
+"""What a run leaves for people and programs: report.json, tables, and one line of how it stands."""
 
 import csv
 import importlib.metadata
@@ -6,17 +6,10 @@ import io
 import json
 import math
 import platform
-import sys
-import time
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tqdm import tqdm
 
 from sae_jax.runtime.disk import write_text
 
@@ -83,6 +76,21 @@ def table(report: dict[str, Any]) -> str:
     return f"{size}; {_gammas(report)}\n{_aligned(lines)}"
 
 
+def standing(members: dict[str, dict[str, float | None]]) -> str:
+    """Loss, FVE and share of dead features on one line, member by member; of more than three their ranges."""
+    if len(members) <= 3:
+        return "; ".join(
+            f"{name} loss {found['loss']:.4g}, FVE {cell('fve', found['fve'])}, dead {cell('dead', found['dead'])}"
+            for name, found in members.items()
+        )
+    parts = [f"{len(members)} members"]
+    for key, title in (("loss", "loss"), ("fve", "FVE"), ("dead", "dead")):
+        known = [value for found in members.values() if (value := found[key]) is not None]
+        ends = [f"{end(known):.4g}" if key == "loss" else cell(key, end(known)) for end in (min, max) if known]
+        parts.append(f"{title} {' to '.join(dict.fromkeys(ends)) or cell(key, None)}")
+    return ", ".join(parts)
+
+
 def diagnosis_table(report: dict[str, Any]) -> str:
     """The report of a diagnosis: severity, what each law says, what each remedy would leave, the advice."""
     standing = [f"{o['dimension']} ({100 * o['share_of_mean_square']:.0f} % of ‖mu‖²)"
@@ -144,32 +152,3 @@ def cell(key: str, value: float | None) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.1f} %" if key.startswith("dead") else f"{value:.3f}" if key != "l0" else f"{value:.1f}"
-
-
-class Board:
-    """TensorBoard scalars under WORKDIR/tensorboard, `member/metric`; a resumed run writes a second events file."""
-
-    def __init__(self, workdir: str):
-        folder = epath.Path(workdir) / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        # Written by this thread: tensorboardX's own blocks for ever once it has met a full disk.
-        self._events = EventsWriter(str(folder / "events"))
-
-    def scalars(self, step: int, member: str, values: dict[str, Any]) -> None:
-        found = [summary.scalar(f"{member}/{key}", value) for key, value in values.items() if value is not None]
-        for one in found:
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=one))
-        self._events.flush()
-
-    def close(self) -> None:
-        self._events.close()
-
-
-def progress(total: int, initial: int) -> "tqdm[Any]":
-    """A bar on stderr; silent where stderr is not a terminal."""
-    return tqdm(total=total, initial=initial, unit=" steps", desc="training", disable=not sys.stderr.isatty())
-
-
-def tokens_bar(batches: Iterable[Any], what: str) -> Iterable[Any]:
-    """The batches, with a bar on stderr that counts them; silent where stderr is not a terminal."""
-    return tqdm(batches, desc=what, unit=" batches", disable=not sys.stderr.isatty())

@@ -15,19 +15,18 @@ from ml_collections import ConfigDict
 from sae_jax import config as config_lib
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.objective import AllSum
-from sae_jax.errors import Preempted, RunFailed
+from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.models.sources import Source, open_source
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import per_token
-from sae_jax.reports import figures, page, tables
+from sae_jax.reports import boards, figures, page, tables
 from sae_jax.runtime import checkpoint
 from sae_jax.runtime import devices as devices_lib
+from sae_jax.runtime import workdir as workdir_lib
 from sae_jax.runtime.stopping import StopRequest
-from sae_jax.training import evaluation
+from sae_jax.training import evaluation, watching
 from sae_jax.training import step as step_lib
 from sae_jax.training.ensemble import Ensemble, culprit
-
-BOARD_POINTS = 1000  # TensorBoard gets about this many points over a run
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -50,12 +49,17 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         devices = devices_lib.Devices(config.train.devices, **config_lib.mesh(config))
         devices.check_batch("train.batch_size", config.train.batch_size)
         devices.check_batch("eval.batch_size", config.eval.batch_size)
-        checkpoint.check_workdir(workdir, config_lib.identity(config))
+        if jax.process_index() == 0:
+            boards.check(config)
+        workdir_lib.check(workdir, partial(config_lib.changed, config))
         source = open_source(config)
+        if config.train.steps and source.n_train_tokens is not None and config.train.batch_size > source.n_train_tokens:
+            allowed = f"up to {source.n_train_tokens}, the tokens there are to train on"
+            raise Refused("train.batch_size", config.train.batch_size, allowed)
         groups = step_lib.group_members(config_lib.members(config), source.d_model)
         devices.check_groups([group.names for group in groups])
-        checkpoint.check_data(workdir, source.identity)
-        with checkpoint.claimed(workdir, config_lib.identity(config), source.identity):
+        workdir_lib.check_data(workdir, source.identity)
+        with workdir_lib.claimed(workdir, config_lib.identity(config), source.identity):
             return Run(config, workdir, devices, source).to_the_end()
 
 
@@ -126,29 +130,29 @@ class Run:
 
     def to_the_end(self) -> dict[str, Any]:
         """Evaluate and save, then advance, until the last step; then the report and the figures."""
-        board = tables.Board(self.workdir) if jax.process_index() == 0 else None
-        with StopRequest(self.devices) as stop:  # until the last checkpoint is whole
-            try:
-                self._advance_to_the_end(stop, board)
-            finally:
-                self.data.close()
-                self.checkpoints.close()
-                if board:
-                    board.close()
-        return self._finish()
+        with watching.Watch(self.config, self.workdir, self.groups, self.step) as watch:
+            with StopRequest(self.devices) as stop:  # until the last checkpoint is whole
+                try:
+                    self._advance_to_the_end(stop, watch)
+                finally:
+                    self.data.close()
+                    self.checkpoints.close()
+            report = self._finish()
+            watch.report(report)
+        return report
 
-    def _advance_to_the_end(self, stop: StopRequest, board: tables.Board | None) -> None:
+    def _advance_to_the_end(self, stop: StopRequest, watch: watching.Watch) -> None:
         total, every = self.config.train.steps, config_lib.checkpoint_every(self.config)
         pending: tuple[int, int, Any] | None = None
-        with devices_lib.together(), tables.progress(total, self.step) as bar:
+        with devices_lib.together():
             while True:
                 due = self.step % every == 0 or self.step == total
                 evaluate, stopping = self.step in self._evaluation_steps, stop.requested()
                 if evaluate or stopping:
-                    self._settle(pending, board)
+                    self._settle(pending, watch)
                     pending = None
                     if evaluate:
-                        self._evaluate_once(board)
+                        self._evaluate_once(watch)
                     if due or stopping:
                         self._save()
                 if self.step == total:
@@ -160,18 +164,17 @@ class Run:
                 self.states, metrics = self._advance(self.states, self._next_inputs(count), np.int32(count))
                 # Metrics of the dispatch before: while the device works on this one the next inputs are read and
                 # on their way to it, so that it never waits for us.
-                self._settle(pending, board)
+                self._settle(pending, watch)
                 pending = (self.step, count, metrics)
                 self.step += count
-                bar.update(count)
 
     def _next_inputs(self, count: int) -> np.ndarray:
         inputs = [next(self.data) for _ in range(count)]
         inputs += inputs[-1:] * (self.config.train.steps_per_dispatch - count)  # never looked at
         return np.stack(inputs)
 
-    def _settle(self, pending: tuple[int, int, Any] | None, board: tables.Board | None) -> None:
-        """Fetches the metrics of a dispatch, stops at a loss that is not finite, writes the rest to TensorBoard."""
+    def _settle(self, pending: tuple[int, int, Any] | None, watch: watching.Watch) -> None:
+        """Fetches the metrics of a dispatch, stops at a loss that is not finite, shows the rest."""
         if pending is None:
             return
         first, count, metrics = pending
@@ -184,12 +187,7 @@ class Run:
                 for name, fine in zip(group.names, good[bad[0]], strict=True) if not fine
             ]  # fmt: skip
             raise self._failure(first + bad[0], names)
-        spacing = max(1, self.config.train.steps // BOARD_POINTS)
-        for t in range(count):
-            if board and (first + t) % spacing == 0:
-                for group, found in zip(self.groups, metrics, strict=True):
-                    for i, name in enumerate(group.names):
-                        board.scalars(first + t + 1, name, {key: float(v[t, i]) for key, v in found.items()})
+        watch.steps(first, count, metrics)
 
     def _failure(self, step: int, names: list[str]) -> RunFailed:
         kept = self.checkpoints.latest
@@ -211,13 +209,11 @@ class Run:
             kept = self.checkpoints.latest
             raise RunFailed(f"step {self.step}, {error}; the last good checkpoint is that of step {kept}") from None
 
-    def _evaluate_once(self, board: tables.Board | None) -> None:
+    def _evaluate_once(self, watch: watching.Watch) -> None:
         if self.history and self.history[-1]["step"] >= self.step:
             return
         self.history.append(self._record())
-        for name, values in self.history[-1]["members"].items():
-            if board:
-                board.scalars(self.step, f"{name}/held_out", values)
+        watch.scalars(self.step, {f"{name}/held_out": v for name, v in self.history[-1]["members"].items()})
 
     def _save(self) -> None:
         if self.checkpoints.latest != self.step:
