@@ -62,7 +62,7 @@ def test_a_run_leaves_its_report_figures_history_and_table(tiny, tmp_path):
         assert (tmp_path / name).stat().st_size > 0
     assert list((tmp_path / "tensorboard").iterdir())
     assert [entry["step"] for entry in checkpoint.history(str(tmp_path))] == [0, 10, 20, 30, 40]
-    assert "dead by ReLU" in run_lib.report.table(result)
+    assert "dead by ReLU" in run_lib.tables.table(result)
 
 
 def test_no_steps_is_an_evaluation_at_init(tiny, tmp_path):
