@@ -48,7 +48,7 @@ def dissect(
       sae: what `sae_jax.load` takes (a run, a folder of SAELens, dictionary_learning or sparsify, hf://…) or returns,
         or an SAE.
       activations: as for `sae_jax.diagnose`; of the same width, and as the SAE takes them.
-      workdir: where tables.json, features.csv and the figures go; None writes nothing.
+      workdir: where report.json, features.csv and the figures go; None writes nothing.
       member: which SAE of a run.
       n_probes, seed: of the forecast for an untrained SAE.
 

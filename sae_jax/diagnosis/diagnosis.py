@@ -30,7 +30,7 @@ MIN_TOKENS = 256
 
 
 class Report(dict[str, Any]):
-    """The report as a dictionary, as in tables.json, with `figures`: name → matplotlib Figure."""
+    """The report as a dictionary, as in report.json, with `figures`: name → matplotlib Figure."""
 
     figures: dict[str, Figure]
 
@@ -50,7 +50,7 @@ def diagnose(
     Args:
       activations: an array (tokens, d_model); the path of a .npy, .npz, .safetensors file or of a dataset folder; or a
         configuration, whose training tokens are taken (`data.statistics_tokens` of them).
-      workdir: where tables.json and the figures go; None writes nothing.
+      workdir: where report.json and the figures go; None writes nothing.
       n_features, k: of the SAE in question.
       measure: also count deaths in an untrained SAE of that size under every remedy.
       n_probes: random directions to forecast with; the error of a forecast falls as 1/√n_probes. Remedies that may be

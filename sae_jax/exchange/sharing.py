@@ -39,7 +39,7 @@ def load(path: str, member: str | None = None) -> Packed:
 
     Returns:
       The SAE, its preprocessing and its metadata. That of a run: `step`, `gamma`, `gamma_raw`, `gamma_direction`, `mu`
-      (of the activations as they are), `init` and `final` as in tables.json, `num_dead_features`, `config`, …
+      (of the activations as they are), `init` and `final` as in report.json, `num_dead_features`, `config`, …
 
     Raises:
       Refused: there is nothing like that; see `formats.decode`.

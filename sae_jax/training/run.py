@@ -1,4 +1,4 @@
-"""`train`: from a configuration to a workdir with checkpoints, figures and tables.json. Resumes where it was."""
+"""`train`: from a configuration to a workdir with checkpoints, figures and report.json. Resumes where it was."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +33,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains the members that the configuration describes, or goes on with a run that was stopped.
 
     Returns:
-      The report, as written to tables.json: `step`, `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, and
+      The report, as written to report.json: `step`, `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, and
       `members`, a list: each with its `name` and, under `init` and `final`, `dead_by_relu`, `dead_by_topk`,
       `dead_total` (shares of its features, on `n_eval_tokens` held-out tokens), `fve` (about the mean),
       `fve_about_zero`, `l0`, `bias_relative_error` (‖b − mu‖ / ‖mu‖), `bias_projection` (b·mu / ‖mu‖²), and `mmcs`
