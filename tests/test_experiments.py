@@ -83,7 +83,8 @@ def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):
     assert all(float(row["bias_projection"]) == 0 for row in frozen)
     for row in rows(tmp_path / "fig5_transitions.csv"):
         assert sum(float(row[a + b]) for a in "ATR" for b in "ATR") == pytest.approx(1)
-    assert "| 40 | AuxK, frozen bias |" in capsys.readouterr().out
+    assert "gamma 40  condition AuxK, frozen bias" in capsys.readouterr().out
+    assert len(rows(tmp_path / "fig5_claims.csv")) == 4 * len(script.CONDITIONS)
     assert (tmp_path / "fig5_recovery.png").stat().st_size > 0
 
 
