@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sae_jax.activations import synthetic
+from sae_jax.models.facts import MODELS, PAPER
 from sae_jax.training import step as step_lib
 
 ROOT = Path(__file__).parents[1]
@@ -102,3 +103,19 @@ def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):
     moved = jnp.abs(ghost(late, x, 0).sae.W_dec - plain(late, x, 0).sae.W_dec)[0].sum(axis=1)
     assert jnp.isfinite(moved).all()
     assert moved[60:].max() > 1e-3
+
+
+def test_the_table_of_models_is_that_of_the_facts():
+    table = rows(ROOT / "experiments/trust/models.csv")
+    assert [row["name"] for row in table] == list(MODELS)
+    for row in table:
+        known = MODELS[row["name"]]
+        layers = known.interior if row["name"] in PAPER else range(1, known.blocks + 1)
+        assert row["layers"] == "–".join(map(str, dict.fromkeys((layers[0], layers[-1]))))
+        widths = (known.width,) if isinstance(known.width, int) else known.width
+        assert row["d"] == "–".join(map(str, dict.fromkeys((min(widths), max(widths)))))
+        assert (row["weights"], row["domain"]) == (known.id, known.domain)
+        assert row["licence"].startswith(known.licence)
+        assert ("gated" in row["licence"]) == known.gated
+        said = {"class": "random weights", "stand-in": "a stand-in", "weights": "the weights"}[known.checked]
+        assert row["adapter_tested_on"].startswith("a file" if known.family == "activations" else said)
