@@ -15,6 +15,7 @@ import torch
 from conftest import FULL_DPI
 from safetensors.numpy import load_file, save_file
 
+from experiments.trust import page_in_browser
 from sae_jax import cli
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
@@ -28,8 +29,6 @@ from sae_jax.reports import figures
 from sae_jax.training.run import train
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-import page_in_browser  # noqa: E402
 
 D, N, K = 12, 40, 5
 
@@ -380,7 +379,7 @@ def test_wrong_flags_write_nothing(run, tmp_path, capsys, monkeypatch, argv, sai
 
 def test_the_peers_themselves_agree():
     """SAELens and sparsify load what we export; an SAE that SAELens trained is examined. In a process of its own."""
-    command = [sys.executable, str(ROOT / "experiments/peer_conformance.py"), "--peers=saelens,sparsify",
+    command = [sys.executable, "-m", "experiments.trust.peer_conformance", "--peers=saelens,sparsify",
                "--gammas=100", "--steps=20", "--tokens=4000"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -31,21 +31,3 @@ def test_the_example_of_five_lines_runs(tmp_path, monkeypatch, rng, capsys):
 def test_overrides_that_are_wrong(overrides, said):
     with pytest.raises(Refused, match=said):
         base(overrides)
-
-
-def anchors(page):
-    """As GitHub makes them of headings."""
-    titles = re.findall(r"^#+ (.*)$", page, re.M)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "experiments/README.md"])
-def test_links_lead_somewhere(name):
-    page = ROOT / name
-    links = re.findall(r"\]\(\s*([^)\s]+)\s*\)", page.read_text())
-    for link in links:
-        path, _, anchor = link.partition("#")
-        if not path.startswith("http"):
-            target = page.parent / path if path else page
-            assert target.exists(), link
-            assert not anchor or anchor in anchors(target.read_text()), link

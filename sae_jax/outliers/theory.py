@@ -207,7 +207,7 @@ def token_integral(
 
 
 # Share of the variance of x that has to be excess before it is laid to a few massive tokens: a convention ("most of
-# it"), not a measurement. The law jumps there; experiments/README.md shows how much hangs on it.
+# it"), not a measurement. The law jumps there; experiments/death/README.md shows how much hangs on it.
 MASSIVE = 0.5
 
 
