@@ -23,20 +23,20 @@ from sae_jax.activations.stored import (
     STORED,
     VERSION,
     Rows,
-    checksum_of,
     encode,
     features_of,
     find,
     folder_of,
     head_of,
     read_manifest,
+    seal,
     sha256,
     template,
 )  # fmt: skip
 from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Moments, Severity
-from sae_jax.runtime.disk import LOCK, sole_user, write_text
+from sae_jax.runtime.disk import LOCK, sole_user, write_bytes
 from sae_jax.runtime.stopping import StopRequest
 
 SHARD_BYTES = 128 * 2**20
@@ -134,8 +134,7 @@ class Writer:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        sealed = {**self._manifest, "checksum": checksum_of(self._manifest)}
-        write_text(self._partial / MANIFEST, json.dumps(sealed))
+        write_bytes(self._partial / MANIFEST, seal(self._manifest))
 
     def finish(self) -> str:
         """Writes what is left in whole chunks, then makes the dataset visible. Returns its folder."""
