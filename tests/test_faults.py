@@ -134,6 +134,18 @@ def test_a_damaged_config_is_one_line(run, content):
         sae_jax.train(config, str(workdir))
 
 
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
+    workdir, _ = run
+    largest = lambda step: max(files_in(workdir / "checkpoints" / step), key=lambda path: path.stat().st_size)  # noqa: E731
+    newest, before = largest("20"), largest("10")
+    assert checkpoint.saved(str(workdir)).step == 20
+    flip(newest)
+    assert checkpoint.saved(str(workdir)).step == 10
+    flip(before)
+    assert cli.main(["export", f"--workdir={workdir}", f"--out={tmp_path}/o"]) == 2
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_damaged_report_is_written_again(run):
     workdir, config = run
     report = (workdir / "report.json").read_text()
@@ -184,7 +196,8 @@ def test_manifests_of_before_are_read_and_their_damage_is_noticed(dataset, seale
     meant = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**known, "checksum": meant} if sealed == "by what it means" else known))
     assert stored.read_manifest("--out", root) == known
-    path.write_text(path.read_text().replace('"checksum"', '"checksun"').replace('"n_tokens": 1100', '"n_tokenz": 1100'))
+    damaged = path.read_text().replace('"checksum"', '"checksun"').replace('"n_tokens": 1100', '"n_tokenz": 1100')
+    path.write_text(damaged)
     with pytest.raises(Refused, match="another"):
         stored.read_manifest("--out", root)
 

@@ -1,4 +1,4 @@
-"""The training step against `reference.py`, constants against their sources, sizes at which other branches are taken."""
+"""The training step against `reference.py`, sizes at which other branches are taken, counts of what is on the edge."""
 
 import functools
 
@@ -7,9 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from ml_collections import ConfigDict
 
+import sae_jax
 from sae_jax import config as config_lib
 from sae_jax.autoencoder import death, kept
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.runtime import checkpoint
+from sae_jax.training import evaluation
 from sae_jax.training import step as step_lib
 
 STEPS = 8  # of which the schedule's factors are exact in float32, as optax computes them
@@ -29,7 +34,8 @@ def rules_of(config):
     """The same settings under the reference's own names."""
     return reference.Rules(
         preset=config.auxk.preset, k=config.sae.k, dead_after=40, learning_rate=0.01, steps=STEPS, warmup=1, decay=0.5,
-        betas=(0.8, 0.95), clip=CLIP[config.auxk.preset], unit_decoder=config.sae.unit_decoder, learn_bias=not config.sae.freeze_bias,
+        betas=(0.8, 0.95), clip=CLIP[config.auxk.preset], unit_decoder=config.sae.unit_decoder,
+        learn_bias=not config.sae.freeze_bias,
     )  # fmt: skip
 
 
@@ -76,7 +82,7 @@ def assert_alike(config, state, known, batches):
 @pytest.mark.parametrize("unit_decoder", [True, False])
 @pytest.mark.parametrize("preset", reference.LIBRARIES)
 def test_steps_are_those_of_the_reference(rng, preset, unit_decoder):
-    """Clipped and not, counters on both sides of the limit and on it, more dead features than any k_aux, or only two."""
+    """Clipped and not, counters on both sides of the limit and on it, more dead features than any k_aux, or two."""
     d = 6
     most = np.array([0, 32, 39, 40, 48, *13 * [400]])[rng.integers(18, size=700)]
     two = np.where(np.arange(700) < 2, 40, np.arange(700) % 8)
@@ -131,21 +137,54 @@ def test_counters_go_on_past_ten_million_and_stop_at_the_largest_integer():
     np.testing.assert_array_equal(after, [10_000_010, 10_000_020, 2_147_483_620, 2_147_483_647, 2_147_483_647])
 
 
-# -- death on tokens where everything is zero ----------------------------------------------------------------------------
+# -- on the edge -------------------------------------------------------------------------------------------------------
+
+
+def untrained(n, d, W_enc):
+    config = configured("none", n=n)
+    state = step_lib.init_state(
+        jax.random.key(0), step_lib.Static.of(config), step_lib.hyper(config), jnp.zeros(d)
+    )
+    return state.sae.replace(W_enc=jnp.asarray(W_enc, jnp.float32))
 
 
 def test_a_zero_token_revives_nobody(rng):
     """On a token equal to b_dec all pre-activations are 0: no feature is positive, and none fires."""
-    n, d = 12, 4
-    W = rng.normal(size=(n, d)).astype(np.float32)
+    W = rng.normal(size=(12, 4))
     W[:5, 0] = -np.abs(W[:5]).sum(axis=1) - 1  # negative wherever the first coordinate leads
-    x = np.clip(rng.normal(size=(30, d)), -1, 1).astype(np.float32)
+    x = np.clip(rng.normal(size=(30, 4)), -1, 1).astype(np.float32)
     x[:, 0] = 1 + np.abs(x[:, 0])
     x[7] = 0
-    state = step_lib.init_state(
-        jax.random.key(0), step_lib.Static.of(configured("none", n=n)), step_lib.hyper(configured("none")), jnp.zeros(d)
-    )
-    seen, codes = death.sight(state.sae.replace(W_enc=jnp.asarray(W)), jnp.asarray(x), jnp.ones(30, bool))
+    seen, codes = death.sight(untrained(12, 4, W), jnp.asarray(x), jnp.ones(30, bool))
     np.testing.assert_array_equal(seen.positive, (x @ W.T > 0).any(axis=0))
     assert not np.asarray(seen.positive)[:5].any()
     assert not np.asarray(codes.values)[7].any()
+
+
+def test_the_figure_of_shifts_leaves_padding_out(rng):
+    W, x = rng.normal(size=(12, 4)), rng.normal(size=(50, 4)).astype(np.float32)
+    W[:3, 0], x[:, 0] = -9, np.abs(x[:, 0]) + 1
+    padded = np.concatenate([x, np.full((14, 4), -50, np.float32)])  # where those are positive that never are else
+    valid = np.arange(64) < 50
+    group = jax.tree.map(lambda a: a[None], untrained(12, 4, W))
+    batches = iter([(padded[:32], valid[:32]), (padded[32:], valid[32:])])
+    (found,) = evaluation.shifts(group, jnp.asarray, batches)
+    z = x @ W.T
+    np.testing.assert_allclose(found.mean, z.mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.std, z.std(axis=0), rtol=1e-4)
+    np.testing.assert_array_equal(found.dead_by_relu, (z <= 0).all(axis=0))
+    assert found.dead_by_relu[:3].all()
+    assert found.n_tokens == 50
+
+
+def test_fates_have_the_cosine_with_the_mean_at_both_ends(tiny, tmp_path):
+    tiny.train.steps, tiny.train.learning_rate, tiny.members = 4, 0.05, ConfigDict()
+    sae_jax.train(tiny, str(tmp_path))
+    mu = checkpoint.saved(str(tmp_path)).statistics["mu"]
+    first = sae_lib.init(jax.random.key(tiny.seed), 64, 4, jnp.zeros(16)).W_enc
+    last = sae_jax.load(str(tmp_path)).sae.W_enc
+    table = np.genfromtxt(tmp_path / "fates.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
+    for end, rows in (("init", np.asarray(first)), ("final", np.asarray(last))):
+        cosines = rows @ mu / np.linalg.norm(rows, axis=1) / np.linalg.norm(mu)
+        np.testing.assert_allclose(table[f"mu_cosine_{end}"], cosines, atol=1e-3)
+    assert np.abs(table["mu_cosine_init"] - table["mu_cosine_final"]).max() > 0.05

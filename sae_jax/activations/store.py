@@ -14,7 +14,6 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from sae_jax.activations import pipeline
 from sae_jax.activations.pipeline import CHUNK
 from sae_jax.activations.stored import (
     MANIFEST,
@@ -220,7 +219,7 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     if not epath.Path(path).exists():
         raise Refused("--from", path, f"an existing path: {files.FORMATS}{files.there(epath.Path(path))}")
     given = files.open_array(path)
-    array = pipeline.ArrayChunks(given, path)
+    array = files.chunks_of(given, path)
     known = isinstance(given, files.CachedSequences)
     facts = {"imported": array.identity | ({"hook": given.hook, "context": given.context} if known else {})}
     name = epath.Path(path).stem
