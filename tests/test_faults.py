@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -171,7 +172,7 @@ def test_every_bit_of_a_manifest_is_noticed_and_the_file_named(dataset, tmp_path
     assert stored.read_manifest("--out", root)["n_tokens"] == 1100
     for bit in range(8 * len(whole)):
         flip(copy, bit)
-        with pytest.raises(Refused, match=str(copy)):
+        with pytest.raises(Refused, match=re.escape(str(copy))):
             stored.read_manifest("--out", root)
         copy.write_bytes(whole)
 
