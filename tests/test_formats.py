@@ -386,3 +386,4 @@ def test_the_peers_themselves_agree():
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("identity True") == 8  # five conditions, of which sparsify refuses two
     assert "trained by saelens" in done.stdout
+    assert "using eager implementation of sparse decoder" in done.stdout  # sparsify's word, with triton and without

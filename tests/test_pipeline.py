@@ -40,6 +40,21 @@ def test_every_row_once_an_epoch_in_an_order_that_the_seed_fixes(chunks):
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.1
 
 
+def test_rows_of_a_chunk_do_not_follow_each_other_in_a_lane(chunks):
+    """Chunks of three rows: unshuffled, two rows of three would be followed by their neighbour; by chance one in 48."""
+    lanes = taken(chunks, 48)  # (48, 64), a lane a column
+    assert chunks.rows == 3
+    assert np.mean(np.diff(lanes, axis=0) == 1) < 0.06
+
+
+def test_statistics_are_of_all_parts_of_an_ordered_file(tmp_path, tiny):
+    np.save(tmp_path / "x.npy", numbered(20_000, 2))
+    tiny.data.signal, tiny.data.path, tiny.data.statistics_tokens = "", str(tmp_path / "x.npy"), 2000
+    seen = np.concatenate(list(open_source(tiny).statistics()))[:, 0]
+    assert len(np.unique(seen)) == len(seen) == 2000
+    assert np.bincount(seen.astype(int) // 2000, minlength=10).min() > 150  # of 200 that an even spread would take
+
+
 @pytest.mark.parametrize(("n_rows", "batch_size"), [(3072, 96), (5000, 64), (12345, 100), (1100, 48), (70, 32)])
 def test_epochs_end_to_the_row_whatever_divides_what(tmp_path, n_rows, batch_size):
     np.save(tmp_path / "x.npy", numbered(n_rows))

@@ -1,3 +1,4 @@
+import importlib
 import json
 import signal
 import subprocess
@@ -297,10 +298,9 @@ def test_statistics_that_are_not_finite_are_named(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["default", "synthetic", "quickstart"])
-def test_shipped_configurations_pass_the_checks_and_run_when_shrunken(name, tmp_path, rng):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    config = __import__(f"configs.{name}", fromlist=["get_config"]).get_config()
-    sys.path.pop(0)
+def test_shipped_configurations_pass_the_checks_and_run_when_shrunken(name, tmp_path, rng, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    config = importlib.import_module(f"configs.{name}").get_config()
     np.save(tmp_path / "x.npy", (rng.normal(size=(2000, 16)) + 1).astype(np.float16))
     if name != "synthetic":
         config.data.path = str(tmp_path / "x.npy")

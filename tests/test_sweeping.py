@@ -140,6 +140,13 @@ def test_grids_filters_and_shares_choose_among_them():
     assert len(combinations.grouped(every)) == 19
 
 
+def test_grids_read_true_and_false_however_they_are_written():
+    found = jobs("sweep_bundled", "sae.freeze_bias=true,False")
+    assert [job.config.sae.freeze_bias for job in found] == [True, False] * (len(found) // 2)
+    values = combinations._axis(config_lib.base(), "sae.freeze_bias=true,True,TRUE,1,false,False,FALSE,0")
+    assert values == [("sae.freeze_bias", value) for value in [True] * 4 + [False] * 4]
+
+
 @pytest.mark.parametrize(("flag", "said"), [
     ("--filter=model=gpt9", "model one of gpt2, pythia_70m"),
     ("--filter=domain=audio", "domain one of language, vision, biology"),
@@ -147,6 +154,8 @@ def test_grids_filters_and_shares_choose_among_them():
     ("--filter=width=3", "model=NAME"),
     ("--grid=sae.kk=3", "an existing key"),
     ("--grid=sae.k=three", "values of type int"),
+    ("--grid=sae.whiten=yes", "values true or false"),
+    ("--grid=sae.whiten=true,", "values true or false"),
     ("--shard=8/8", "0 ≤ i < N"),
     ("--config.data.model.layer=nine", "type int"),
 ])  # fmt: skip

@@ -24,6 +24,7 @@ that is more), active features differ otherwise than by ties, import → export 
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import warnings
@@ -37,6 +38,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 warnings.filterwarnings("ignore")  # the peers' own
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # everything here is on the CPU, where triton's kernels do not run
 
 import sae_jax  # noqa: E402
 from sae_jax.autoencoder import sae as sae_lib  # noqa: E402

@@ -1,5 +1,6 @@
 """Activations in files of others: .npy, .npz, .safetensors, .pt and what SAELens cached; in slices, never unpickled."""
 
+import hashlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ from etils import epath
 
 from sae_jax.activations import pipeline
 from sae_jax.errors import Refused
-from sae_jax.runtime.disk import read_json
+from sae_jax.runtime.disk import SAMPLED, read_json
 from sae_jax.runtime.optional import module
 
 MOST = 100  # fold: whatever a compressed file grows by more than this is no activations
 FORMATS = "a .npy, .npz, .safetensors or .pt file, a dataset folder, or a folder that SAELens cached activations in"
+SAMPLES, SAMPLE_BYTES = 64, 2**16  # blocks of a file that its checksum covers, and how long one is
 ENDINGS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
 
 
@@ -123,7 +125,23 @@ def open_chunks(path: str) -> pipeline.Chunks:
             raise
         except Exception as error:  # as below
             raise Refused("data.path", path, f"a dataset folder as it was written ({error})") from error
-    return pipeline.ArrayChunks(open_array(path), path)
+    return chunks_of(open_array(path), path)
+
+
+def chunks_of(array: Any, path: str) -> pipeline.ArrayChunks:
+    """The array of a file in chunks, which know what stands in the file.
+
+    Their identity has a checksum of evenly spaced rows: of all where they are at most `SAMPLES` · `SAMPLE_BYTES`, else
+    as many as can be read at once from a file of any size. What differs elsewhere alone goes unnoticed.
+    """
+    chunks = pipeline.ArrayChunks(array, path)
+    rows = max(1, SAMPLE_BYTES // (chunks.d_model * array.dtype.itemsize))
+    starts = np.linspace(0, max(0, len(array) - rows), min(SAMPLES, -(-len(array) // rows))).astype(int).tolist()
+    digest = hashlib.sha256()
+    for start in starts:
+        digest.update(np.ascontiguousarray(array[start : start + rows]).tobytes())
+    chunks.identity[SAMPLED] = digest.hexdigest()
+    return chunks
 
 
 def open_array(path: str) -> Any:

@@ -14,7 +14,6 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from sae_jax.activations import pipeline
 from sae_jax.activations.pipeline import CHUNK
 from sae_jax.activations.stored import (
     MANIFEST,
@@ -23,20 +22,20 @@ from sae_jax.activations.stored import (
     STORED,
     VERSION,
     Rows,
-    checksum_of,
     encode,
     features_of,
     find,
     folder_of,
     head_of,
     read_manifest,
+    seal,
     sha256,
     template,
 )  # fmt: skip
 from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Moments, Severity
-from sae_jax.runtime.disk import LOCK, sole_user, write_text
+from sae_jax.runtime.disk import LOCK, sole_user, write_bytes
 from sae_jax.runtime.stopping import StopRequest
 
 SHARD_BYTES = 128 * 2**20
@@ -134,8 +133,7 @@ class Writer:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        sealed = {**self._manifest, "checksum": checksum_of(self._manifest)}
-        write_text(self._partial / MANIFEST, json.dumps(sealed))
+        write_bytes(self._partial / MANIFEST, seal(self._manifest))
 
     def finish(self) -> str:
         """Writes what is left in whole chunks, then makes the dataset visible. Returns its folder."""
@@ -221,7 +219,7 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     if not epath.Path(path).exists():
         raise Refused("--from", path, f"an existing path: {files.FORMATS}{files.there(epath.Path(path))}")
     given = files.open_array(path)
-    array = pipeline.ArrayChunks(given, path)
+    array = files.chunks_of(given, path)
     known = isinstance(given, files.CachedSequences)
     facts = {"imported": array.identity | ({"hook": given.hook, "context": given.context} if known else {})}
     name = epath.Path(path).stem

@@ -55,7 +55,8 @@ def check_data(workdir: str, data: dict[str, Any]) -> None:
     path = epath.Path(workdir) / DATA
     if path.exists():
         held, wanted = disk.read_json("--workdir", path), json.loads(json.dumps(data))
-        for key in sorted((wanted.keys() | held.keys()) - {"path", WHERE}):
+        passed_over = {"path", WHERE} | ({disk.SAMPLED} - held.keys())  # runs of before do not have the latter
+        for key in sorted((wanted.keys() | held.keys()) - passed_over):
             if wanted.get(key) != held.get(key):
                 raise Refused(
                     "--workdir", workdir,
