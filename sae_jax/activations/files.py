@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.ipc
 from etils import epath
 
-from sae_jax.activations import pipeline
+from sae_jax.activations.chunks import ArrayChunks, Chunks
 from sae_jax.errors import Refused
 from sae_jax.runtime.disk import read_json
 from sae_jax.runtime.optional import module
@@ -105,7 +105,7 @@ def there(where: epath.Path) -> str:
     return f"; there is {', '.join(found[:5])}" + (", …" if len(found) > 5 else "") if found else ""
 
 
-def open_chunks(path: str) -> pipeline.Chunks:
+def open_chunks(path: str) -> Chunks:
     """A file or a dataset folder, as chunks of rows."""
     try:
         where = epath.Path(path)
@@ -123,7 +123,7 @@ def open_chunks(path: str) -> pipeline.Chunks:
             raise
         except Exception as error:  # as below
             raise Refused("data.path", path, f"a dataset folder as it was written ({error})") from error
-    return pipeline.ArrayChunks(open_array(path), path)
+    return ArrayChunks(open_array(path), path)
 
 
 def open_array(path: str) -> Any:

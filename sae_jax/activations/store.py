@@ -14,8 +14,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from sae_jax.activations import pipeline
-from sae_jax.activations.pipeline import CHUNK
+from sae_jax.activations.chunks import CHUNK, ArrayChunks
 from sae_jax.activations.stored import (
     MANIFEST,
     NAME,
@@ -33,7 +32,7 @@ from sae_jax.activations.stored import (
     sha256,
     template,
 )  # fmt: skip
-from sae_jax.errors import Preempted, Refused, RunFailed
+from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Moments, Severity
 from sae_jax.runtime.disk import LOCK, sole_user, write_text
@@ -205,7 +204,7 @@ def write(
                 for layer, part in parts.items():
                     writers[layer].add(start, part)
                 if stop.requested():
-                    raise Preempted(f"stopped on request after token {start}; run again to go on after the last shard")
+                    raise stop.stopped(f"after token {start}, with every whole shard kept")
             return {layer: writer.finish() for layer, writer in writers.items()}
     except OSError as error:
         raise RunFailed(f"cannot write activations ({error}); shards that are complete stay") from error
@@ -221,7 +220,7 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     if not epath.Path(path).exists():
         raise Refused("--from", path, f"an existing path: {files.FORMATS}{files.there(epath.Path(path))}")
     given = files.open_array(path)
-    array = pipeline.ArrayChunks(given, path)
+    array = ArrayChunks(given, path)
     known = isinstance(given, files.CachedSequences)
     facts = {"imported": array.identity | ({"hook": given.hook, "context": given.context} if known else {})}
     name = epath.Path(path).stem

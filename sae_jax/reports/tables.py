@@ -13,9 +13,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
 from sae_jax.runtime.disk import write_text
@@ -150,12 +147,17 @@ class Board:
     """TensorBoard scalars under WORKDIR/tensorboard, `member/metric`; a resumed run writes a second events file."""
 
     def __init__(self, workdir: str):
+        from tensorboardX.event_file_writer import EventsWriter  # imports torch where there is one
+
         folder = epath.Path(workdir) / "tensorboard"
         folder.mkdir(exist_ok=True)
         # Written by this thread: tensorboardX's own blocks for ever once it has met a full disk.
         self._events = EventsWriter(str(folder / "events"))
 
     def scalars(self, step: int, member: str, values: dict[str, Any]) -> None:
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event
+
         found = [summary.scalar(f"{member}/{key}", value) for key, value in values.items() if value is not None]
         for one in found:
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=one))
