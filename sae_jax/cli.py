@@ -21,7 +21,10 @@ def main(argv: list[str]) -> int:
     if argv[0] == "--version":
         import importlib.metadata
 
-        print(f"sae-jax {importlib.metadata.version('sae-jax')}")
+        try:
+            print(f"sae-jax {importlib.metadata.version('sae-jax')}")
+        except importlib.metadata.PackageNotFoundError:
+            print("sae-jax, not installed")
         return 0
     try:
         if argv[0] not in VERBS:
@@ -78,7 +81,7 @@ def diagnose(words: list[str]) -> int:
         given.refuse("left out: of an SAE that is there, deaths are always counted", "measure")
     config = flags_lib.configuration(given)
     activations = given["activations"] if config is None else config
-    typed = {name: f"--{name}" for name in ("n_features", "k", "n_probes", "seed") if name in given.typed}
+    typed: dict[str, str] = {name: f"--{name}" for name in ("n_features", "k", "n_probes", "seed")}
     if config is None:
         typed["activations"] = "--activations"
     from sae_jax.reports import tables

@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+import textwrap
 import traceback
 import types
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ VERBS = {
         {"config": CONFIG, "workdir": Flag(str, None, "folder of the run, new or one that stopped")},
     ),
     "diagnose": Verb(
-        "outlier severity, predicted death and the remedy, before any training; with --sae: who is dead in it, and why",
+        "outlier severity, predicted death and the remedy, before training; with --sae: who is dead in it, and why",
         "diagnose --activations=layer12.npy --workdir=runs/layer12 --k=64 --n_features=8192 --measure",
         {
             "activations": Flag(str, None, ACTIVATIONS),
@@ -130,7 +131,10 @@ def usage_of(name: str) -> str:
     if "config" in verb.flags:
         lines.append(("--config.KEY=VALUE", "any of its settings, as --config.sae.k=32 (sae_jax/config.py)"))
     width = max(len(left) for left, _ in lines if len(left) < 26)
-    shown = "".join(f"  {left:{width}}  {right}\n" for left, right in lines)
+    shown = "".join(
+        textwrap.fill(right, 118, initial_indent=f"  {left:{width}}  ", subsequent_indent=" " * (width + 4)) + "\n"
+        for left, right in lines
+    )
     return f"usage: {PROGRAM} {name} --flag=value …\n\n{verb.about}\n\n{shown}\nexample:\n  {PROGRAM} {verb.example}\n"
 
 
