@@ -4,6 +4,7 @@ from processes import Processes
 
 import sae_jax
 from sae_jax.activations import files, pipeline, store
+from sae_jax.activations.chunks import ArrayChunks, read, split_chunks
 from sae_jax.errors import Refused
 from sae_jax.models.sources import open_source
 from sae_jax.runtime import checkpoint
@@ -68,7 +69,7 @@ def test_epochs_end_to_the_row_whatever_divides_what(tmp_path, n_rows, batch_siz
 
 
 def test_long_chunks_are_held_in_fewer_lanes(rng):
-    class Long(pipeline.ArrayChunks):
+    class Long(ArrayChunks):
         def __init__(self, x):
             super().__init__(x, "long")
             self.rows = 4096
@@ -98,12 +99,12 @@ def test_the_state_is_the_position(chunks):
 
 
 def test_splits_never_overlap_and_the_held_out_chunks_are_spread(chunks):
-    train, held_out = pipeline.split_chunks(100, 7)
+    train, held_out = split_chunks(100, 7)
     assert sorted([*train, *held_out]) == list(range(100))
     assert len(held_out) == 7
     assert np.diff(held_out).min() >= 14
-    read = np.concatenate(list(pipeline.read(chunks.__getitem__, np.arange(100), 32, 290)))
-    np.testing.assert_array_equal(read[:, 0], np.arange(290))
+    rows = np.concatenate(list(read(chunks.__getitem__, np.arange(100), 32, 290)))
+    np.testing.assert_array_equal(rows[:, 0], np.arange(290))
 
 
 def test_what_is_no_dataset_is_refused(tmp_path):

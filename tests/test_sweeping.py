@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sae_jax import cli
+from sae_jax import cli, flags
 from sae_jax import config as config_lib
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.errors import Refused, RunFailed
@@ -104,7 +104,7 @@ def test_the_sweep_is_the_papers_454_layers(capsys, tmp_path):
 
 
 def config_of(path):
-    return cli._read(["x", f"--config={path}"], lambda values: None)[1]
+    return flags.load(str(path))
 
 
 def jobs(name, *grid):
@@ -175,7 +175,7 @@ def test_a_file_without_combinations_and_names_that_repeat_are_refused(capsys, t
 
 
 def test_names_of_jobs_stay_in_the_workdir(small):
-    config = cli._read(["x", f"--config={small}"], lambda values: None)[1]
+    config = flags.load(str(small))
     found = combinations.jobs(str(small), config, ["data.path=/up/../../x.npy,/y.npy"])
     assert {Path(job.name).name for job in found} == {job.name for job in found}
     assert "data_low_path-up-..-..-x.npy" in {job.name for job in found}

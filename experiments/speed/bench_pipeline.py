@@ -28,13 +28,14 @@ from array_record.python import array_record_data_source, array_record_module
 
 from sae_jax import config as config_lib
 from sae_jax.activations import pipeline, store, stored
+from sae_jax.activations.chunks import CHUNK
 from sae_jax.reports import tables
 from sae_jax.training import step as step_lib
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/bench_pipeline", "folder for the activations")
 CHUNKS = flags.DEFINE_integer("n_chunks", 1600, "chunks of 256 tokens")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "of each")
-D, BATCH, CHUNK, PER_TOKEN = 768, 2048, pipeline.CHUNK, 16_384
+D, BATCH, PER_TOKEN = 768, 2048, 16_384
 
 
 def write(root: Path) -> str:

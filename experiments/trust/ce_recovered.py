@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax.activations.pipeline import CHUNK
+from sae_jax.activations.chunks import CHUNK
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.exchange import formats, sharing

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.ipc
 from etils import epath
 
-from sae_jax.activations import pipeline
+from sae_jax.activations.chunks import ArrayChunks, Chunks
 from sae_jax.errors import Refused
 from sae_jax.runtime.disk import SAMPLED, read_json
 from sae_jax.runtime.optional import module
@@ -107,7 +107,7 @@ def there(where: epath.Path) -> str:
     return f"; there is {', '.join(found[:5])}" + (", …" if len(found) > 5 else "") if found else ""
 
 
-def open_chunks(path: str) -> pipeline.Chunks:
+def open_chunks(path: str) -> Chunks:
     """A file or a dataset folder, as chunks of rows."""
     try:
         where = epath.Path(path)
@@ -128,13 +128,13 @@ def open_chunks(path: str) -> pipeline.Chunks:
     return chunks_of(open_array(path), path)
 
 
-def chunks_of(array: Any, path: str) -> pipeline.ArrayChunks:
+def chunks_of(array: Any, path: str) -> ArrayChunks:
     """The array of a file in chunks, which know what stands in the file.
 
     Their identity has a checksum of evenly spaced rows: of all where they are at most `SAMPLES` · `SAMPLE_BYTES`, else
     as many as can be read at once from a file of any size. What differs elsewhere alone goes unnoticed.
     """
-    chunks = pipeline.ArrayChunks(array, path)
+    chunks = ArrayChunks(array, path)
     rows = max(1, SAMPLE_BYTES // (chunks.d_model * array.dtype.itemsize))
     starts = np.linspace(0, max(0, len(array) - rows), min(SAMPLES, -(-len(array) // rows))).astype(int).tolist()
     digest = hashlib.sha256()

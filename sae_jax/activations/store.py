@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from sae_jax.activations.pipeline import CHUNK
+from sae_jax.activations.chunks import CHUNK
 from sae_jax.activations.stored import (
     MANIFEST,
     NAME,
@@ -32,7 +32,7 @@ from sae_jax.activations.stored import (
     sha256,
     template,
 )  # fmt: skip
-from sae_jax.errors import Preempted, Refused, RunFailed
+from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Moments, Severity
 from sae_jax.runtime.disk import LOCK, sole_user, write_bytes
@@ -203,7 +203,7 @@ def write(
                 for layer, part in parts.items():
                     writers[layer].add(start, part)
                 if stop.requested():
-                    raise Preempted(f"stopped on request after token {start}; run again to go on after the last shard")
+                    raise stop.stopped(f"after token {start}, with every whole shard kept")
             return {layer: writer.finish() for layer, writer in writers.items()}
     except OSError as error:
         raise RunFailed(f"cannot write activations ({error}); shards that are complete stay") from error

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from sae_jax.activations import pipeline
+from sae_jax.activations.chunks import rows_of
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.runtime.disk import read_json
 
@@ -236,7 +236,7 @@ class StoredChunks:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop."""
-        return pipeline.rows_of(self, start, stop)
+        return rows_of(self, start, stop)
 
     def damaged(self) -> list[str]:
         """Shards whose checksum is not the recorded one; reads everything."""

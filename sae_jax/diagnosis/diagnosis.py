@@ -23,10 +23,11 @@ from sae_jax.outliers import theory
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import Band, Forecast
 from sae_jax.reports import diagnosis_figures, figures, tables
-from sae_jax.runtime import checkpoint, progress
+from sae_jax.runtime import progress
 
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
 MIN_TOKENS = 256
+RUN = "config.json"  # checkpoint.CONFIG, without orbax: it takes as long to import as a small diagnosis
 
 
 class Report(dict[str, Any]):
@@ -117,7 +118,7 @@ def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None
         raise Refused("n_probes", n_probes, "16 to 2^20")
     if not 0 <= seed < 2**31:
         raise Refused("seed", seed, "0 to 2^31 - 1")
-    if workdir and (epath.Path(workdir) / checkpoint.CONFIG).exists():
+    if workdir and (epath.Path(workdir) / RUN).exists():
         raise Refused("--workdir", workdir, "a folder of its own: this one holds a run")
     if workdir and "://" not in workdir:
         there = Path(workdir).absolute()

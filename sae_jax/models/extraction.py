@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
 from sae_jax.activations import store
-from sae_jax.activations.pipeline import CHUNK
+from sae_jax.activations.chunks import CHUNK
 from sae_jax.errors import Refused
 from sae_jax.models import adapters, facts, inputs
 from sae_jax.models.network import Batch, Network

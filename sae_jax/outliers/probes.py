@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from sae_jax.outliers.theory import Deaths, alignment_threshold, along_axis
 
@@ -51,7 +51,7 @@ class Forecast(NamedTuple):
         pairs = dead_probe[:, : count // 2 * 2].reshape(len(share), -1, 2)
         differ = np.sum(pairs[..., 0] != pairs[..., 1], axis=1)
         gain = np.maximum((count * dead * (1 - dead) + 4) / (differ + 4), 1)
-        n_effective, z = 1 / (1 / (count * gain) + (1 / n_features if n_features else 0)), norm.ppf(0.975)
+        n_effective, z = 1 / (1 / (count * gain) + (1 / n_features if n_features else 0)), ndtri(0.975)
         middle = (dead + z**2 / (2 * n_effective)) / (1 + z**2 / n_effective)
         half = z / (1 + z**2 / n_effective) * np.sqrt(dead * (1 - dead) / n_effective + z**2 / (4 * n_effective**2))
         return Band(share, dead, middle - half, middle + half)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sae_jax import config as config_lib
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.objective import AllSum
-from sae_jax.errors import Preempted, Refused, RunFailed
+from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Source, open_source
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import per_token
@@ -42,7 +42,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       Refused: something in the configuration, the data or the workdir is wrong; nothing was written.
       RunFailed: activations or the loss are not finite; the last good checkpoint is kept.
-      Preempted: SIGTERM came; the state was saved.
+      Preempted: SIGTERM came (Interrupted: Ctrl-C, in a command); the state was saved.
     """
     with devices_lib.together():
         config_lib.check(config)
@@ -158,7 +158,7 @@ class Run:
                 if self.step == total:
                     break
                 if stopping:
-                    raise Preempted(f"stopped on request at step {self.step} of {total}; run again to go on")
+                    raise stop.stopped(f"at step {self.step} of {total}")
                 ahead = next(step for step in self._evaluation_steps if step > self.step) - self.step
                 count = min(self.config.train.steps_per_dispatch, ahead)
                 self.states, metrics = self._advance(self.states, self._next_inputs(count), np.int32(count))
