@@ -35,8 +35,8 @@ def form(k: int, n: int, d: int) -> str:
 class Kept(NamedTuple):
     """The kept entries of a batch: k values a token, and the features they belong to."""
 
-    values: jax.Array  # (B, k), ≥ 0 where an SAE encoded them; 0: fewer than k were positive
-    indices: jax.Array  # (B, k)
+    values: Any  # (B, k), ≥ 0 where an SAE encoded them; 0: fewer than k were positive
+    indices: Any  # (B, k)
 
 
 def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:

@@ -1,9 +1,12 @@
 """SAEs that leave and come: out of a run or a folder, into the format of another library, onto the Hugging Face hub."""
 
 import json
+import os
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -26,24 +29,32 @@ PICTURES = {
 }
 
 
-def load(path: str, member: str | None = None) -> Packed:
+def load(path: str | os.PathLike[str], member: str | None = None) -> Packed:
     """An SAE: a member of a run of ours, or a folder in the format of SAELens, dictionary_learning or sparsify.
 
-        sae, before, metadata = sae_jax.load("runs/quickstart", "centred")
+        sae, before, metadata = sae_jax.load("runs/mine", "centred")
         codes = sae_jax.encode(sae, before(x))                  # x of shape (tokens, d_model)
         x_hat = before.invert(sae_jax.decode(sae, codes))
+
+    `sae_jax.features` and `sae_jax.reconstruct` do all of that for any number of tokens, and undo a norm of each token.
 
     Args:
       path: a workdir (its newest checkpoint is read), a folder of one of the formats, or hf://OWNER/NAME/FOLDER.
       member: which SAE of a run that trained several.
 
     Returns:
-      The SAE, its preprocessing and its metadata. That of a run: `step`, `gamma`, `gamma_raw`, `gamma_direction`, `mu`
-      (of the activations as they are), `init` and `final` as in report.json, `num_dead_features`, `config`, …
+      The SAE (of JAX arrays), its preprocessing and its metadata. That of a run: `step`, `gamma`, `gamma_raw`,
+      `gamma_direction`, `mu` (of the activations as they are), `init` and `final` as in report.json,
+      `num_dead_features`, `config`, …
 
     Raises:
       Refused: there is nothing like that; see `formats.decode`.
     """
+    packed = _read(os.fspath(path), member)
+    return packed._replace(sae=jax.tree.map(jnp.asarray, packed.sae))
+
+
+def _read(path: str, member: str | None) -> Packed:
     if path.startswith(HUB):
         path = _from_hub(path)
     disk.check_reachable("--sae", path)
@@ -57,12 +68,12 @@ def load(path: str, member: str | None = None) -> Packed:
     return _unpacked(saved, config_lib.from_identity(saved.identity), member, _facts(folder))
 
 
-def packed_of(sae: str | SAE | Packed, member: str | None = None) -> Packed:
+def packed_of(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Packed:
     """What `load` takes or returns, or an SAE that takes activations as they are."""
     if isinstance(sae, SAE):
         arrays = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         return Packed(SAE(**arrays, k=sae.k), Preprocessing(shift=np.zeros(arrays["b_dec"].shape)), {})
-    return load(sae, member) if isinstance(sae, str) else sae
+    return sae if isinstance(sae, Packed) else load(sae, member)
 
 
 def export(
