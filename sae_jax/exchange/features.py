@@ -22,7 +22,7 @@ from sae_jax.exchange.formats import Packed
 from sae_jax.models.sources import open_tokens
 from sae_jax.outliers.moments import LAYER_NORM_EPS
 from sae_jax.outliers.preprocess import per_token
-from sae_jax.reports import tables
+from sae_jax.runtime import progress
 
 ROWS, ENTRIES = 4096, 2**26  # tokens at a time, and most pre-activations of them: 256 MB
 
@@ -75,7 +75,7 @@ def _streamed(
     if tokens.d_model != d_model:
         raise Refused("activations", (tokens.d_model,), f"activations of the SAE's width {d_model}")
     most, done = max(16, min(ROWS, ENTRIES // n_features)), 0
-    for batch in tables.tokens_bar(tokens.batches(), "features"):
+    for batch in progress.counted(tokens.batches(), "features"):
         for start in range(0, len(batch), most):
             x = np.asarray(batch[start : start + most], np.float32)
             if not np.isfinite(x).all():
