@@ -231,9 +231,9 @@ def configuration(given: Given) -> "ConfigDict | None":
     from sae_jax import config as config_lib
 
     config = load(given["config"])
-    keys = config_lib.flatten(config)
+    keys, plain = config_lib.flatten(config), ConfigDict(config)
     for key, value in given.overrides:  # one by one, so that the one that is wrong can be named
-        member, own = config_lib.split_member(config, key)
+        member, own = config_lib.split_member(plain, key)
         if own not in keys:
             near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4) or sorted(keys)
             raise Refused(key, value, "an existing key, as " + ", ".join(near))

@@ -135,8 +135,8 @@ def chunks_of(array: Any, path: str) -> ArrayChunks:
     as many as can be read at once from a file of any size. What differs elsewhere alone goes unnoticed.
     """
     chunks = ArrayChunks(array, path)
-    rows = max(1, SAMPLE_BYTES // (chunks.d_model * array.dtype.itemsize))
-    starts = np.linspace(0, max(0, len(array) - rows), min(SAMPLES, -(-len(array) // rows))).astype(int).tolist()
+    rows = min(len(array), max(1, SAMPLE_BYTES // (chunks.d_model * array.dtype.itemsize)))
+    starts = np.linspace(0, len(array) - rows, min(SAMPLES, -(-len(array) // rows))).astype(int).tolist()
     digest = hashlib.sha256()
     for start in starts:
         digest.update(np.ascontiguousarray(array[start : start + rows]).tobytes())

@@ -56,7 +56,8 @@ def check_data(workdir: str, data: dict[str, Any]) -> None:
     if path.exists():
         held, wanted = disk.read_json("--workdir", path), json.loads(json.dumps(data))
         passed_over = {"path", WHERE} | ({disk.SAMPLED} - held.keys())  # runs of before do not have the latter
-        for key in sorted((wanted.keys() | held.keys()) - passed_over):
+        # The checksum last: another shape says more.
+        for key in sorted((wanted.keys() | held.keys()) - passed_over, key=lambda key: (key == disk.SAMPLED, key)):
             if wanted.get(key) != held.get(key):
                 raise Refused(
                     "--workdir", workdir,
