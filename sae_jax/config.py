@@ -232,7 +232,8 @@ def split_member(config: ConfigDict, key: str) -> tuple[str, str]:
     """
     section, _, rest = key.partition(".")
     name, _, own = rest.partition(".")
-    return (name, own) if section == "members" and own and (not config.members or name in config.members) else ("", key)
+    known = not config.members or name in config.members
+    return (name, own) if section == "members" and name and own and known else ("", key)
 
 
 def lay_over_member(config: ConfigDict, name: str, key: str, value: Any) -> None:

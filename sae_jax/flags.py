@@ -231,13 +231,13 @@ def configuration(given: Given) -> "ConfigDict | None":
     from sae_jax import config as config_lib
 
     config = load(given["config"])
-    keys, plain = config_lib.flatten(config), ConfigDict(config)
+    keys, plain = config_lib.flatten(config), ConfigDict(config.to_dict())
     for key, value in given.overrides:  # one by one, so that the one that is wrong can be named
         member, own = config_lib.split_member(plain, key)
         if own not in keys:
             near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4) or sorted(keys)
             raise Refused(key, value, "an existing key, as " + ", ".join(near))
-        read = ConfigDict(config) if member else config  # what the value means is the same for one member and for all
+        read = ConfigDict(config.to_dict()) if member else config  # read as the setting of all is
         values, argv = flags.FlagValues(), ["", f"--config.{own}={value}"]
         try:
             config_flags.DEFINE_config_dict("config", read, flag_values=values, sys_argv=argv)

@@ -128,17 +128,29 @@ def test_many_members_are_shown_as_ranges():
 # -- Weights & Biases --------------------------------------------------------------------------------------------------
 
 
+def parts_of(log, block=2**15, header=7):
+    """Records of a log in blocks, of LevelDB's kind: checksum (4 bytes), length (2), whole or first, middle, last."""
+    at, part = header, b""
+    while at + header <= len(log):
+        if block - at % block < header:
+            at += block - at % block
+            continue
+        size, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
+        part += log[at + header : at + header + size]
+        at += header + size
+        if kind in (1, 4):
+            yield part
+            part = b""
+
+
 def records(folder):
-    """Of the runs that are kept under a workdir: metrics logged, summary, settings, as Weights & Biases reads them."""
+    """Of the runs that are kept under a workdir: metrics logged, summary, settings, as Weights & Biases keeps them."""
     from wandb.proto import wandb_internal_pb2 as proto
-    from wandb.sdk.internal.datastore import DataStore
 
     ids, logged, summary, settings, raw = set(), [], {}, {}, b""
     for path in sorted(Path(folder).glob("wandb/offline-run-*/*.wandb")):
         raw += path.read_bytes()
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
+        for data in parts_of(path.read_bytes()):
             record = proto.Record()
             record.ParseFromString(data)
             as_json = lambda items: {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}  # noqa: E731
