@@ -17,7 +17,7 @@ from sae_jax.reports import figures
 from sae_jax.sweeps import jobs as jobs_lib
 
 TABLE = flags.DEFINE_string("table", None, "results.csv of a sweep", required=True)
-BARS = (("topk", "TopK", figures.TOPK), ("auxk", "+ AuxK", figures.ALIVE))
+BARS = (("topk", "TopK", figures.MEMBER_COLOURS[0]), ("auxk", "TopK + AuxK", figures.MEMBER_COLOURS[4]))
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
@@ -34,11 +34,13 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
             at = np.arange(len(models)) + 0.36 * (j - 0.5)
             axis.bar(at, [np.mean(dead[model, condition]) for model in models], 0.32, color=colour, label=label)
             for x, model in zip(at, models, strict=True):
-                axis.plot([x] * len(dead[model, condition]), dead[model, condition], "o", ms=3, color="black")
+                axis.plot([x] * len(dead[model, condition]), dead[model, condition], "o", ms=3.5, mec="white", mew=0.4,
+                          color="black")  # fmt: skip
         axis.set_xticks(range(len(models)), models, rotation=20, ha="right")
         axis.grid(visible=False, axis="x")
         axis.set(ylabel="features dead after training (%)", ylim=(0, 100))
-        axis.legend()
+        axis.plot([], [], "o", ms=3.5, color="black", label="one layer")
+        figures.legend_below(figure, axis)
     return figure
 
 

@@ -120,32 +120,34 @@ def transitions(found: Curves) -> list[dict[str, Any]]:
 
 
 def picture(found: Curves) -> Figure:
-    """a, b: baseline over gamma, deaths by pathway and the bias; c, d: each pathway across the conditions."""
-    colours = dict(zip(GAMMAS, ("#4393c3", "#1b7837", "#d6604d", "#67001f"), strict=True))
+    """a, b, c: baseline over gamma; d, e, f: each pathway across the conditions."""
+    colours = dict(zip(GAMMAS, ("#4393c3", "#1b7837", "#e69f00", "#67001f"), strict=True))
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+        figure = Figure(figsize=(figures.WIDE, 5.4), layout="constrained")
         axes = figure.subplots(2, 3)
-        top = (("dead_total", "a  baseline: dead in total (%)", 100),
-               ("bias_projection", "b  baseline: b·mu / ‖mu‖²", 1), ("mmcs", "baseline: MMCS", 1))  # fmt: skip
+        top = (("dead_total", "dead in total (%)", 100),
+               ("bias_projection", "b·mu / ‖mu‖²", 1), ("mmcs", "MMCS", 1))  # fmt: skip
         for axis, (key, title, factor) in zip(axes[0], top, strict=True):
             for gamma, colour in colours.items():
                 entries, _ = found["baseline", gamma]
                 axis.plot([e["step"] for e in entries[1:]], [factor * e[key] for e in entries[1:]], color=colour,
                           lw=1.4, label=f"gamma {gamma:g}")  # fmt: skip
-            axis.set_title(title)
-        axes[0][0].legend(loc="upper right", fontsize=7)
+            axis.set(title="baseline", ylabel=title)
         looks = dict(zip(CONDITIONS, figures.MEMBER_COLOURS, strict=False))
-        bottom = (("dead_by_topk", 20.0, "c  dead by TopK"), ("dead_by_relu", 20.0, "d  dead by ReLU"),
-                  ("dead_by_relu", 5.0, "d  dead by ReLU"))  # fmt: skip
+        bottom = (("dead_by_topk", 20.0, "dead by TopK"), ("dead_by_relu", 20.0, "dead by ReLU"),
+                  ("dead_by_relu", 5.0, "dead by ReLU"))  # fmt: skip
         for axis, (key, gamma, title) in zip(axes[1], bottom, strict=True):
             for condition, colour in looks.items():
                 entries, _ = found[condition, gamma]
                 axis.plot([e["step"] for e in entries[1:]], [100 * e[key] for e in entries[1:]], color=colour, lw=1.4,
                           ls="--" if "frozen" in condition else "-", label=condition)  # fmt: skip
-            axis.set(title=f"{title} (%), gamma {gamma:g}", xlabel="step", ylim=(-2, None))
-        axes[1][0].legend(loc="lower left", fontsize=7)
+            axis.set(title=f"gamma {gamma:g}", ylabel=f"{title} (%)", xlabel="step", ylim=(-2, None))
+        upper, lower = (row[0].get_legend_handles_labels() for row in axes)
+        figure.legend(*upper, loc="outside upper center", ncols=4)
+        figure.legend(*lower, loc="outside lower center", ncols=4)
         end = max(entries[-1]["step"] for entries, _ in found.values())
-        for axis in axes.ravel():
+        for axis, letter in zip(axes.ravel(), "abcdef", strict=True):
+            axis.set_title(letter, loc="left", weight="bold")
             axis.set(xscale="log", xlim=(min(100, end / 10), end))  # nothing moves before
     return figure
 

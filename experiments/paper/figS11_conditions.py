@@ -37,25 +37,33 @@ def layers(path: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def picture(found: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Bars by pathway, a group a layer, in the order of gamma."""
+    """Bars by pathway, a group a layer, in the order of gamma; two rows of groups, so that text can be read."""
     names = sorted(found, key=lambda name: found[name][0]["gamma"])
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(1.6 + 1.05 * len(names), 3.2), layout="constrained")
-        axis = figure.subplots()
+        across = -(-len(names) // 2) if len(names) > 3 else len(names)
+        rows = -(-len(names) // across)
+        figure = Figure(figsize=(figures.WIDE, 2.5 * rows + 0.3), layout="constrained")
+        axes = figure.subplots(rows, 1, squeeze=False).ravel()
         for i, name in enumerate(names):
+            axis = axes[i // across]
             for j, row in enumerate(found[name]):
-                at, relu, total = i + 0.2 * (j - 1.5), 100 * row["dead_by_relu"], 100 * row["dead_total"]
+                at, relu, total = i % across + 0.2 * (j - 1.5), 100 * row["dead_by_relu"], 100 * row["dead_total"]
                 labels = ("dead by ReLU", "dead by TopK") if i == j == 0 else (None, None)
                 axis.bar(at, relu, 0.17, color=figures.RELU, label=labels[0])
                 axis.bar(at, total - relu, 0.17, bottom=relu, color=figures.TOPK, label=labels[1])
-                axis.annotate(f"{total:.0f}", (at, total), ha="center", va="bottom", fontsize=6.5)
-                axis.annotate(CONDITIONS[j][0], (at, -2), ha="right", va="top", rotation=55, fontsize=6.5,
-                              annotation_clip=False)  # fmt: skip
-        axis.set_xticks(range(len(names)), [f"{name}\n$\\gamma$ = {found[name][0]['gamma']:.2f}" for name in names])
-        axis.tick_params(axis="x", pad=36, length=0, labelsize=7.5)
-        axis.grid(visible=False, axis="x")
-        axis.set(ylabel="features dead (%)", ylim=(0, 105), xlim=(-0.6, len(names) - 0.4))
-        figure.legend(loc="outside upper right", ncols=2)
+                axis.annotate(f"{total:.0f}", (at, total), ha="center", va="bottom")
+        places = [(g + 0.2 * (j - 1.5), label) for g in range(across) for j, (label, *_) in enumerate(CONDITIONS)]
+        for i, axis in enumerate(axes):
+            those = names[i * across : (i + 1) * across]
+            for g, name in enumerate(those):
+                axis.text(g, 112, f"{name}, $\\gamma$ = {found[name][0]['gamma']:.2f}", ha="center", va="bottom")
+            kept = places[: len(CONDITIONS) * len(those)]
+            axis.set_xticks([at for at, _ in kept], [label for _, label in kept], rotation=40, ha="right",
+                            rotation_mode="anchor")  # fmt: skip
+            axis.tick_params(axis="x", length=0)
+            axis.grid(visible=False, axis="x")
+            axis.set(ylabel="features dead (%)", ylim=(0, 112), xlim=(-0.55, across - 0.45), yticks=range(0, 101, 25))
+        figures.legend_below(figure, axes[0])
     return figure
 
 
