@@ -27,7 +27,8 @@ verbs:
   diagnose   outlier severity, predicted death and the remedy, before any training. PATH is a .npy, .npz or .safetensors
              file or a dataset folder; --config=configs/X.py in its place takes the activations a configuration names.
              With --sae: which features of that SAE are dead, by which pathway, and what centring would have saved. SAE
-             is a run, a folder in the format of saelens, dictionary_learning or sparsify, or hf://OWNER/NAME/FOLDER
+             is a run; the folder or file of an SAE of saelens, dictionary_learning, sparsify, Gemma Scope, OpenAI and
+             others; hf://OWNER/NAME/PLACE; or saelens:RELEASE/ID, a release that SAELens lists
   export     write an SAE of a run, or of another format, as saelens, dictionary_learning or sparsify; --push puts the
              folder on the Hugging Face hub as well
   extract    write a model's activations, many layers in one pass, or those in a file, as datasets to train on

@@ -44,11 +44,12 @@ def weights(shapes, seed=1):
             found[key][: N // 4] -= 12
             found[key][-4:] += 9
         if key == "threshold":
-            found[key] = np.abs(found[key]) * 2 if found[key].ndim else np.abs(found[key])
-            found[key][..., : N // 8 * 3] += 4
+            found[key] = np.abs(found[key]) * 2
+            if found[key].ndim:
+                found[key][: N // 8 * 3] += 4
         if "r_mag" in key:
             found[key] *= 0.3
-    return {key: torch.tensor(np.float32(value)) for key, value in found.items()}
+    return {key: torch.tensor(np.asarray(value, np.float32)) for key, value in found.items()}
 
 
 def expected(acts, x, W_dec, b_dec, transcodes=False):

@@ -146,8 +146,10 @@ def from_release(name: str) -> Opened:
 
     A release may also be a repository of the hub, as SAELens takes it: saelens:OWNER/NAME/ID.
     """
-    sae_lens = module("sae_lens", "saelens")
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+    with warnings.catch_warnings():  # of what it is built on
+        warnings.simplefilter("ignore")
+        sae_lens = module("sae_lens", "saelens")
+        from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     rest = name.removeprefix(HUB).strip("/")
     directory = get_pretrained_saes_directory()
