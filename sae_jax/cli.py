@@ -118,11 +118,11 @@ def export(words: list[str]) -> int:
     given = _read("export", words, "out")
     _one_of(given, "workdir", "from", "the folder of a run")
     source = "from" if given["from"] is not None else "workdir"
-    from sae_jax.exchange import sharing
+    from sae_jax.exchange import hub, saelens, sharing
     from sae_jax.runtime import checkpoint
 
     _quiet()
-    if given["member"] is not None and not given[source].startswith(sharing.HUB):
+    if given["member"] is not None and not given[source].startswith((hub.HUB, saelens.HUB)):
         from etils import epath
 
         if not (epath.Path(given[source]) / checkpoint.FOLDER).is_dir():

@@ -38,7 +38,7 @@ EACH = "each"  # a string that may be given several times
 FORMATS = ("saelens", "dictionary_learning", "sparsify")
 CONFIG = Flag(str, None, "a configuration file, as configs/synthetic.py")
 ACTIVATIONS = "a .npy, .npz, .safetensors or .pt file, a dataset folder, or what SAELens cached"
-AN_SAE = "a run, a folder of saelens, dictionary_learning or sparsify, or hf://OWNER/NAME/FOLDER"
+AN_SAE = "a run, a folder or file of any library, hf://OWNER/NAME/PLACE, or saelens:RELEASE/ID"
 MEMBER = Flag(str, None, "which SAE of a run that trained several")
 
 VERBS = {

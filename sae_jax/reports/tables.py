@@ -126,7 +126,8 @@ def autopsy_table(report: dict[str, Any]) -> str:
     for name, found in report["alignment_with_mean"].items():
         cosine = found["cosine"][1] if found["cosine"] else None
         fates.append([COLUMNS.get(name, name), str(found["n"]), cell("cosine", cosine)])
-    size = f"n = {report['n_features']}, k = {report['k']}, {report['n_tokens']} tokens"
+    kind = report["architecture"] + (f", k = {report['k']}" if report["k"] else "")
+    size = f"{kind}, n = {report['n_features']}, {report['n_tokens']} tokens"
     return "\n".join([f"{size}; {_gammas(report)}", _aligned(lines), "", _aligned(fates), "", report["advice"]])
 
 
