@@ -68,7 +68,7 @@ def dissect(
     tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations), norm))
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
-    severity, sample, n_zero = diagnosis.first_pass(tokens)
+    severity, sample, counts = diagnosis.first_pass(tokens)
     mu = severity.raw.mean / scale
     as_is = folded.replace(b_enc=folded.b_enc * scale, b_dec=folded.b_dec * scale)
     centred = as_is.replace(b_dec=np.asarray(severity.raw.mean, np.float32))
@@ -96,7 +96,7 @@ def dissect(
     result["if_centred"] = {**moved.numbers, "revived": int(revived.sum())}
     result["at_init"] = {key: found.deaths(n_features, folded.k) for key, found in forecast.items()}
     result["advice"] = _verdict(result)
-    result |= {"n_zero_tokens": n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
+    result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
     result |= {"sae_metadata": packed.metadata, "versions": tables.versions()}
     result.figures = {
         "shifts": figures.shifts({"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}),

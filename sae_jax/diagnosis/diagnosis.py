@@ -7,7 +7,7 @@ every remedy, is a third pass and costs what the first two save.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from sae_jax.diagnosis import remedies
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
+from sae_jax.outliers import giants, theory
 from sae_jax.outliers import moments as moments_lib
-from sae_jax.outliers import theory
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import Band, Forecast
 from sae_jax.reports import diagnosis_figures, figures, tables
@@ -69,9 +69,10 @@ def diagnose(
     """
     check(n_features, k, n_probes, seed, workdir)
     tokens, scale = rescaled(open_tokens(activations))
-    severity, sample, n_zero = first_pass(tokens)
+    severity, sample, counts = first_pass(tokens)
+    ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
-    choices = remedies.preprocessings(severity, median)
+    choices = remedies.preprocessings(severity, median, ordinary)
     found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed)
     measured = remedies.measured_deaths(tokens, choices, n_features, k, seed + 1) if measure else {}
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
@@ -95,7 +96,11 @@ def diagnose(
     result["recommended"] = remedies.recommended(probe)
     result["undecided"] = remedies.undecided(found, n_features, k)
     result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"])
-    result |= {"n_zero_tokens": n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
+    if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
+        result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
+    result["n_giant_tokens"] = severity.raw.n_tokens - ordinary.raw.n_tokens
+    result["without_giants"] = ordinary.gammas()
+    result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
     result |= {"data": tokens.identity, "versions": tables.versions()}
     result.figures = _figures(severity, sample, result, band, found["none"], measured)
     if workdir:
@@ -144,16 +149,24 @@ def rescaled(tokens: Tokens) -> tuple[Tokens, float]:
     return tokens._replace(batches=batches), scale
 
 
-def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, int]:
-    """Moments of all tokens, evenly spaced ones of them kept aside, and how many are zero in every dimension.
+class Counts(NamedTuple):
+    """What the first pass counts."""
+
+    n_zero: int  # tokens that are zero in every dimension
+    giant_norm: float  # tokens of a larger norm are giants
+    any_giant: bool
+
+
+def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, Counts]:
+    """Moments of all tokens, a random choice of them kept aside, and what was counted on the way.
 
     Refuses what cannot be diagnosed.
     """
-    kept: list[np.ndarray] = []
-    stride, seen, n_bad, n_zero, first_bad = 1, 0, 0, 0, ""
+    kept, norms = giants.Sample(2 * SAMPLE), giants.Sample(giants.MOST)
+    seen, n_bad, n_zero, longest, first_bad = 0, 0, 0, 0.0, ""
 
     def watched() -> Iterator[np.ndarray]:
-        nonlocal kept, stride, seen, n_bad, n_zero, first_bad
+        nonlocal seen, n_bad, n_zero, longest, first_bad
         for x in tables.tokens_bar(tokens.batches(), "moments"):
             finite = np.isfinite(x)
             if not finite.all():
@@ -163,9 +176,9 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, int]:
                 n_bad += int((~finite).sum())
             if not n_bad:
                 n_zero += int((~x.any(axis=1)).sum())
-                kept.append(np.asarray(x[-seen % stride :: stride], np.float32))
-                if sum(map(len, kept)) > 2 * SAMPLE:
-                    kept, stride = [np.concatenate(kept)[::2].copy()], 2 * stride
+                kept.add(x)
+                norms.add(lengths := giants.norms(x))
+                longest = max(longest, float(lengths.max(initial=0.0)))
                 yield x
             seen += len(x)
 
@@ -189,7 +202,8 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, int]:
         raise Refused(
             "activations", name, f"dimensions that vary: leave out the {len(constant)} that are constant ({which})"
         )
-    return severity, np.concatenate(kept), n_zero
+    giant_norm = giants.giant_norm(norms.rows)
+    return severity, kept.rows, Counts(n_zero, giant_norm, longest > giant_norm)
 
 
 # -- the report ------------------------------------------------------------------------------------------------------

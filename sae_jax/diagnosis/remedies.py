@@ -34,8 +34,10 @@ REMEDIES = {
 }
 
 
-def preprocessings(severity: Severity, median: Float[np.ndarray, "d"]) -> dict[str, Preprocessing]:
-    """Every remedy, in the order of cost."""
+def preprocessings(
+    severity: Severity, median: Float[np.ndarray, "d"], ordinary: Severity | None = None
+) -> dict[str, Preprocessing]:
+    """Every remedy, in the order of cost; `ordinary` are the moments without tokens of giant norm."""
 
     def shifted(shift: np.ndarray, norm: str = "none") -> Preprocessing:
         return Preprocessing(shift=jnp.asarray(shift, jnp.float32), norm=norm)
@@ -46,7 +48,7 @@ def preprocessings(severity: Severity, median: Float[np.ndarray, "d"]) -> dict[s
         "geometric_median": shifted(median),
         "layer_norm_centred": shifted(severity.layer_normed.mean, "layer_norm"),
         "unit_norm_centred": shifted(severity.directions.mean, "unit"),
-        "whitening": whitening(severity.raw),
+        "whitening": whitening(severity.raw, ordinary=ordinary.raw if ordinary else None),
     }
 
 
@@ -194,6 +196,14 @@ def advice(probe: dict[str, theory.Deaths], chosen: str, doubtful: Collection[st
     if "mean" in worse:
         lines.append("A mean that a few tokens of very large norm make does that; the geometric median ignores them.")
     return " ".join(lines)
+
+
+def dropped(kept: int, d_model: int) -> str:
+    """What whitening leaves out, in a sentence."""
+    return (
+        f"Whitening keeps {kept} of {d_model} dimensions: along the others the tokens vary by less than a millionth of "
+        "the largest variance, and an SAE behind it cannot reconstruct them."
+    )
 
 
 def _percent(fraction: float) -> str:

@@ -18,6 +18,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tqdm import tqdm
 
+from sae_jax.outliers.giants import GIANT
 from sae_jax.runtime.disk import write_text
 
 COLUMNS = {
@@ -93,6 +94,7 @@ def diagnosis_table(report: dict[str, Any]) -> str:
         f"{report['n_outlier_dimensions']} outlier dimensions" + (": " + ", ".join(standing) if standing else ""),
         *([f"{report['n_zero_tokens']} tokens are zero in every dimension: padding, perhaps"] if
           report["n_zero_tokens"] else []),
+        *_giants(report),
         f"a bias that starts at 0 has 90 % of mu after {report['bias_learning_time'] / 3e-4:,.0f} steps of Adam at "
         "3e-4 (data scaled to ‖sigma‖ = √d), at the earliest",
         f"\ndead at initialisation, n = {report['n_features']}, k = {report['k']}",
@@ -100,7 +102,8 @@ def diagnosis_table(report: dict[str, Any]) -> str:
     laws = [["law", COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
     laws += [[name.replace("_", " "), *_deaths(found)] for name, found in report["predicted"].items()]
     remedies = [["remedy", "forecast: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
-    remedies += [[name.replace("_", " "), *_deaths(found["probe"])] for name, found in report["remedies"].items()]
+    remedies += [[_remedy(name, found, report["d_model"]), *_deaths(found["probe"])]
+                 for name, found in report["remedies"].items()]  # fmt: skip
     if all(found["measured"] for found in report["remedies"].values()):
         measured = [_deaths(found["measured"]) for found in report["remedies"].values()]
         titles = ["measured: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]
@@ -124,6 +127,18 @@ def autopsy_table(report: dict[str, Any]) -> str:
 
 def _gammas(report: dict[str, Any]) -> str:
     return ", ".join(f"{key} {report[key]:.2f}" for key in ("gamma", "gamma_raw", "gamma_direction"))
+
+
+def _giants(report: dict[str, Any]) -> list[str]:
+    if not report["n_giant_tokens"]:
+        return []
+    found = f"{report['n_giant_tokens']} tokens have more than {GIANT:.0f} times the median norm"
+    return [f"{found}; without them: {_gammas(report['without_giants'])}"]
+
+
+def _remedy(name: str, found: dict[str, Any], d_model: int) -> str:
+    kept = found["dimensions"]
+    return name.replace("_", " ") + (f" ({kept} of {d_model} dimensions)" if kept < d_model else "")
 
 
 def _deaths(found: dict[str, float]) -> list[str]:
