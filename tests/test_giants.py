@@ -5,6 +5,8 @@ import pytest
 from test_theory import count_deaths
 
 import sae_jax
+from sae_jax.activations import files, pipeline
+from sae_jax.exchange import formats
 from sae_jax.outliers import giants, preprocess
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.probes import Forecast
@@ -94,3 +96,39 @@ def test_a_run_behind_whitening_explains_tokens_with_sinks(tiny, tmp_path, rng):
     tiny.sae.whiten, tiny.train.steps, tiny.train.batch_size = True, 400, 256
     report = sae_jax.train(tiny, str(tmp_path / "run"))
     assert report["members"][0]["final"]["fve"] > 0.8
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_fve_with_and_without_giants_and_deaths_over_tokens_are_those_of_numpy(tiny, tmp_path, rng, devices):
+    """From the SAE as it was saved, over the same held-out tokens, in float64; on two devices the batch is shared."""
+    x = sinks(rng, n_tokens=20_480, d=16)
+    np.save(tmp_path / "x.npy", x)
+    tiny.data.signal, tiny.data.path, tiny.train.devices = "", str(tmp_path / "x.npy"), devices
+    tiny.eval.n_tokens, tiny.eval.batch_size, tiny.train.steps = 4096, 500, 20
+    tiny.members = {"median": {"sae": {"center": "geometric_median"}}}
+    report = sae_jax.train(tiny, str(tmp_path / "run"))
+    final = report["members"][0]["final"]
+    chunks = files.open_chunks(str(tmp_path / "x.npy"))
+    _, held_out = pipeline.split_chunks(len(chunks), -(-4096 // chunks.rows))
+    x = np.concatenate([chunks[int(i)] for i in held_out])[:4096].astype(np.float64)
+    packed = sae_jax.load(str(tmp_path / "run"))
+    sae = formats.folded(packed)
+    W_enc, b_enc, W_dec, b_dec = (np.asarray(a, np.float64) for a in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
+    z = np.maximum((x - b_dec) @ W_enc.T + b_enc, 0)
+    kept = z >= np.sort(z, axis=1)[:, -4:-3]
+    error = np.sum((x - (z * kept) @ W_dec - b_dec) ** 2, axis=1)
+    norm = np.linalg.norm(x, axis=1)
+    ordinary = norm <= 10 * np.median(norm)
+    assert final["n_giant_tokens"] == (~ordinary).sum() > 20
+    for key, rows in (("fve", np.ones(4096, bool)), ("fve_without_giants", ordinary)):
+        variance = np.sum((x[rows] - x[rows].mean(0)) ** 2)
+        assert final[key] == pytest.approx(1 - error[rows].sum() / variance, abs=2e-3), key
+    fired = kept & (z > 0)
+    assert [tokens for tokens, *_ in final["dead_over_tokens"]] == [1000, 2000, 4000, 4096]
+    for tokens, by_relu, total in final["dead_over_tokens"]:
+        assert by_relu == pytest.approx(np.mean(~(z[:tokens] > 0).any(0)), abs=1 / 64)
+        assert total == pytest.approx(np.mean(~fired[:tokens].any(0)), abs=1 / 64)
+    assert report["highest_rate_of_dead"] == pytest.approx(1 - 0.05 ** (1 / 4096))
+    table = tables.table(report)
+    assert "FVE without giants" in table
+    assert "1 in 1,368 or fewer" in table

@@ -23,6 +23,7 @@ from sae_jax.errors import Refused
 from sae_jax.exchange import formats, sharing
 from sae_jax.exchange.formats import Packed
 from sae_jax.models.sources import Tokens, open_tokens
+from sae_jax.outliers import giants
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.preprocess import per_token
@@ -69,11 +70,12 @@ def dissect(
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
     severity, sample, counts = diagnosis.first_pass(tokens)
+    ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     mu = severity.raw.mean / scale
     as_is = folded.replace(b_enc=folded.b_enc * scale, b_dec=folded.b_dec * scale)
     centred = as_is.replace(b_dec=np.asarray(severity.raw.mean, np.float32))
-    seen = _see((as_is, centred), tokens)
-    here, moved = _look(as_is, severity, seen[0]), _look(centred, severity, seen[1])
+    seen, curve = _see((as_is, centred), tokens, counts.giant_norm)
+    here, moved = (_look(one, severity, ordinary, found) for one, found in zip((as_is, centred), seen, strict=True))
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = {key: choice for key, choice in remedies.preprocessings(severity, median).items() if key in CENTRINGS}
     forecast = remedies.forecast(tokens, choices, severity.raw.mean, n_probes, seed)
@@ -96,6 +98,9 @@ def dissect(
     result["if_centred"] = {**moved.numbers, "revived": int(revived.sum())}
     result["at_init"] = {key: found.deaths(n_features, folded.k) for key, found in forecast.items()}
     result["advice"] = _verdict(result)
+    result |= {"dead_over_tokens": curve, "n_giant_tokens": severity.raw.n_tokens - ordinary.raw.n_tokens}
+    result |= {"without_giants": ordinary.gammas()}
+    result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
     result |= {"sae_metadata": packed.metadata, "versions": tables.versions()}
     result.figures = {
@@ -130,31 +135,38 @@ class Seen(NamedTuple):
     sightings: Any
     n_fired: Any  # (n,) tokens each feature fired on
     error_square: Any  # Σ ‖x − x̂‖²
+    ordinary_error: Any  # the same over tokens that are no giants
 
 
 @jax.jit
-def _pass(saes: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> Seen:
+def _pass(saes: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"], giant_norm: Float[Array, ""]) -> Seen:
+    ordinary = valid & (jnp.linalg.norm(x, axis=1) <= giant_norm)
+
     def one(sae: SAE) -> Seen:
         seen, codes = death.sight(sae, x, valid)
-        error = jnp.where(valid[:, None], x - sae_lib.decode(sae, codes), 0.0)
-        return Seen(seen, sae_lib.fired(codes, seen.fired.shape[0]), jnp.sum(error**2))
+        square = jnp.sum((x - sae_lib.decode(sae, codes)) ** 2, axis=1)
+        error_square, ordinary_error = (jnp.sum(jnp.where(rows, square, 0.0)) for rows in (valid, ordinary))
+        return Seen(seen, sae_lib.fired(codes, seen.fired.shape[0]), error_square, ordinary_error)
 
     found: Seen = sae_lib.each_member(one, saes)
     return found
 
 
-def _see(saes: tuple[SAE, ...], tokens: Tokens) -> list[Seen]:
-    """All tokens through all of the SAEs, which are of one size."""
+def _see(saes: tuple[SAE, ...], tokens: Tokens, giant_norm: float) -> tuple[list[Seen], list[list[float]]]:
+    """All tokens through all of the SAEs, which are of one size; and the deaths of the first over tokens seen."""
     stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves), jnp.float32), *saes)
     total: Any = None
+    count, curve = 0, evaluation.DeathCurve()
     for x, valid in remedies.padded(tokens, "autopsy"):
-        part = jax.device_get(_pass(stacked, x, valid))
-        error = np.asarray(part.error_square, np.float64)
-        part = part._replace(error_square=error, n_fired=np.asarray(part.n_fired, np.int64))
+        part = jax.device_get(_pass(stacked, x, valid, jnp.float32(giant_norm)))
+        part = Seen(part.sightings, *(np.asarray(sums, np.float64) for sums in part[1:]))
         total = part if total is None else Seen(
-            total.sightings | part.sightings, total.n_fired + part.n_fired, total.error_square + error
+            total.sightings | part.sightings, *map(np.add, total[1:], part[1:])
         )  # fmt: skip
-    return [jax.tree.map(lambda a, i=i: a[i], total) for i in range(len(saes))]
+        count += int(valid.sum())
+        curve.add(count, jax.tree.map(lambda a: a[0], total.sightings))
+    curve.add(count, jax.tree.map(lambda a: a[0], total.sightings), last=True)
+    return [jax.tree.map(lambda a, i=i: a[i], total) for i in range(len(saes))], curve.points
 
 
 class Look(NamedTuple):
@@ -166,7 +178,7 @@ class Look(NamedTuple):
     numbers: dict[str, Any]
 
 
-def _look(sae: SAE, severity: Severity, seen: Seen) -> Look:
+def _look(sae: SAE, severity: Severity, ordinary: Severity, seen: Seen) -> Look:
     moments, W = severity.raw, np.asarray(sae.W_enc, np.float64)
     mean = W @ (moments.mean - sae.b_dec) + sae.b_enc
     std = np.sqrt(np.maximum(np.einsum("nd,nd->n", W @ moments.covariance, W), 0))
@@ -174,11 +186,12 @@ def _look(sae: SAE, severity: Severity, seen: Seen) -> Look:
     fates = np.where(fired, FATES[0], np.where(relu, FATES[2], FATES[1]))
     numbers = {
         **death.pathways(seen.sightings),
-        "fve": 1 - float(seen.error_square) / float(moments.square.sum()),
+        "fve": evaluation.explained(seen.error_square, float(moments.square.sum())),
+        "fve_without_giants": evaluation.explained(seen.ordinary_error, float(ordinary.raw.square.sum())),
         "l0": float(seen.n_fired.sum()) / moments.n_tokens,
     }
     shift = evaluation.Shift(mean, std, relu, ~relu & ~fired, moments.n_tokens)
-    return Look(fates, seen.n_fired, shift, numbers)
+    return Look(fates, seen.n_fired.astype(np.int64), shift, numbers)
 
 
 def _quartiles(values: np.ndarray) -> list[float] | None:

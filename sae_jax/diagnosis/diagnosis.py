@@ -24,6 +24,7 @@ from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import Band, Forecast
 from sae_jax.reports import diagnosis_figures, figures, tables
 from sae_jax.runtime import checkpoint
+from sae_jax.training import evaluation
 
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
 MIN_TOKENS = 256
@@ -74,7 +75,7 @@ def diagnose(
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = remedies.preprocessings(severity, median, ordinary)
     found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed)
-    measured = remedies.measured_deaths(tokens, choices, n_features, k, seed + 1) if measure else {}
+    measured, over = remedies.measured(tokens, choices, n_features, k, seed + 1) if measure else ({}, {})
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
     band = found["none"].curve(_shares(n_features, k), n_features)
 
@@ -90,7 +91,7 @@ def diagnose(
     result["remedies"] = {
         name: {
             "probe": probe[name], "n_probes": len(found[name].best), "dimensions": found[name].rows.shape[1],
-            "measured": measured.get(name),
+            "measured": measured.get(name), "dead_over_tokens": over.get(name),
         } for name in choices
     }
     result["recommended"] = remedies.recommended(probe)
@@ -98,6 +99,7 @@ def diagnose(
     result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"])
     if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
+    result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result["n_giant_tokens"] = severity.raw.n_tokens - ordinary.raw.n_tokens
     result["without_giants"] = ordinary.gammas()
     result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}

@@ -23,7 +23,8 @@ from sae_jax.runtime.disk import write_text
 
 COLUMNS = {
     "dead_by_relu": "dead by ReLU", "dead_by_topk": "dead by TopK", "dead_total": "dead in total",
-    "fve": "FVE", "l0": "L0", "bias_projection": "b·mu/‖mu‖²", "mmcs": "MMCS",
+    "fve": "FVE", "fve_without_giants": "FVE without giants", "l0": "L0",
+    "bias_projection": "b·mu/‖mu‖²", "mmcs": "MMCS",
 }  # fmt: skip
 
 
@@ -75,13 +76,17 @@ def one_line(row: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """The report of a training run as a short table: two lines a member, before training and after."""
-    shown = [key for key in COLUMNS if any(key in member["init"] for member in report["members"])]
+    finals = [member["final"] for member in report["members"]]
+    n_giants = finals[0].get("n_giant_tokens", 0)
+    shown = [key for key in COLUMNS if any(key in final for final in finals)
+             and (n_giants or key != "fve_without_giants")]  # fmt: skip
     lines = [["member", "step", *(COLUMNS[key] for key in shown)]]
     for member in report["members"]:
         for when, step in (("init", 0), ("final", report["step"])):
-            lines.append([member["name"], str(step), *(cell(key, member[when][key]) for key in shown)])
+            lines.append([member["name"], str(step), *(cell(key, member[when].get(key)) for key in shown)])
     size = f"n = {report['n_features']}, k = {report['k']}, {report['n_eval_tokens']} held-out tokens"
-    return f"{size}; {_gammas(report)}\n{_aligned(lines)}"
+    size += f", {n_giants} of them giants ({GIANT:.0f} times the median norm)" if n_giants else ""
+    return f"{size}; {_gammas(report)}\n{_aligned(lines)}\n{_dead_means(report)}"
 
 
 def diagnosis_table(report: dict[str, Any]) -> str:
@@ -108,12 +113,14 @@ def diagnosis_table(report: dict[str, Any]) -> str:
         measured = [_deaths(found["measured"]) for found in report["remedies"].values()]
         titles = ["measured: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]
         remedies = [line + more for line, more in zip(remedies, [titles, *measured], strict=True)]
-    return "\n".join([*head, _aligned(laws), "", _aligned(remedies), "", report["advice"]])
+    parts = [*head, _aligned(laws), "", _aligned(remedies), _dead_means(report), "", report["advice"]]
+    return "\n".join(parts)
 
 
 def autopsy_table(report: dict[str, Any]) -> str:
     """The report of an autopsy: the SAE as it is beside the same with its bias at the mean, and the verdict."""
-    shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve", "l0"]
+    without = ["fve_without_giants"] if report["n_giant_tokens"] else []
+    shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve", *without, "l0"]
     lines = [["SAE", *(COLUMNS[key] for key in shown)]]
     for name, found in (("as it is", report), ("bias moved to the mean", report["if_centred"])):
         lines.append([name, *(cell(key, found[key]) for key in shown)])
@@ -122,11 +129,18 @@ def autopsy_table(report: dict[str, Any]) -> str:
         cosine = found["cosine"][1] if found["cosine"] else None
         fates.append([COLUMNS.get(name, name), str(found["n"]), cell("cosine", cosine)])
     size = f"n = {report['n_features']}, k = {report['k']}, {report['n_tokens']} tokens"
-    return "\n".join([f"{size}; {_gammas(report)}", _aligned(lines), "", _aligned(fates), "", report["advice"]])
+    head = [f"{size}; {_gammas(report)}", *_giants(report), _aligned(lines), _dead_means(report)]
+    return "\n".join([*head, "", _aligned(fates), "", report["advice"]])
 
 
 def _gammas(report: dict[str, Any]) -> str:
     return ", ".join(f"{key} {report[key]:.2f}" for key in ("gamma", "gamma_raw", "gamma_direction"))
+
+
+def _dead_means(report: dict[str, Any]) -> str:
+    """What a count of deaths on so many tokens says."""
+    rate = 1 / report["highest_rate_of_dead"]
+    return f"dead: fired on none of these tokens; one that fires on 1 in {rate:,.0f} or fewer may look the same (95 %)"
 
 
 def _giants(report: dict[str, Any]) -> list[str]:
@@ -171,7 +185,8 @@ class Board:
         self._events = EventsWriter(str(folder / "events"))
 
     def scalars(self, step: int, member: str, values: dict[str, Any]) -> None:
-        found = [summary.scalar(f"{member}/{key}", value) for key, value in values.items() if value is not None]
+        found = [summary.scalar(f"{member}/{key}", value) for key, value in values.items()
+                 if isinstance(value, int | float)]  # fmt: skip
         for one in found:
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=one))
         self._events.flush()

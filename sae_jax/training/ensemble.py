@@ -37,12 +37,13 @@ class Ensemble:
         self.members = config_lib.members(config)
         self.groups = step_lib.group_members(self.members, source.d_model)
         self.statistics = statistics or self._statistics()
-        if "giant_norm" not in self.statistics:  # a run that is older than this number
-            self.statistics["giant_norm"] = np.asarray(self._giant_norm())
+        if "giant_norm" not in self.statistics:  # a run that is older than these numbers
+            self.statistics |= self._ordinary()[0]
         self.scale = float(self.statistics["scale"])
         self.shared_mu = self.statistics["mu"] * self.scale
-        # Of the scaled tokens, as `evaluation` sees them.
+        # Of the scaled tokens: the norm above which one is a giant, and the mean of those that are none.
         self.giant_norm = float(self.statistics["giant_norm"]) * self.scale
+        self.ordinary_mu = self.statistics["ordinary_mu"] * self.scale
 
     def _statistics(self) -> dict[str, np.ndarray]:
         """Of the tokens after `data.norm`: mu, the median and the whitening where members need them, and the scale that
@@ -63,10 +64,10 @@ class Ensemble:
             "geometric_median": median,
             "scale": np.asarray(np.sqrt(d) / spread),
             "gammas": np.asarray(list(severity.gammas().values())),
-            "giant_norm": np.asarray(self._giant_norm()),
         }
+        numbers, ordinary = self._ordinary(covariance=whiten)
+        found |= numbers
         if whiten:
-            ordinary = giants.without(self._normed, float(found["giant_norm"]), covariance=True).raw
             whitening = preprocess.whitening(seen, ordinary=ordinary)
             found |= {"whitening": np.asarray(whitening.matrix), "unwhitening": np.asarray(whitening.inverse)}
             if len(whitening.matrix) < d:
@@ -86,12 +87,14 @@ class Ensemble:
         norm = {"none": lambda x: x, "layer_norm": moments_lib.layer_norm, "unit": moments_lib.direction}[self.norm]
         return map(norm, self._batches())
 
-    def _giant_norm(self) -> float:
-        """The norm above which one of them is a giant."""
+    def _ordinary(self, covariance: bool = False) -> tuple[dict[str, np.ndarray], moments_lib.Moments]:
+        """What tells tokens of giant norm from the others, and the moments of the others."""
         norms = giants.Sample(giants.MOST)
         for x in self._normed():
             norms.add(giants.norms(x))
-        return giants.giant_norm(norms.rows)
+        most = giants.giant_norm(norms.rows)
+        ordinary = giants.without(self._normed, most, covariance).raw
+        return {"giant_norm": np.asarray(most), "ordinary_mu": ordinary.mean}, ordinary
 
     def initial_states(self) -> tuple[step_lib.TrainState, ...]:
         """The untrained members, group by group; a pure function of the configuration and the statistics."""
