@@ -23,11 +23,12 @@ from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import Band, Forecast
 from sae_jax.reports import diagnosis_figures, figures, tables
-from sae_jax.runtime import checkpoint
+from sae_jax.runtime import checkpoint, memory
 from sae_jax.training import evaluation
 
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
-MIN_TOKENS = 256
+MIN_TOKENS = 256  # with fewer, or fewer than 2 a dimension, the report warns
+FEWEST = 16
 
 
 class Report(dict[str, Any]):
@@ -70,6 +71,9 @@ def diagnose(
     """
     check(n_features, k, n_probes, seed, workdir)
     tokens, scale = rescaled(open_tokens(activations))
+    if measure:
+        what = f"untrained SAEs of width {tokens.d_model}, one behind every remedy,"
+        memory.check("n_features", n_features, what, 4.0 * tokens.d_model * len(remedies.REMEDIES))
     severity, sample, counts = first_pass(tokens)
     ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
@@ -99,6 +103,7 @@ def diagnose(
     result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"])
     if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
+    result |= {"warnings": warnings(severity), "constant_dimensions": constant(severity).tolist()}
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result["n_giant_tokens"] = severity.raw.n_tokens - ordinary.raw.n_tokens
     result["without_giants"] = ordinary.gammas()
@@ -192,20 +197,36 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, Counts]:
     if n_bad:
         message = f"{n_bad} values are not finite; the first: {first_bad}"
         raise Refused("activations", name, message) if tokens.given else RunFailed(message)
-    needed = max(MIN_TOKENS, 2 * tokens.d_model)  # with fewer, whitening learns the tokens by heart
-    if severity is None or severity.raw.n_tokens < needed:
-        raise Refused("activations", name, f"at least {needed} tokens for {tokens.d_model} dimensions, not {seen}")
+    if severity is None or severity.raw.n_tokens < FEWEST:
+        raise Refused("activations", name, f"at least {FEWEST} tokens, not {seen}")
     if tokens.d_model < 2:
         raise Refused("activations", name, "at least 2 dimensions")
-    # Rounding leaves a deviation of about 1e-16 of the mean where a dimension does not move.
-    constant = np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
-    if len(constant):
-        which = ", ".join(map(str, constant[:5])) + (", …" if len(constant) > 5 else "")
-        raise Refused(
-            "activations", name, f"dimensions that vary: leave out the {len(constant)} that are constant ({which})"
-        )
+    if len(constant(severity)) == tokens.d_model:
+        raise Refused("activations", name, "activations that vary; these are the same on every token")
     giant_norm = giants.giant_norm(norms.rows)
     return severity, kept.rows, Counts(n_zero, giant_norm, longest > giant_norm)
+
+
+def constant(severity: Severity) -> np.ndarray:
+    """Dimensions that do not move: rounding leaves them a deviation of about 1e-16 of the mean."""
+    return np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
+
+
+def warnings(severity: Severity) -> list[str]:
+    """What the numbers of a report rest on, where that is little."""
+    n_tokens, d_model, still = severity.raw.n_tokens, len(severity.raw.mean), constant(severity)
+    found = []
+    needed = max(MIN_TOKENS, 2 * d_model)
+    if n_tokens < needed:
+        rate = evaluation.highest_rate_of_dead(n_tokens)
+        found.append(
+            f"these numbers rest on {n_tokens} tokens, where {d_model} dimensions want at least {needed}: a feature "
+            f"that fires on 1 token in {1 / rate:.0f} may look dead, and whitening learns the tokens by heart"
+        )
+    if len(still):
+        which = ", ".join(map(str, still[:5])) + (", …" if len(still) > 5 else "")
+        found.append(f"{len(still)} of {d_model} dimensions are the same on every token: {which}")
+    return found
 
 
 # -- the report ------------------------------------------------------------------------------------------------------
@@ -224,7 +245,8 @@ def summary(severity: Severity) -> dict[str, Any]:
     return {
         **severity.gammas(),
         "effective_rank": moments_lib.effective_rank(normed.eigenvalues),
-        "kurtosis": {"median": float(np.median(kurtosis)), "max": float(np.max(kurtosis))},
+        # Dimensions that do not vary have none.
+        "kurtosis": {"median": float(np.nanmedian(kurtosis)), "max": float(np.nanmax(kurtosis))},
         "n_outlier_dimensions": len(normed.outlier_dimensions),
         "outlier_dimensions": moments_lib.standing_out(normed),
         "bias_learning_time": theory.bias_learning_time(raw.mean * np.sqrt(d_model) / np.linalg.norm(raw.sigma)),

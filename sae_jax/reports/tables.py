@@ -100,6 +100,7 @@ def diagnosis_table(report: dict[str, Any]) -> str:
         *([f"{report['n_zero_tokens']} tokens are zero in every dimension: padding, perhaps"] if
           report["n_zero_tokens"] else []),
         *_giants(report),
+        *(f"beware: {warning}" for warning in report["warnings"]),
         f"a bias that starts at 0 has 90 % of mu after {report['bias_learning_time'] / 3e-4:,.0f} steps of Adam at "
         "3e-4 (data scaled to ‖sigma‖ = √d), at the earliest",
         f"\ndead at initialisation, n = {report['n_features']}, k = {report['k']}",
@@ -129,7 +130,8 @@ def autopsy_table(report: dict[str, Any]) -> str:
         cosine = found["cosine"][1] if found["cosine"] else None
         fates.append([COLUMNS.get(name, name), str(found["n"]), cell("cosine", cosine)])
     size = f"n = {report['n_features']}, k = {report['k']}, {report['n_tokens']} tokens"
-    head = [f"{size}; {_gammas(report)}", *_giants(report), _aligned(lines), _dead_means(report)]
+    beware = [f"beware: {warning}" for warning in report["warnings"]]
+    head = [f"{size}; {_gammas(report)}", *_giants(report), *beware, _aligned(lines), _dead_means(report)]
     return "\n".join([*head, "", _aligned(fates), "", report["advice"]])
 
 

@@ -54,6 +54,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         source = open_source(config)
         groups = step_lib.group_members(config_lib.members(config), source.d_model)
         devices.check_groups([group.names for group in groups])
+        step_lib.check_memory(groups, source.d_model, config.train.batch_size, *devices.copies())
         checkpoint.check_data(workdir, source.identity)
         with checkpoint.claimed(workdir, config_lib.identity(config), source.identity):
             return Run(config, workdir, devices, source).to_the_end()
