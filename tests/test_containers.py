@@ -280,3 +280,49 @@ def test_the_verbs_take_them(tmp_path, tiny, name):
     gamma = np.linalg.norm(expected.mean(0)) / np.linalg.norm(expected.std(0))
     assert found["gamma_raw"] == pytest.approx(gamma, rel=1e-6)
     assert found["n_tokens"] == len(expected)
+
+
+LEFT = {
+    "first": lambda x, ids, first: ~first,
+    "id=3,id=17": lambda x, ids, first: ~np.isin(ids, (3, 17)),
+    "norm=1.3": lambda x, ids, first: np.linalg.norm(x, axis=1) <= 1.3 * np.median(np.linalg.norm(x, axis=1)),
+    "first,id=3,norm=1.3": None,
+}
+
+
+@pytest.mark.parametrize("spec", LEFT)
+@pytest.mark.parametrize("dataset", [False, True])
+def test_tokens_are_left_out_by_place_by_id_and_by_norm(tmp_path, x, spec, dataset):
+    """Padded on the left, so that the first token of a sequence is not the one at position 0."""
+    mask = MASK[:, ::-1]
+    np.savez(tmp_path / "x.npz", acts=x, token_ids=IDS, mask=mask)
+    path = str(tmp_path / "x.npz")
+    if dataset:
+        path = store.import_file(path, str(tmp_path / "data"))
+    kept, ids = x[mask].astype(np.float64), IDS[mask]
+    sequence = np.repeat(np.arange(N), LENGTHS)
+    first = np.r_[True, np.diff(sequence) > 0]
+    if spec in ("first", "id=3,id=17", "norm=1.3"):
+        left = LEFT[spec](kept, ids, first)
+    else:
+        left = LEFT["first"](kept, ids, first) & (ids != 3) & LEFT["norm=1.3"](kept, ids, first)
+    found, places = opened(f"{path}::?without={spec}")
+    np.testing.assert_array_equal(found, kept[left].astype(np.float32))
+    np.testing.assert_array_equal(places["token_id"], ids[left])
+    np.testing.assert_array_equal(places["sequence_id"], sequence[left])
+
+
+@pytest.mark.parametrize(("spec", "said"), [
+    ("last", "first, id=N or norm=X"), ("id=x", "first, id=N or norm=X"), ("norm=0", "tokens that are left"),
+    ("first", "sequences beside"), ("id=3", "token ids beside"),
+])  # fmt: skip
+def test_what_cannot_be_left_out_is_refused(tmp_path, x, spec, said):
+    np.save(tmp_path / "x.npy", rows(x))
+    with pytest.raises(Refused, match=said):
+        files.open_chunks(f"{tmp_path}/x.npy::?without={spec}")
+
+
+def test_a_folder_that_holds_no_activations_is_said_to(tmp_path):
+    (tmp_path / "notes.txt").write_text("not at all")
+    with pytest.raises(Refused, match="a dataset folder"):
+        store.import_file(str(tmp_path), str(tmp_path / "data"))

@@ -1,10 +1,14 @@
-"""The one door to activations of others: a path, or PATH::NAME, as a matrix of tokens or as chunks of its rows."""
+"""The one door to activations of others: a path as a matrix of tokens, or as chunks of its rows.
+
+PATH::NAME is one of several arrays, columns or splits; PATH::NAME?without=first,norm=10 leaves tokens out.
+"""
 
 import glob
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from sae_jax.activations import arrow, containers, pipeline, tokens
@@ -29,17 +33,29 @@ def there(where: epath.Path) -> str:
     return f"; there is {', '.join(found[:5])}" + (", …" if len(found) > 5 else "") if found else ""
 
 
-def split(path: str) -> tuple[str, str]:
-    """PATH::NAME → the path and what is named in it."""
+WITHOUT = "?without="
+
+
+class Wanted(NamedTuple):
+    """What PATH::NAME?without=TOKENS asks for; the name and what is left out may be missing."""
+
+    where: str
+    name: str
+    without: str  # as in `tokens.without`
+
+
+def split(path: str) -> Wanted:
+    """The parts of a path."""
     if "::" not in path or Path(path).exists():
-        return path, ""
-    where, _, name = path.rpartition("::")
-    return where, name
+        return Wanted(path, "", "")
+    where, _, rest = path.rpartition("::")
+    name, _, without = rest.partition(WITHOUT)
+    return Wanted(where, name, without)
 
 
 def exists(path: str) -> bool:
     """Whether there is something at a path, or files that a pattern fits. Object stores are asked too."""
-    where, _ = split(path)
+    where = split(path).where
     return epath.Path(where).exists() or bool("://" not in where and glob.glob(where))
 
 
@@ -49,19 +65,46 @@ def open_chunks(path: str) -> pipeline.Chunks:
         found = exists(path)
     except Exception as error:  # a name that is too long, or is none; an object store that needs a package
         raise Refused("data.path", path, f"a path: {FORMATS} ({error})") from error
-    where = epath.Path(split(path)[0])
+    where, _, without = split(path)
     if not found:
-        raise Refused("data.path", path, f"an existing path: {FORMATS}{there(where)}")
-    if where.is_dir() and not _of_others(where):
-        from sae_jax.activations import stored
-
-        try:
-            return stored.StoredChunks(path)
-        except Refused:
-            raise
-        except Exception as error:  # as below
-            raise Refused("data.path", path, f"a dataset folder as it was written ({error})") from error
+        raise Refused("data.path", path, f"an existing path: {FORMATS}{there(epath.Path(where))}")
+    if epath.Path(where).is_dir() and not _of_others(epath.Path(where)) and not without:
+        return _dataset(where)
     return pipeline.ArrayChunks(open_array(path), path)
+
+
+def _dataset(folder: str) -> Any:
+    from sae_jax.activations import stored
+
+    try:
+        return stored.StoredChunks(folder)
+    except Refused:
+        raise
+    except Exception as error:  # as below
+        raise Refused("data.path", folder, f"a dataset folder as it was written ({error})") from error
+
+
+class Dataset(tokens.Rows):
+    """A dataset that we wrote, row by row."""
+
+    def __init__(self, folder: str):
+        self._chunks = _dataset(folder)
+        super().__init__((self._chunks.n_tokens, self._chunks.d_model), np.float32)
+
+    @property
+    def known(self) -> bool:
+        return bool(self.places(0, 1).sequence_id[0] != tokens.UNKNOWN)
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        found: np.ndarray = self._chunks.tokens(start, stop)
+        return found
+
+    def places(self, start: int, stop: int) -> tokens.Places:
+        size = self._chunks.rows
+        first = start // size
+        read = [self._chunks.example(number) for number in range(first, -(-stop // size))]
+        rows = slice(start - first * size, stop - first * size)
+        return tokens.Places(*(np.concatenate([row[part] for row in read])[rows] for part in (1, 2, 3)))
 
 
 def _of_others(folder: epath.Path) -> bool:
@@ -76,9 +119,10 @@ def _of_others(folder: epath.Path) -> bool:
 
 def open_array(path: str) -> Any:
     """The one matrix of floating point numbers at a path; rows are read when they are asked for."""
-    where, name = split(path)
+    where, name, without = split(path)
     try:
-        return _opened(Path(where), where, name)
+        found = _opened(Path(where), where, name)
+        return tokens.without(found, without) if without else found
     except Refused:
         raise
     except tokens.Unfit as error:
@@ -91,8 +135,10 @@ def open_array(path: str) -> Any:
 def _opened(where: Path, pattern: str, name: str) -> Any:
     if where.is_dir() and any((where / mark).exists() for mark in (arrow.STATE, arrow.DICTIONARY)):
         return arrow.open_folder(where, name)
-    if where.is_dir():
+    if where.is_dir() and _of_others(epath.Path(where)):
         return _joined([path for path in where.iterdir() if path.suffix in ENDINGS], name)
+    if where.is_dir():
+        return Dataset(str(where))
     if where.is_file():
         return _file(where, name)
     if where.exists():  # the pipe of a shell, say, would be waited on for ever

@@ -241,8 +241,8 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     given = files.open_array(path)
     array = pipeline.ArrayChunks(given, path)
     facts = {"imported": array.identity | getattr(given, "facts", {})}
-    where, part = files.split(path)
-    name = re.sub(r"[^\w.-]+", "_", "_".join(filter(None, (epath.Path(where).stem, part)))) or "activations"
+    where, *parts = files.split(path)
+    name = re.sub(r"[^\w.-]+", "_", "_".join(filter(None, (epath.Path(where).stem, *parts)))) or "activations"
     folder = folder_of(data_dir, name)
     if find(data_dir, name):
         raise Refused("--out", str(folder), "a dataset that is not there yet")

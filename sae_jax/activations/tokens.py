@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_jax.outliers import giants
+
 UNKNOWN = -1  # token_id and sequence_id where nobody wrote them down
 
 
@@ -188,3 +190,41 @@ class Selected(Rows):
             return Places(*(np.zeros(0, np.int64) for _ in range(3)))
         first = int(rows[0])
         return Places(*(part[rows - first] for part in places(self._array, first, int(rows[-1]) + 1)))
+
+
+BLOCK = 2**14  # rows looked at together
+
+
+def without(array: Any, spec: str) -> Selected:
+    """The rows that are left when some are left out: one pass over what is needed to tell.
+
+    Args:
+      spec: with commas between: `first` (the first row of each sequence), `id=N` (tokens of that id), `norm=X` (norms
+        of more than X times the median; zeros do not count).
+    """
+    wanted = [part.partition("=") for part in spec.split(",")]
+    for name, _, value in wanted:
+        fine = {"first": not value, "id": value.isdecimal(), "norm": value.replace(".", "", 1).isdecimal()}
+        if not fine.get(name, False):
+            raise Unfit(f"tokens to leave out as first, id=N or norm=X, with commas between, not {spec}")
+    first = any(name == "first" for name, *_ in wanted)
+    ids = [int(value) for name, _, value in wanted if name == "id"]
+    multiples = [float(value) for name, _, value in wanted if name == "norm"]
+    keep, norms, before = np.ones(len(array), bool), np.zeros(len(array) if multiples else 0), UNKNOWN
+    for start in range(0, len(array), BLOCK):
+        stop = min(start + BLOCK, len(array))
+        if first or ids:
+            token_id, sequence_id, _ = places(array, start, stop)
+            if first and (sequence_id == UNKNOWN).any() or ids and (token_id == UNKNOWN).any():
+                raise Unfit(f"{'sequences' if first else 'token ids'} beside the activations, to leave out {spec}")
+            keep[start:stop] &= ~np.isin(token_id, ids)
+            if first:
+                keep[start:stop] &= np.diff(sequence_id, prepend=before) == 0
+                before = sequence_id[-1]
+        if multiples:
+            norms[start:stop] = giants.norms(np.asarray(array[start:stop], np.float32))
+    for multiple in multiples:
+        keep &= norms <= giants.giant_norm(norms, multiple)
+    if not keep.any():
+        raise Unfit(f"tokens that are left without {spec}")
+    return Selected(array, np.flatnonzero(keep))

@@ -51,10 +51,10 @@ def norms(x: Float[np.ndarray, "N d"]) -> Float[np.ndarray, "N"]:
     return np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
 
 
-def giant_norm(norms: Float[np.ndarray, "N"]) -> float:
+def giant_norm(norms: Float[np.ndarray, "N"], multiple: float = GIANT) -> float:
     """The norm above which a token is a giant, from the norms of tokens; zeros are padding and do not count."""
     there = norms[norms > 0]
-    return GIANT * float(np.median(there)) if len(there) else float("inf")
+    return multiple * float(np.median(there)) if len(there) else float("inf")
 
 
 def without(
