@@ -190,7 +190,7 @@ def test_members_side_by_side_equal_each_alone(tiny, tmp_path):
         alone.members = ConfigDict({name: tiny.members[name].to_dict()})
         report = sae_jax.train(alone, str(tmp_path / name))
         for key, value in report["members"][0]["final"].items():
-            expected = None if value is None else pytest.approx(value, rel=1e-3, abs=2e-2)
+            expected = None if value is None else pytest.approx(np.asarray(value), rel=1e-3, abs=2e-2)
             assert together["members"][i]["final"][key] == expected, key
     frozen = states[0].sae.b_dec[1]
     assert not frozen.any()
@@ -242,7 +242,7 @@ def test_one_device_and_two_are_equal_in_float64(tiny, tmp_path, rng, from_file)
             np.testing.assert_allclose(right, left, rtol=1e-9, atol=1e-9)
     for name, values in record_one["members"].items():
         for key, value in values.items():
-            assert record_two["members"][name][key] == pytest.approx(value, rel=1e-9), (name, key)
+            assert record_two["members"][name][key] == pytest.approx(np.asarray(value), rel=1e-9), (name, key)
 
 
 def test_one_device_and_two_agree_in_float32(tiny, tmp_path):
