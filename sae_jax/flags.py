@@ -37,7 +37,7 @@ class Verb(NamedTuple):
 EACH = "each"  # a string that may be given several times
 FORMATS = ("saelens", "dictionary_learning", "sparsify")
 CONFIG = Flag(str, None, "a configuration file, as configs/synthetic.py")
-ACTIVATIONS = "a .npy, .npz, .safetensors or .pt file, a dataset folder, or what SAELens cached"
+ACTIVATIONS = "a file or folder of activations, PATH::NAME for one of several arrays, a dataset, or a cache"
 AN_SAE = "a run, a folder or file of any library, hf://OWNER/NAME/PLACE, or saelens:RELEASE/ID"
 MEMBER = Flag(str, None, "which SAE of a run that trained several")
 

@@ -186,14 +186,26 @@ def test_a_width_that_is_not_two_dimensional_is_refused(capsys, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_nan_met_in_the_run_is_exit_3(capsys, tmp_path):
-    np.save(tmp_path / "x.npy", np.full((2000, 8), np.nan, np.float32))
+@pytest.mark.parametrize(("x", "said"), [
+    (np.where(np.arange(16_000).reshape(2000, 8) == 12_005, np.nan, 1.0), "row 1500, dimension 5 is nan"),
+    (np.ones((2000, 8)), "all rows are the same"),
+])  # fmt: skip
+def test_activations_that_cannot_be_trained_on_are_refused_at_the_start(capsys, tmp_path, x, said):
+    np.save(tmp_path / "x.npy", x)
     code, streams = run(capsys, tmp_path, f"--config.data.path={tmp_path}/x.npy")
-    assert code == 3
+    assert code == 2
     assert len(streams.err.strip().splitlines()) == 1
-    assert "step 0" in streams.err
-    assert "batch 0" in streams.err
-    assert "not finite" in streams.err
+    assert said in streams.err
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("n", [2 * 10**8, 2 * 10**9])
+def test_what_memory_cannot_hold_is_refused_with_what_would_fit(capsys, tmp_path, n):
+    code, streams = run(capsys, tmp_path, f"--config.sae.n_features={n}", "--config.data.d_model=4096")
+    assert code == 2
+    assert len(streams.err.strip().splitlines()) == 1
+    assert f"sae.n_features = {n}: at most about " in streams.err
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize("verb", flags.VERBS)

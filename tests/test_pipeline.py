@@ -170,4 +170,5 @@ def test_two_processes_see_what_one_sees_and_one_goes_on_where_two_stopped(tiny,
     assert [entry["step"] for entry in checkpoint.history(workdir)] == [0, 10, 20, 30, 40]
     for ours, theirs in zip(report["members"], whole["members"], strict=True):
         for key, value in theirs["final"].items():
-            assert ours["final"][key] == (value if value is None else pytest.approx(value, rel=1e-9)), key
+            wanted = value if value is None else pytest.approx(np.asarray(value), rel=1e-9)
+            assert ours["final"][key] == wanted, key

@@ -108,6 +108,19 @@ def test_shards_of_every_kind_keep_every_whole_chunk_of_drifting_data(tmp_path, 
         np.testing.assert_allclose(got, x[:whole], atol=20 * 2**-11)
 
 
+@pytest.mark.parametrize(("early", "late"), [(1e-6, 0.95), (1e4, 1e-4)])
+def test_float16_that_would_lose_a_dimension_is_refused_at_its_shard(tmp_path, rng, small_shards, early, late):
+    """Z-scored by the first shard, a dimension that wakes up is clipped, and one that falls asleep rounded away."""
+    x = rng.normal(size=(2048, D)).astype(np.float32)
+    x[:1024, 5] *= early
+    x[1024:, 5] *= late
+    with pytest.raises(RunFailed, match=r"tokens 1024 to 2048: dimension 5 varies by .* bfloat16 or float32"):
+        make(tmp_path, x, layers=(1,), dtype="float16")
+    folder = make(tmp_path, x, layers=(1,), dtype="bfloat16")[1]
+    found = files.open_chunks(folder).tokens(1024, 2048)[:, 5]
+    assert found.std() == pytest.approx(x[1024:, 5].std(), rel=1e-2)
+
+
 @pytest.mark.parametrize("after", [0, 1, 4, 6])
 def test_a_stream_that_breaks_off_goes_on_where_it_was(tmp_path, rng, small_shards, after):
     x = rng.normal(size=(2300, D)).astype(np.float32)

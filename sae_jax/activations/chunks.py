@@ -47,6 +47,20 @@ class ArrayChunks:
         self.rows = min(CHUNK, max(1, len(array) // (16 * LANES)))
         self.identity = {"path": name, "shape": list(array.shape), "dtype": str(array.dtype)}
 
+    def check(self) -> None:
+        """Refuses numbers that are not finite, and rows that are all the same: reads everything once."""
+        first, varies = self.tokens(0, 1), False
+        for start in range(0, self.n_tokens, 4096):
+            x = self.tokens(start, start + 4096)
+            varies = varies or bool((x != first).any())
+            if np.isfinite(x.sum(dtype=np.float64)):
+                continue
+            for row, dimension in np.argwhere(~np.isfinite(x))[:1]:
+                where = f"row {start + row}, dimension {dimension} is {x[row, dimension]}"
+                raise Refused("data.path", self.identity["path"], f"finite numbers; {where}")
+        if not varies:
+            raise Refused("data.path", self.identity["path"], "activations that vary; all rows are the same")
+
     def __len__(self) -> int:
         return self.n_tokens // self.rows
 

@@ -23,6 +23,7 @@ from sae_jax.exchange import encoders, sharing
 from sae_jax.exchange.encoders import Encoder, Opened, Seen
 from sae_jax.exchange.formats import Packed
 from sae_jax.models.sources import Tokens, open_tokens
+from sae_jax.outliers import giants
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.reports import figures, tables
@@ -67,9 +68,10 @@ def dissect(
     tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations), encoder.norm))
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
-    severity, sample, n_zero = diagnosis.first_pass(tokens)
+    severity, sample, counts = diagnosis.first_pass(tokens)
+    ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     mu = severity.raw.mean / scale
-    here, moved = _looks(encoder.in_units(scale), severity, tokens)
+    here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm)
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = {key: choice for key, choice in remedies.preprocessings(severity, median).items() if key in CENTRINGS}
     forecast = remedies.forecast(tokens, choices, severity.raw.mean, n_probes, seed)
@@ -97,7 +99,11 @@ def dissect(
     k = encoder.k or int(np.clip(round(here.numbers["l0"]), 1, n_features))
     result["at_init"] = {key: found.deaths(n_features, k) for key, found in forecast.items()}
     result["advice"] = _verdict(result, opened)
-    result |= {"n_zero_tokens": n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
+    result |= {"dead_over_tokens": curve, "n_giant_tokens": severity.raw.n_tokens - ordinary.raw.n_tokens}
+    result |= {"without_giants": ordinary.gammas()}
+    result["warnings"] = diagnosis.warnings(severity)
+    result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
+    result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
     result |= {"sae_metadata": opened.metadata, "versions": tables.versions()}
     result.figures = {
         "shifts": figures.shifts({"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}),
@@ -136,36 +142,50 @@ class Look(NamedTuple):
     numbers: dict[str, Any]
 
 
-def _looks(encoder: Encoder, severity: Severity, tokens: Tokens) -> tuple[Look, Look]:
-    """All tokens through the encoder as it is, and with its bias at the mean."""
+def _looks(
+    encoder: Encoder, severity: Severity, ordinary: Severity, tokens: Tokens, giant_norm: float
+) -> tuple[Look, Look, list[list[float]]]:
+    """All tokens through the encoder as it is, and with its bias at the mean; its deaths over tokens seen."""
     mean = severity.raw.mean
     places = tuple(encoders.place(encoder, mean, moved) for moved in (False, True))
     on_device = jax.tree.map(jnp.asarray, encoder)
     point = jnp.asarray(mean, jnp.float32)
     total: list[Seen] = []
+    count, curve = 0, evaluation.DeathCurve()
     for x, valid in remedies.padded(tokens, "autopsy"):
-        part = jax.device_get(encoders.see(on_device, places, point, x, valid))
-        part = [one._replace(n_fired=np.asarray(one.n_fired, np.int64),
-                             error_square=np.float64(one.error_square)) for one in part]  # fmt: skip
+        part = jax.device_get(encoders.see(on_device, places, point, x, valid, jnp.float32(giant_norm)))
+        part = [one._replace(n_fired=np.asarray(one.n_fired, np.int64), error_square=np.float64(one.error_square),
+                             ordinary_error=np.float64(one.ordinary_error)) for one in part]  # fmt: skip
         total = [a | b for a, b in zip(total, part, strict=True)] if total else part
+        count += int(valid.sum())
+        curve.add(count, _sightings(total[0]))
+    curve.add(count, _sightings(total[0]), last=True)
     turned = encoders.in_rows(encoder.W_enc, lambda W: np.einsum("nd,nd->n", W @ severity.raw.covariance, W))
     std = np.sqrt(np.maximum(turned, 0))
     ranked = 1.0 if encoder.ranked_by is None else np.asarray(encoder.ranked_by, np.float64)
     here, moved = (
-        _look(encoder, severity, seen, (np.float64(at.offset) + encoder.b_enc) * ranked, std * ranked)
+        _look(encoder, severity, ordinary, seen, (np.float64(at.offset) + encoder.b_enc) * ranked, std * ranked)
         for seen, at in zip(total, places, strict=True)
     )
-    return here, moved
+    return here, moved, curve.points
 
 
-def _look(encoder: Encoder, severity: Severity, seen: Seen, mean: np.ndarray, std: np.ndarray) -> Look:
+def _sightings(seen: Seen) -> death.Sightings:
+    return death.Sightings(seen.positive, seen.n_fired > 0)
+
+
+def _look(
+    encoder: Encoder, severity: Severity, ordinary: Severity, seen: Seen, mean: np.ndarray, std: np.ndarray
+) -> Look:
     moments, relu, fired = severity.raw, ~seen.positive, seen.n_fired > 0
     found = np.where(fired, FATES[0], np.where(relu, FATES[2], FATES[1]))
+    errors = {"fve": (seen.error_square, moments), "fve_without_giants": (seen.ordinary_error, ordinary.raw)}
     numbers = {
-        **death.pathways(death.Sightings(seen.positive, fired)),
-        "fve": None if encoder.transcodes else 1 - float(seen.error_square) / float(moments.square.sum()),
+        **death.pathways(_sightings(seen)),
+        **{key: None if encoder.transcodes else evaluation.explained(error, float(of.square.sum()))
+           for key, (error, of) in errors.items()},
         "l0": float(seen.n_fired.sum()) / moments.n_tokens,
-    }
+    }  # fmt: skip
     shift = evaluation.Shift(mean, std, relu, ~relu & ~fired, moments.n_tokens)
     return Look(found, seen.n_fired, seen.largest, shift, numbers)
 

@@ -20,6 +20,7 @@ from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.preprocess import Preprocessing, whitening
 from sae_jax.outliers.probes import Forecast, stratified_rows
 from sae_jax.runtime import progress
+from sae_jax.training.evaluation import DeathCurve
 
 HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
 # In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
@@ -34,8 +35,10 @@ REMEDIES = {
 }
 
 
-def preprocessings(severity: Severity, median: Float[np.ndarray, "d"]) -> dict[str, Preprocessing]:
-    """Every remedy, in the order of cost."""
+def preprocessings(
+    severity: Severity, median: Float[np.ndarray, "d"], ordinary: Severity | None = None
+) -> dict[str, Preprocessing]:
+    """Every remedy, in the order of cost; `ordinary` are the moments without tokens of giant norm."""
 
     def shifted(shift: np.ndarray, norm: str = "none") -> Preprocessing:
         return Preprocessing(shift=jnp.asarray(shift, jnp.float32), norm=norm)
@@ -46,7 +49,7 @@ def preprocessings(severity: Severity, median: Float[np.ndarray, "d"]) -> dict[s
         "geometric_median": shifted(median),
         "layer_norm_centred": shifted(severity.layer_normed.mean, "layer_norm"),
         "unit_norm_centred": shifted(severity.directions.mean, "unit"),
-        "whitening": whitening(severity.raw),
+        "whitening": whitening(severity.raw, ordinary=ordinary.raw if ordinary else None),
     }
 
 
@@ -130,16 +133,30 @@ def measured_deaths(
     tokens: Tokens, choices: dict[str, Preprocessing], n_features: int, k: int, seed: int
 ) -> dict[str, theory.Deaths]:
     """Deaths counted in an untrained SAE behind every remedy, on all tokens."""
+    return measured(tokens, choices, n_features, k, seed)[0]
+
+
+def measured(
+    tokens: Tokens, choices: dict[str, Preprocessing], n_features: int, k: int, seed: int
+) -> tuple[dict[str, theory.Deaths], dict[str, list[list[float]]]]:
+    """`measured_deaths`, and the curve of each over the tokens seen."""
     saes = {
         name: sae_lib.init(jax.random.key(seed), n_features, k, jnp.zeros(_width(before), jnp.float32))
         for name, before in choices.items()
     }
     seen: dict[str, death.Sightings] = {}
+    curves = {name: DeathCurve() for name in choices}
+    count = 0
     for x, valid in padded(tokens, "measure"):
+        count += int(valid.sum())
         for name, before in choices.items():
             part = _sight(saes[name], before, x, valid)
             seen[name] = seen[name] | part if name in seen else part
-    return {name: death.pathways(found) for name, found in seen.items()}
+            curves[name].add(count, seen[name])
+    for name, curve in curves.items():
+        curve.add(count, seen[name], last=True)
+    deaths = {name: death.pathways(found) for name, found in seen.items()}
+    return deaths, {name: curve.points for name, curve in curves.items()}
 
 
 def padded(tokens: Tokens, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -200,6 +217,14 @@ def advice(probe: dict[str, theory.Deaths], chosen: str, doubtful: Collection[st
     if "mean" in worse:
         lines.append("A mean that a few tokens of very large norm make does that; the geometric median ignores them.")
     return " ".join(lines)
+
+
+def dropped(kept: int, d_model: int) -> str:
+    """What whitening leaves out, in a sentence."""
+    return (
+        f"Whitening keeps {kept} of {d_model} dimensions: along the others the tokens vary by less than a millionth of "
+        "the largest variance, and an SAE behind it cannot reconstruct them."
+    )
 
 
 def _percent(fraction: float) -> str:

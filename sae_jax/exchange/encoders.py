@@ -203,11 +203,12 @@ class Seen(NamedTuple):
     n_fired: Any  # (n,) tokens each feature fired on
     largest: Any  # (n,) its largest activation, in absolute value
     error_square: Any  # Σ ‖x − x̂‖²; of a transcoder nothing that means anything
+    ordinary_error: Any  # the same over tokens that are no giants
 
     def __or__(self, other: "Seen") -> "Seen":
         return Seen(
             self.positive | other.positive, self.n_fired + other.n_fired, np.maximum(self.largest, other.largest),
-            self.error_square + other.error_square,
+            self.error_square + other.error_square, self.ordinary_error + other.ordinary_error,
         )  # fmt: skip
 
 
@@ -239,7 +240,7 @@ PIECE = 2**25  # pre-activations at a time
 @jax.jit
 def see(
     encoder: Encoder, places: tuple[Place, ...], point: Float[Array, "d"], x: Float[Array, "B d"],
-    valid: Bool[Array, "B"],
+    valid: Bool[Array, "B"], giant_norm: Float[Array, ""],
 ) -> tuple[Seen, ...]:  # fmt: skip
     """One batch of normed tokens through the encoder at several places, with one product for all of them.
 
@@ -256,21 +257,24 @@ def see(
         def one(total: tuple[Seen, ...], batch: tuple[Array, Array]) -> tuple[tuple[Seen, ...], None]:
             x, valid = batch
             u = (x - point) @ encoder.W_enc.T
-            found = tuple(_see(encoder, place, b_mag, u, x, valid) for place in places)
+            found = tuple(_see(encoder, place, b_mag, u, x, valid, giant_norm) for place in places)
             return tuple(_join(a, b) for a, b in zip(total, found, strict=True)), None
 
-        start = Seen(jnp.zeros(n, bool), jnp.zeros(n, jnp.int32), jnp.zeros(n), jnp.zeros(()))
+        start = Seen(jnp.zeros(n, bool), jnp.zeros(n, jnp.int32), jnp.zeros(n), jnp.zeros(()), jnp.zeros(()))
         total: tuple[Seen, ...] = jax.lax.scan(one, (start,) * len(places), (split(x), split(valid)))[0]
         return total
 
 
-def _see(encoder: Encoder, place: Place, b_mag: Array | None, u: Array, x: Array, valid: Array) -> Seen:
+def _see(
+    encoder: Encoder, place: Place, b_mag: Array | None, u: Array, x: Array, valid: Array, giant_norm: Array
+) -> Seen:
     z_pre = jnp.where(valid[:, None], u + (place.offset + encoder.b_enc), 0.0)
     positive, (kept, dense) = select(encoder, z_pre, b_mag)
-    error = jnp.zeros(())
+    error = jnp.zeros(len(x))
     if not encoder.transcodes:
-        difference = jnp.where(valid[:, None], x - decode(encoder, Acts(kept, dense), x, place.b_dec), 0.0)
-        error = jnp.sum(difference**2)
+        error = jnp.sum((x - decode(encoder, Acts(kept, dense), x, place.b_dec)) ** 2, axis=1)
+    ordinary = valid & (jnp.linalg.norm(x, axis=1) <= giant_norm)
+    sums = tuple(jnp.sum(jnp.where(rows, error, 0.0)) for rows in (valid, ordinary))
     if kept is not None:
         size = jnp.where(valid[:, None], jnp.abs(kept.values), 0.0)
         none = jnp.zeros(len(encoder.b_enc))
@@ -280,11 +284,11 @@ def _see(encoder: Encoder, place: Place, b_mag: Array | None, u: Array, x: Array
         assert dense is not None
         size = jnp.where(valid[:, None], dense, 0.0)
         n_fired, largest = (size > 0).sum(axis=0, dtype=jnp.int32), size.max(axis=0)
-    return Seen((positive & valid[:, None]).any(axis=0), n_fired, largest, error)
+    return Seen((positive & valid[:, None]).any(axis=0), n_fired, largest, *sums)
 
 
 def _join(a: Seen, b: Seen) -> Seen:
     return Seen(
         a.positive | b.positive, a.n_fired + b.n_fired, jnp.maximum(a.largest, b.largest),
-        a.error_square + b.error_square,
+        a.error_square + b.error_square, a.ordinary_error + b.ordinary_error,
     )  # fmt: skip

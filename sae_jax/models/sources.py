@@ -45,7 +45,10 @@ class Source(Protocol):
 def open_source(config: ConfigDict) -> Source:
     """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first."""
     if config.data.path:
-        return StoredSource(config, files.open_chunks(config.data.path))
+        chunks = files.open_chunks(config.data.path)
+        if isinstance(chunks, ArrayChunks):  # what we wrote ourselves has been looked at
+            chunks.check()
+        return StoredSource(config, chunks)
     if config.data.model.id:
         from sae_jax.models import extraction, streaming
 

@@ -36,7 +36,13 @@ class Forecast(NamedTuple):
 
     def _dead(self, share: Float[np.ndarray, "S"]) -> np.ndarray:
         """(S, P) which probes would be dead."""
-        return (self.best <= 0) | (self.best < alignment_threshold(share, self.rows.shape[1])[:, None])
+        count, d_model = self.rows.shape
+        if d_model == 1:
+            # Features of one sign have the same pre-activation on every token: k of them are kept, always the same.
+            sign = self.rows[:, 0] > 0
+            before = np.where(sign, np.cumsum(sign), np.cumsum(~sign)) - 1
+            return (self.best <= 0) | (before >= share[:, None] * count)
+        return (self.best <= 0) | (self.best < alignment_threshold(share, d_model)[:, None])
 
     def curve(self, share: Float[np.ndarray, "S"], n_features: int | None = None) -> Band:
         """Death against k/n.

@@ -155,4 +155,4 @@ def _settings(wandb: Any) -> Any:
 
 def _flat(values: Values) -> dict[str, Any]:
     return {f"{name}/{key}": value for name, found in values.items() for key, value in found.items()
-            if value is not None}  # fmt: skip
+            if isinstance(value, int | float)}  # fmt: skip

@@ -58,6 +58,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             raise Refused("train.batch_size", config.train.batch_size, allowed)
         groups = step_lib.group_members(config_lib.members(config), source.d_model)
         devices.check_groups([group.names for group in groups])
+        step_lib.check_memory(groups, source.d_model, config.train.batch_size, *devices.copies())
         workdir_lib.check_data(workdir, source.identity)
         with workdir_lib.claimed(workdir, config_lib.identity(config), source.identity):
             return Run(config, workdir, devices, source).to_the_end()
@@ -123,8 +124,10 @@ class Run:
         self, allsum: AllSum, device: Int[Array, ""], groups: Any, given: Any, valid: Any
     ) -> Any:
         x = self._tokens("eval", given, device, self.config.eval.batch_size // self.devices.shares)
-        shift = jnp.asarray(self.ensemble.shared_mu, x.dtype)
-        return evaluation.evaluate_batch(groups, x, valid, shift, allsum, self.devices.shards)
+        shift, ordinary = (jnp.asarray(mu, x.dtype) for mu in (self.ensemble.shared_mu, self.ensemble.ordinary_mu))
+        return evaluation.evaluate_batch(
+            groups, x, valid, shift, allsum, self.devices.shards, ordinary, self.ensemble.giant_norm
+        )
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -234,6 +237,7 @@ class Run:
             "k": self.config.sae.k,
             "d_model": self.source.d_model,
             "n_eval_tokens": self.source.n_eval_tokens,
+            "highest_rate_of_dead": evaluation.highest_rate_of_dead(self.source.n_eval_tokens),
             "scale": self.ensemble.scale,
             "seed": self.config.seed,
             "devices": self.devices.count,
