@@ -254,7 +254,7 @@ def test_what_cannot_be_diagnosed_is_one_line(capsys, tmp_path, array, said, cod
     (["--activations={x}", "--workdir={x}"], "--workdir"),
     (["--activations={x}", "--workdir={x}/inside"], "--workdir"),
     (["--activations={x}", "--workdir={w}", "--seed=-1"], "seed = -1"),
-    (["--activations={x}", "--workdir={w}", "--config.sae.k=3"], "--config=FILE before its overrides"),
+    (["--activations={x}", "--workdir={w}", "--config.sae.k=3"], "--config=FILE beside it"),
 ])  # fmt: skip
 def test_wrong_flags_are_one_line(capsys, tmp_path, flags, said):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(900, 4)))
