@@ -18,6 +18,7 @@ FOLDERS: dict[str, Reader] = {
     "params.npz": scopes.gemma_scope_1,
     "params.safetensors": scopes.gemma_scope_2,
     "checkpoints/final.safetensors": scopes.llama_scope,
+    "latest_ckpt.safetensors": saelens.temporal,
 }
 # Name of a file that is an SAE by itself → reader.
 FILES: dict[str, Reader] = {
@@ -64,7 +65,7 @@ def _folder(path: epath.Path) -> Opened:
         return _file(path / places[0])
     if places:
         raise Refused("--sae", str(path), listing(places))
-    files = ", ".join(FOLDERS)
+    files = ", ".join(list(FOLDERS)[:-1])
     raise Refused("--sae", str(path), f"a folder with one of {files}, that of a run, or the file of an SAE")
 
 

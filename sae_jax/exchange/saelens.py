@@ -71,6 +71,11 @@ def read(path: epath.Path) -> Opened:
     return opened(config, arrays, where, path)
 
 
+def temporal(path: epath.Path) -> Opened:
+    """latest_ckpt.safetensors, of the temporal SAEs that SAELens lists: refused."""
+    raise Refused("--sae", str(path.parent), NOT_TAKEN["temporal"])
+
+
 def modern(config: dict[str, Any], where: epath.Path) -> dict[str, Any]:
     """A configuration as version 6 has it; those of earlier versions are flat and name some things otherwise."""
     metadata = arrays_lib.of(config, "metadata", where)
