@@ -83,7 +83,7 @@ def sweep(add):
 # ## Running it
 #
 # Several machines: the same command with `--shard=0/4` … `--shard=3/4` and a `--workdir` that all of them see, as
-# `gs://bucket/gammas`, then once more with `--merge`. The repository's `experiments/launch_tpu_pod.sh` does that on all
+# `gs://bucket/gammas`, then once more with `--merge`. The repository's `experiments/speed/launch_tpu_pod.sh` does that on all
 # hosts of a slice.
 
 # %%

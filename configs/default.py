@@ -4,7 +4,8 @@
 
 `activations.npy` is a floating point array of shape (tokens, d_model); it is memory-mapped, so it may be larger than
 memory. Expect two SAEs, side by side on the same batches: one as usual and one whose bias starts at the geometric
-median. Cost: about 2 s a step at d 768 on 2 CPU cores, milliseconds on an accelerator.
+median. Each takes settings of its own on the command line, as --config.members.centred.sae.center=mean. Cost: about
+2 s a step at d 768 on 2 CPU cores, milliseconds on an accelerator.
 """
 
 from ml_collections import ConfigDict

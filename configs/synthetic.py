@@ -8,7 +8,7 @@ all dimensions. Expect, after about two minutes on 2 CPU cores: the centred SAE 
 With --config.data.mean_direction=one the baseline recovers far more (MMCS 0.72) with about 77 % of its features dead.
 
 AuxK is off: with --config.auxk.preset=dictionary_learning some 60 % of the centred SAE's features end dead, at the same
-MMCS. There are four rows for every true feature; experiments/README.md has the numbers and an untested explanation.
+MMCS. There are four rows for every true feature; experiments/death/README.md has the numbers and why.
 
 Death at initialisation, on the assumptions of the theory (full-rank normal signal), without training:
 

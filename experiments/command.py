@@ -11,7 +11,7 @@ SCALES = ("smoke", "cpu", "paper")
 def start(main: Callable[..., None], name: str, **choices: tuple[str, ...]) -> None:
     """Calls main(workdir, scale) with what the command line says, and with any of the further choices that it names."""
     workdir = flags.DEFINE_string("workdir", f"runs/{name}", "folder for the runs, the table and the picture")
-    scale = flags.DEFINE_enum("scale", "cpu", SCALES, "smoke: seconds; cpu: as in README.md; paper: an accelerator")
+    scale = flags.DEFINE_enum("scale", "cpu", SCALES, "smoke: seconds; cpu: as in the READMEs; paper: an accelerator")
     more = {key: flags.DEFINE_enum(key, None, values, "this part alone") for key, values in choices.items()}
 
     def parsed(_: list[str]) -> None:

@@ -1,25 +1,21 @@
 """`python -m sae_jax VERB`, installed as the command `sae-jax`."""
 
-import os
+import atexit
 import signal
 import sys
 from typing import Any
 
-from sae_jax.cli import main
-from sae_jax.errors import Preempted
+from sae_jax.runtime import stopping
 
 
 def run() -> None:
-    """Entry point: exits with the code of the verb. What has nothing to save when SIGTERM comes ends at once."""
-    signal.signal(signal.SIGTERM, _stop)
+    """Entry point: exits with the code of the verb. What has nothing to save ends at once when it is asked to stop."""
+    stopping.end_when_asked()  # before anything that takes time to import
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # last of all: the work is done, and no Python runs
     sys.unraisablehook = _print_unless_late
-    sys.exit(main(sys.argv[1:]))
+    from sae_jax import cli
 
-
-def _stop(*_: object) -> None:
-    # Not an exception, which what runs just now might take for a fault of its own.
-    os.write(2, b"sae_jax: stopped on request; run again to go on\n")
-    os._exit(Preempted.exit_code)
+    sys.exit(cli.main(sys.argv[1:]))
 
 
 def _print_unless_late(what: Any) -> None:

@@ -1,54 +1,44 @@
-"""The command line: flags in, a table and a report out, and one line with an exit code where something is wrong."""
+"""The command line: flags in, a table and a report out, and one line with an exit code where something is wrong.
 
+Nothing that takes time to import is imported before it is needed: help is there at once.
+"""
+
+import contextlib
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
-
-from sae_jax import config as config_lib
-from sae_jax.errors import Preempted, Refused, RunFailed
-from sae_jax.runtime import disk
-
-USAGE = """usage:
-  python -m sae_jax train    --config=configs/X.py --workdir=DIR [--config.a.b=value ...]
-  python -m sae_jax diagnose --activations=PATH --workdir=DIR [--k=64 --n_features=8192 --measure]
-  python -m sae_jax diagnose --activations=PATH --workdir=DIR --sae=SAE [--member=NAME]
-  python -m sae_jax export   --workdir=RUN --format=saelens --out=DIR [--member=NAME] [--push=OWNER/NAME]
-  python -m sae_jax export   --from=SAE --format=sparsify --out=DIR
-  python -m sae_jax extract  --config=configs/X.py --out=DIR [--layers=1,2,9] [--config.a.b=value ...]
-  python -m sae_jax extract  --from=FILE_OR_SAELENS_CACHE --out=DIR [--dtype=float32]
-  python -m sae_jax sweep    --config=configs/sweep.py --workdir=DIR [--filter=model=gpt2] [--grid=seed=0,1] [--dry_run]
-                             [--shard=0/8 | --merge] [--launcher=local|ray]
-
-verbs:
-  train      train the SAEs a configuration describes; run it again to go on where it stopped
-  diagnose   outlier severity, predicted death and the remedy, before any training. PATH is a .npy, .npz or .safetensors
-             file or a dataset folder; --config=configs/X.py in its place takes the activations a configuration names.
-             With --sae: which features of that SAE are dead, by which pathway, and what centring would have saved. SAE
-             is a run, a folder in the format of saelens, dictionary_learning or sparsify, or hf://OWNER/NAME/FOLDER
-  export     write an SAE of a run, or of another format, as saelens, dictionary_learning or sparsify; --push puts the
-             folder on the Hugging Face hub as well
-  extract    write a model's activations, many layers in one pass, or those in a file, as datasets to train on
-  sweep      many models and layers into one table, results.csv; run it again to go on. --filter: model, domain or layer
-"""
+from sae_jax import flags as flags_lib
+from sae_jax.errors import Interrupted, Preempted, Refused, RunFailed
+from sae_jax.flags import Given
 
 
 def main(argv: list[str]) -> int:
     """Runs one verb; returns the exit code."""
-    if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
-        print(USAGE, end="")
+    if not argv or argv[0] in ("help", "-h", "--help"):
+        print(flags_lib.usage_of(argv[1]) if argv[1:2] and argv[1] in flags_lib.VERBS else flags_lib.usage(), end="")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        import importlib.metadata
+
+        try:
+            print(f"sae-jax {importlib.metadata.version('sae-jax')}")
+        except importlib.metadata.PackageNotFoundError:
+            print("sae-jax, not installed")
+        return 0
     try:
-        verb = VERBS.get(argv[0])
-        if verb is None:
-            raise Refused("verb", argv[0], "one of " + ", ".join(VERBS))
-        return verb(argv)
+        if argv[0] not in VERBS:
+            near = difflib.get_close_matches(argv[0], VERBS, n=1)
+            nearest = f" (the nearest is {near[0]})" if near else ""
+            raise Refused("verb", argv[0], "one of " + ", ".join(VERBS) + nearest)
+        if {"-h", "--help"} & set(argv):
+            print(flags_lib.usage_of(argv[0]), end="")
+            return 0
+        return VERBS[argv[0]](argv[1:])
     except (Refused, RunFailed, Preempted) as error:
         return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _say("stopped from the keyboard; run again to go on", 130)
+        return _say(f"{Interrupted.said}; run again to go on", Interrupted.exit_code)
     except (OSError, MemoryError) as error:
         return _say(f"{type(error).__name__}: {error}", RunFailed.exit_code)
     except RuntimeError as error:
@@ -62,215 +52,192 @@ def _say(message: str, exit_code: int) -> int:
     return exit_code
 
 
-def train(argv: list[str]) -> int:
+# -- the verbs -------------------------------------------------------------------------------------------------------
+
+
+def train(words: list[str]) -> int:
     """sae_jax train --config --workdir"""
-    given, config = _parse(argv, lambda values: None)
+    given = _read("train", words, "workdir")
+    config = flags_lib.configuration(given)
     if config is None:
         raise Refused("--config", None, "a configuration file, as configs/synthetic.py")
     from sae_jax.reports import tables
     from sae_jax.training import run as run_lib
 
-    logging.set_verbosity(logging.FATAL)  # the libraries below narrate every save, and what they raise a second time
-    print(tables.table(run_lib.train(config, given.workdir)))
-    print(f"report, figures, checkpoints: {given.workdir}")
+    _quiet()
+    print(tables.table(run_lib.train(config, given["workdir"])))
+    print(f"report, figures, checkpoints: {given['workdir']}")
     return 0
 
 
-def diagnose(argv: list[str]) -> int:
+def diagnose(words: list[str]) -> int:
     """sae_jax diagnose --activations | --config, --workdir"""
-
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("activations", None, "file or dataset folder", flag_values=values)
-        flags.DEFINE_integer("n_features", None, "n of the SAE in question", flag_values=values)
-        flags.DEFINE_integer("k", None, "its k", flag_values=values)
-        flags.DEFINE_bool("measure", False, "also count deaths in untrained SAEs", flag_values=values)
-        flags.DEFINE_integer("n_probes", 512, "random directions to forecast with", flag_values=values)
-        flags.DEFINE_integer("seed", 0, "of probes and measured SAEs", flag_values=values)
-        flags.DEFINE_string("sae", None, "an SAE to examine", flag_values=values)
-        flags.DEFINE_string("member", None, "which SAE of a run", flag_values=values)
-
-    given, config = _parse(argv, define)
-    if (given.activations is None) == (config is None):
-        raise Refused("--activations", given.activations, "a file or a dataset folder, or --config=FILE in its place")
-    if given.member is not None and given.sae is None:
-        raise Refused("--member", given.member, "--sae=RUN beside it")
-    from sae_jax.diagnosis import autopsy, diagnosis
+    given = _read("diagnose", words, "workdir")
+    _one_of(given, "activations", "config", "a file or a dataset folder")
+    if given["sae"] is None:
+        given.refuse("--sae=RUN beside it", "member")
+    else:
+        given.refuse("left out: the SAE has its own", "n_features", "k")
+        given.refuse("left out: of an SAE that is there, deaths are always counted", "measure")
+    config = flags_lib.configuration(given)
+    activations = given["activations"] if config is None else config
+    typed: dict[str, str] = {name: f"--{name}" for name in ("n_features", "k", "n_probes", "seed")}
+    if config is None:
+        typed["activations"] = "--activations"
     from sae_jax.reports import tables
 
-    logging.set_verbosity(logging.FATAL)
-    if given.sae is not None:
-        for flag in ("n_features", "k"):
-            if given[flag].value is not None:
-                raise Refused(f"--{flag}", given[flag].value, "left out: the SAE has its own")
-        found = autopsy.dissect(
-            given.sae, given.activations if config is None else config, given.workdir,
-            member=given.member, n_probes=given.n_probes, seed=given.seed,
+    _quiet()
+    with _named(typed):
+        if given["sae"] is not None:
+            from sae_jax.diagnosis import autopsy
+
+            found = autopsy.dissect(
+                given["sae"], activations, given["workdir"], member=given["member"], n_probes=given["n_probes"],
+                seed=given["seed"],
+            )  # fmt: skip
+            print(tables.autopsy_table(found))
+            print(f"report, features.csv, figures: {given['workdir']}")
+            return 0
+        from sae_jax import config as config_lib
+        from sae_jax.diagnosis import diagnosis
+
+        sae = config_lib.base().sae if config is None else config.sae
+        found = diagnosis.diagnose(
+            activations, given["workdir"],
+            n_features=sae.n_features if given["n_features"] is None else given["n_features"],
+            k=sae.k if given["k"] is None else given["k"],
+            measure=given["measure"], n_probes=given["n_probes"], seed=given["seed"],
         )  # fmt: skip
-        print(tables.autopsy_table(found))
-        print(f"report, features.csv, figures: {given.workdir}")
-        return 0
-    sae = config_lib.base().sae if config is None else config.sae
-    found = diagnosis.diagnose(
-        given.activations if config is None else config,
-        given.workdir,
-        n_features=sae.n_features if given.n_features is None else given.n_features,
-        k=sae.k if given.k is None else given.k,
-        measure=given.measure,
-        n_probes=given.n_probes,
-        seed=given.seed,
-    )
     print(tables.diagnosis_table(found))
-    print(f"report, figures: {given.workdir}")
+    print(f"report, figures: {given['workdir']}")
     return 0
 
 
-def export(argv: list[str]) -> int:
+def export(words: list[str]) -> int:
     """sae_jax export --workdir | --from, --format, --out"""
+    given = _read("export", words, "out")
+    _one_of(given, "workdir", "from", "the folder of a run")
+    source = "from" if given["from"] is not None else "workdir"
+    from sae_jax.exchange import hub, saelens, sharing
+    from sae_jax.runtime import checkpoint
 
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("out", None, "a new folder", flag_values=values)
-        flags.DEFINE_string("from", None, "an SAE of any format", flag_values=values)
-        flags.DEFINE_string("format", "saelens", "saelens, dictionary_learning or sparsify", flag_values=values)
-        flags.DEFINE_string("member", None, "which SAE of a run", flag_values=values)
-        flags.DEFINE_string("push", None, "a repository on the Hugging Face hub", flag_values=values)
+    _quiet()
+    if given["member"] is not None and not given[source].startswith((hub.HUB, saelens.HUB)):
+        from etils import epath
 
-    given, _ = _parse(argv, define, folder="out")
-    source: str | None = given["from"].value
-    if (source is None) == (given.workdir is None):
-        raise Refused("--workdir", given.workdir, "the folder of a run, or --from=SAE in its place")
-    from sae_jax.exchange import sharing
-
-    logging.set_verbosity(logging.FATAL)
-    sharing.export(
-        given.workdir if source is None else source, given.out, given.format, member=given.member, push=given.push
-    )
-    print(f"{given.format}: {given.out}" + (f", pushed to {given.push}" if given.push else ""))
+        if not (epath.Path(given[source]) / checkpoint.FOLDER).is_dir():
+            raise Refused("--member", given["member"], f"left out: {given[source]} is no run, and has no members")
+    with _named({"--sae": f"--{source}"}):
+        sharing.export(given[source], given["out"], given["format"], member=given["member"], push=given["push"])
+    print(f"{given['format']}: {given['out']}" + (f", pushed to {given['push']}" if given["push"] else ""))
     return 0
 
 
-def extract(argv: list[str]) -> int:
+def extract(words: list[str]) -> int:
     """sae_jax extract --config | --from, --out"""
+    given = _read("extract", words, "out")
+    _one_of(given, "from", "config", "a file")
+    if given["from"] is not None:
+        given.refuse("left out: a file has one layer", "layers")
+    config = flags_lib.configuration(given)
+    if config is None:
+        from sae_jax.activations import store
 
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_string("out", None, "folder for datasets", flag_values=values)
-        flags.DEFINE_string("from", None, "a file to import", flag_values=values)
-        flags.DEFINE_list("layers", None, "layers, as 1,2,9", flag_values=values)
-        flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "of what is kept", flag_values=values)
-
-    given, config = _parse(argv, define, folder="out")
-    source: str | None = given["from"].value
-    if (source is None) == (config is None):
-        raise Refused("--from", source, "a file, or --config=FILE in its place")
-    from sae_jax.activations import store
-    from sae_jax.models import extraction
-
-    if config is None or source is not None:
-        folders = [store.import_file(str(source), given.out, given.dtype or "float32")]
+        with _named({"data.path": "--from"}):
+            folders = [store.import_file(given["from"], given["out"], given["dtype"] or "float32")]
     else:
+        from sae_jax import config as config_lib
+        from sae_jax.models import extraction
+
         config_lib.check(config)
         model = config.data.model
         if not model.id:
             raise Refused("data.model.id", model.id, "a model")
-        if given.dtype:
-            model.dtype = given.dtype
+        model.dtype = given["dtype"] or model.dtype
         try:
-            layers = sorted({int(layer) for layer in given.layers or [model.layer]})
+            layers = sorted({int(layer) for layer in given["layers"] or [model.layer]})
         except ValueError as error:
-            raise Refused("--layers", ",".join(given.layers), "numbers, as 1,2,9") from error
+            raise Refused("--layers", ",".join(given["layers"]), "numbers, as 1,2,9") from error
         if layers[0] < 0:
             raise Refused("--layers", layers[0], "numbers ≥ 0")
-        folders = list(extraction.extract(model, layers, given.out).values())
+        folders = list(extraction.extract(model, layers, given["out"]).values())
     print("\n".join(folders))
     return 0
 
 
-def sweep(argv: list[str]) -> int:
+def sweep(words: list[str]) -> int:
     """sae_jax sweep --config --workdir; exit code 4 where some jobs failed"""
-
-    def define(values: flags.FlagValues) -> None:
-        flags.DEFINE_multi_string("filter", [], "model=…, domain=… or layer=…", flag_values=values)
-        flags.DEFINE_multi_string("grid", [], "KEY=VALUE,VALUE,…", flag_values=values)
-        flags.DEFINE_bool("dry_run", False, "list the jobs and what they cost", flag_values=values)
-        flags.DEFINE_string("shard", "", "i/N: do this part only, and leave the table to --merge", flag_values=values)
-        flags.DEFINE_bool("merge", False, "write the table from what the shards have done", flag_values=values)
-        flags.DEFINE_enum("launcher", "local", ["local", "ray"], "where jobs run", flag_values=values)
-        flags.DEFINE_string("address", None, "of a Ray cluster; none: this machine", flag_values=values)
-        flags.DEFINE_float("cpus", 1, "a Ray task needs", flag_values=values)
-        flags.DEFINE_float("gpus", 0, "a Ray task needs", flag_values=values)
-
-    given, config = _parse(argv, define)
+    given = _read("sweep", words, "workdir")
+    if given["launcher"] != "ray":
+        given.refuse("left out, or --launcher=ray beside it", "address", "cpus", "gpus")
+    if given["merge"]:
+        given.refuse("left out with --merge, which does no job", "shard", "dry_run")
+    config = flags_lib.configuration(given)
     if config is None:
         raise Refused("--config", None, "a configuration file with sweep(add), as configs/sweep.py")
     from sae_jax.sweeps import cluster, combinations
     from sae_jax.sweeps import jobs as jobs_lib
 
-    logging.set_verbosity(logging.FATAL)
-    every = combinations.jobs(config_flags.get_config_filename(given["config"]), config, given.grid)
-    chosen = combinations.selected(every, given.filter)
-    if given.shard:
-        chosen = combinations.share(chosen, given.shard)
-    if given.dry_run:
+    _quiet()
+    every = combinations.jobs(given["config"], config, given["grid"])
+    chosen = combinations.selected(every, given["filter"])
+    if given["shard"]:
+        chosen = combinations.share(chosen, given["shard"])
+    if given["dry_run"]:
         print(combinations.plan(chosen))
         return 0
-    ray = given.launcher == "ray" and not given.merge
-    launch = cluster.launcher(given.address, given.cpus, given.gpus) if ray else jobs_lib.local
-    jobs_lib.check_workdir(given.workdir, every)
-    if not given.merge:
-        jobs_lib.run(given.workdir, chosen, launch, given.shard.replace("/", "-of-") or "all")
-    if not given.shard:
-        jobs_lib.merge(given.workdir, every)
-    print(jobs_lib.summary(given.workdir, chosen))
-    print(f"table: {given.workdir}/{jobs_lib.RESULTS}" if not given.shard else "table: run with --merge")
-    return 0 if all(jobs_lib.finished(given.workdir, job) for job in chosen) else 4
+    ray = given["launcher"] == "ray" and not given["merge"]
+    launch = cluster.launcher(given["address"], given["cpus"], given["gpus"]) if ray else jobs_lib.local
+    jobs_lib.check_workdir(given["workdir"], every)
+    if not given["merge"]:
+        jobs_lib.run(given["workdir"], chosen, launch, given["shard"].replace("/", "-of-") or "all")
+    if not given["shard"]:
+        jobs_lib.merge(given["workdir"], every)
+    print(jobs_lib.summary(given["workdir"], chosen))
+    print(f"table: {given['workdir']}/{jobs_lib.RESULTS}" if not given["shard"] else "table: run with --merge")
+    return 0 if all(jobs_lib.finished(given["workdir"], job) for job in chosen) else 4
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train, "diagnose": diagnose, "extract": extract, "export": export, "sweep": sweep,
 }  # fmt: skip
-Define = Callable[[flags.FlagValues], None]
 
 
-def _parse(argv: list[str], define: Define, folder: str = "workdir") -> tuple[flags.FlagValues, ConfigDict | None]:
-    """The flags, and the configuration with its overrides if one is given. Wrong flags are refused in one line."""
-    overrides = [argument for argument in argv if argument.startswith("--config.")]
-    others = [argument for argument in argv if argument not in overrides]
-    values, plain = _read(others, define)
-    if not values[folder].value:
-        raise Refused(f"--{folder}", values[folder].value, "a folder to write to")
+# -- what they share -------------------------------------------------------------------------------------------------
+
+
+def _read(verb: str, words: list[str], folder: str) -> Given:
+    """The flags, with a folder to write to; paths that nothing here can look at are refused."""
+    given = flags_lib.read(verb, words)
+    if not given[folder]:
+        raise Refused(f"--{folder}", given[folder], "a folder to write to")
+    from sae_jax.runtime import disk
+
     for name in ("workdir", "out", "activations", "from"):
-        if name in values and values[name].value:
-            disk.check_reachable(f"--{name}", str(values[name].value))
-    if plain is None:
-        if overrides:
-            raise Refused(overrides[0], "", "--config=FILE before its overrides")
-        return values, None
-    keys = config_lib.flatten(plain)
-    for override in overrides:  # one by one, so that the one that is wrong can be named
-        key, equals, value = override.removeprefix("--config.").partition("=")
-        if not equals:
-            raise Refused(override, "", "written as --config.KEY=VALUE")
-        if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4) or sorted(keys)
-            raise Refused(key, value, "an existing key, as " + ", ".join(near))
-        try:
-            _read([*others, override], define)
-        except Refused as error:
-            raise Refused(key, value, f"a value of type {type(keys[key]).__name__}") from error
-    return _read(argv, define)
+        if given.values.get(name):
+            disk.check_reachable(f"--{name}", given[name])
+    return given
 
 
-def _read(argv: list[str], define: Define) -> tuple[flags.FlagValues, ConfigDict | None]:
-    values = flags.FlagValues()
+def _one_of(given: Given, one: str, other: str, what: str) -> None:
+    if given[one] is not None and given[other] is not None:
+        raise Refused(f"--{one} and --{other}", f"{given[one]}, {given[other]}", "one of the two")
+    if given[one] is None and given[other] is None:
+        raise Refused(f"--{one}", None, f"{what}, or --{other} in its place")
+
+
+@contextlib.contextmanager
+def _named(typed: dict[str, str]) -> Iterator[None]:
+    """What functions refuse by a name of their own, under that of the flag."""
     try:
-        config = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=argv)
-        flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-        define(values)
-        rest = values(argv)
-        found = config.value
-        if found is not None:
-            config_lib.flatten(found)  # a file that could not be loaded speaks up here
-    except (Exception, SystemExit) as error:  # a configuration file is code: what it raises, the user sees in one line
-        raise Refused("flags", " ".join(argv[1:]), f"flags that can be read ({error})") from error
-    if len(rest) > 1:
-        raise Refused("argument", rest[1], "flags only, as --config.train.steps=1000")
-    return values, found
+        yield
+    except Refused as error:
+        if error.field not in typed:
+            raise
+        raise Refused(typed[error.field], error.value, error.allowed) from error
+
+
+def _quiet() -> None:
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)  # the libraries narrate every save, and what they raise a second time

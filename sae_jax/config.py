@@ -1,21 +1,25 @@
-"""The one schema of a run: every key, its default and its meaning; the checks; and what members may change."""
+"""The one schema of a run: every key, its default and its meaning; what members may change; when runs are the same."""
 
 import functools
-import math
+import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from sae_jax import checks
 from sae_jax.autoencoder.objective import PRESETS
+from sae_jax.checks import MOST
 from sae_jax.errors import Refused
 
 # Keys that change how a run is carried out but not what it computes: a workdir may be continued with others.
-FREE_KEYS = ("train.devices", "checkpoint.keep")
+FREE_KEYS = ("train.devices", "checkpoint.keep", "data.model.cache", "report.every_seconds", "report.wandb")
+# Keys that name a file or a folder, which may be named in several ways.
+PATH_KEYS = ("data.path", *(f"data.model.{kind}" for kind in ("text", "images", "proteins", "dna", "activations")))
 # Keys that all members of a run share: they see the same batches for the same number of steps.
 SHARED_KEYS = ("train.steps", "train.batch_size", "train.steps_per_dispatch", "train.devices", "train.mesh")
-MOST = 2**31 - 1  # steps, features and seeds are 32-bit integers on the device
 MEMBER_SECTIONS = ("seed", "sae", "auxk", "train")
 MEMBER_DATA = "data.gamma"  # synthetic data: the members share the signal and differ in how far the mean is
 
@@ -39,12 +43,14 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
     # Where activations come from: `path` if set, else `model.id` if set, else `signal`.
     config.data = data = ConfigDict()
-    data.path = ""  # a .npy file of (tokens, d_model), or a dataset folder that `sae_jax` wrote
+    # A file, folder or pattern of files of (tokens, d_model), or a dataset that `sae_jax` wrote. PATH::NAME is one of
+    # several arrays, columns or splits; PATH::NAME?without=first,id=3,norm=10 leaves tokens out.
+    data.path = ""
     data.norm = "none"  # of each token, before all else: none | layer_norm | unit
     data.statistics_tokens = 100_000  # training tokens for mu, sigma, gamma and the median
     data.model = model = ConfigDict()
     model.id = ""  # OWNER/NAME on the Hugging Face hub, or a name of models/facts.py, as gpt2 or gemma-3-270m
-    model.revision = "main"
+    model.revision = "main"  # of the model on the hub: branch, tag or commit
     model.remote_code = ""  # NAME=COMMIT[,…]: models whose class is code on the hub, and the commit that may run here
     model.layer = 9  # number of blocks; 0 is the embedding output
     model.hook = "residual"  # residual: the stream after `layer` blocks | attention | mlp | a submodule of that block
@@ -53,10 +59,10 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     model.batch_size = 16  # sequences a forward pass
     # What the model is shown, by kind: a file (images: a folder), hf:OWNER/NAME for a dataset of the hub, or empty for
     # what is built in (models/inputs.py).
-    model.text = ""
-    model.images = ""
-    model.proteins = ""
-    model.dna = ""
+    model.text = ""  # UTF-8; built in: the documentation of Python
+    model.images = ""  # built in: crops of photos
+    model.proteins = ""  # FASTA; built in: variants of antibody domains
+    model.dna = ""  # FASTA; built in: the same as codons
     model.activations = ""  # af3: a file of activations, (tokens, d_model)
     model.keep_special_tokens = False  # BOS tokens are attention sinks with huge norms
     model.dtype = "float32"  # how they are kept: float32 | bfloat16 | float16 (z-scored)
@@ -66,17 +72,17 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     data.gamma = 0.0  # synthetic: gamma_raw = ‖mu‖ / ‖sigma‖
     data.d_model = 256  # synthetic: width
     data.mean_direction = "spread"  # synthetic: one | few | spread, the dimensions that carry the mean
-    data.n_true_features = 1024  # sparse
+    data.n_true_features = 1024  # sparse: true features there are
     data.n_active = 5  # sparse: true features active per token
     data.rank = 0  # gaussian: dimensions of the signal; 0 is all
     data.tail_df = 0.0  # gaussian: degrees of freedom of a Student-t tail (> 2); 0 is normal
 
     config.train = train = ConfigDict()
-    train.steps = 10_000
+    train.steps = 10_000  # of Adam; 0: evaluation at initialisation only
     train.batch_size = 2048  # tokens a step, over all devices
-    train.learning_rate = 3e-4
-    train.beta1 = 0.9
-    train.beta2 = 0.999
+    train.learning_rate = 3e-4  # of Adam, after warm-up and before decay
+    train.beta1 = 0.9  # of Adam: decay of the mean of gradients
+    train.beta2 = 0.999  # of Adam: decay of the mean of their squares
     train.warmup_steps = 0  # linear from 1 / (this + 1)
     train.decay_fraction = 0.2  # the last part of the run, linear to 0
     train.clip_norm = 1.0  # of the gradient of one SAE
@@ -92,12 +98,16 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.n_tokens = 100_000  # held-out tokens (at most a fifth of a stored data set)
-    config.eval.batch_size = 2000
+    config.eval.batch_size = 2000  # held-out tokens at a time, over all devices
     config.eval.points = 0  # evaluations spread evenly over log(step), besides those at checkpoints
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 0  # steps; 0: 5 % of the run
     config.checkpoint.keep = 2  # how many to keep
+
+    config.report = ConfigDict()
+    config.report.every_seconds = 30.0  # between lines of progress where stderr is no terminal; 0: none
+    config.report.wandb = ""  # a project on Weights & Biases that gets the curves and the report; empty: none
 
     config.members = ConfigDict()  # name → overrides: SAEs trained side by side on the same batches; empty: one
     for key, value in (overrides or {}).items():
@@ -151,6 +161,7 @@ def members(config: ConfigDict) -> dict[str, ConfigDict]:
         return {"sae": config}
     resolved = {}
     for name, overrides in config.members.items():
+        checks.member_name(name)
         member = ConfigDict(config.to_dict())
         if not isinstance(overrides, ConfigDict):
             raise Refused(f"members.{name}", overrides, "a dictionary of overrides, as {'sae': {'center': 'mean'}}")
@@ -182,38 +193,85 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """What a run computes, as a flat dictionary that JSON keeps: two runs are the same run if these are equal."""
+    """What a run computes, as a flat dictionary that JSON keeps."""
     return {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
+
+
+def changed(config: ConfigDict, held: dict[str, Any], folder: str) -> tuple[str, Any, Any] | None:
+    """The first key in which a configuration computes something else than a run that is held: (key, then, now).
+
+    A key that the run does not have is one that did not exist then: it counts as its default.
+
+    Args:
+      held: the `identity` of the run.
+      folder: that its relative paths start from.
+    """
+    wanted = json.loads(json.dumps(identity(config)))
+    for key in sorted((wanted.keys() | held.keys()) - set(FREE_KEYS)):
+        then, now = held.get(key, _defaults().get(key)), wanted.get(key)
+        if then != now and not (key in PATH_KEYS and then and now and _place(folder, then) == _place("", now)):
+            return key, then, now
+    return None
+
+
+def _place(folder: str, path: str) -> str:
+    """Where a path leads, seen from a folder; addresses stay as they are."""
+    return path if "://" in path or path.startswith("hf:") else os.path.realpath(os.path.join(folder, path))
+
+
+def without_folders(config: ConfigDict) -> dict[str, Any]:
+    """`identity`, of paths on this machine the last component only: what may be shown to others."""
+    flat = identity(config)
+    for key in (*PATH_KEYS, "data.model.id"):
+        if flat[key] and (key in PATH_KEYS or os.path.exists(flat[key])) and flat[key] == flat[key].removeprefix("hf:"):
+            flat[key] = os.path.basename(flat[key].rstrip("/"))
+    return flat
+
+
+def split_member(config: ConfigDict, key: str) -> tuple[str, str]:
+    """members.NAME.KEY → (NAME, KEY), which any member may be given on the command line; other keys → ("", key).
+
+    In a configuration that names members a new name is more likely a slip: it stays a key that does not exist.
+    """
+    section, _, rest = key.partition(".")
+    name, _, own = rest.partition(".")
+    known = not config.members or name in config.members
+    return (name, own) if section == "members" and name and own and known else ("", key)
+
+
+def lay_over_member(config: ConfigDict, name: str, key: str, value: Any) -> None:
+    """Sets an override of one member, which is made where the configuration names no members at all."""
+    with config.unlocked():
+        _put(config, f"members.{name}.{key}", value)
+
+
+def _put(config: ConfigDict, key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        if section not in config:  # members and their overrides have no default
+            config[section] = ConfigDict()
+        config = config[section]
+    config[last] = value
 
 
 def from_identity(flat: dict[str, Any]) -> ConfigDict:
     """The configuration that `identity` was taken of; free keys at their defaults."""
     config = base()
     for key, value in flat.items():
-        *sections, last = key.split(".")
-        part = config
-        for section in sections:
-            if section not in part:  # members and their overrides have no default
-                part[section] = ConfigDict()
-            part = part[section]
-        part[last] = value
+        _put(config, key, value)
     return config
 
 
 def check(config: ConfigDict) -> None:
     """Refuses values that cannot be run, each with its field, value and what is allowed."""
     _check_keys(config)
-    _check_data(config.data)
-    for key in ("train.steps", "train.devices", "checkpoint.every", "eval.points"):
-        _at_least(config, key, 0)
-    for key in ("train.steps_per_dispatch", "eval.n_tokens", "eval.batch_size", "checkpoint.keep"):
-        _at_least(config, key, 1)
-    _at_least(config, "train.batch_size", 2)  # one token has no variance to explain
-    _check_member(config, "")
+    checks.data(config.data)
+    checks.shared(config)
+    checks.member(config, "", mesh(config)["feature"])
     for name, member in members(config).items():
         prefix = f"members.{name}." if config.members else ""
-        _check_member(member, prefix)
-        _check_gamma(f"{prefix}data.gamma", member.data.gamma)
+        checks.member(member, prefix, mesh(member)["feature"])
+        checks.gamma(f"{prefix}data.gamma", member.data.gamma)
 
 
 @functools.cache
@@ -231,71 +289,3 @@ def _check_keys(config: ConfigDict) -> None:
         kinds = (int, float) if isinstance(default, float) else type(default)
         if not isinstance(given.get(key), kinds) or isinstance(given[key], bool) != isinstance(default, bool):
             raise Refused(key, given.get(key), f"a value of type {type(default).__name__}")
-
-
-def _check_data(data: ConfigDict) -> None:
-    root = ConfigDict({"data": data})
-    if not (data.path or data.model.id or data.signal):
-        raise Refused("data.path", data.path, "set data.path (a .npy file or a dataset), data.model.id or data.signal")
-    _one_of("data.signal", data.signal, ("", "sparse", "gaussian"))
-    _one_of("data.norm", data.norm, ("none", "layer_norm", "unit"))
-    _one_of("data.model.dtype", data.model.dtype, ("float32", "bfloat16", "float16"))
-    _one_of("data.mean_direction", data.mean_direction, ("one", "few", "spread"))
-    _check_gamma("data.gamma", data.gamma)
-    for key in ("d_model", "n_true_features", "n_active", "statistics_tokens", "model.n_tokens", "model.batch_size"):
-        _at_least(root, f"data.{key}", 1)
-    _at_least(root, "data.model.layer", 0)
-    _at_least(root, "data.model.context", 2)
-    if not 0 <= data.rank <= data.d_model:
-        raise Refused("data.rank", data.rank, f"0 (all) to d_model = {data.d_model}")
-    if data.n_active > data.n_true_features or data.n_true_features < 2:
-        raise Refused("data.n_active", data.n_active, f"at most n_true_features = {data.n_true_features} (at least 2)")
-    if data.tail_df != 0 and not 2 < data.tail_df < math.inf:
-        raise Refused("data.tail_df", data.tail_df, "0 (normal) or a number > 2 (the variance has to exist)")
-
-
-def _check_gamma(field: str, gamma: float) -> None:
-    if not (math.isfinite(gamma) and gamma >= 0):
-        raise Refused(field, gamma, "a finite number ≥ 0")
-
-
-def _check_member(config: ConfigDict, prefix: str) -> None:
-    _at_least(config, "sae.n_features", 1, prefix)
-    for key in ("seed", "train.warmup_steps"):
-        _at_least(config, key, 0, prefix)
-    if not 1 <= config.sae.k <= config.sae.n_features:
-        raise Refused(f"{prefix}sae.k", config.sae.k, f"1 to sae.n_features = {config.sae.n_features}")
-    if config.sae.n_features % (feature := mesh(config)["feature"]):
-        raise Refused(f"{prefix}sae.n_features", config.sae.n_features, f"a multiple of {feature}, as of train.mesh")
-    _one_of(f"{prefix}sae.center", config.sae.center, ("none", "mean", "geometric_median"))
-    if config.sae.whiten and config.sae.center == "geometric_median":
-        raise Refused(f"{prefix}sae.center", config.sae.center, "none or mean: whitening subtracts the mean itself")
-    _one_of(f"{prefix}auxk.preset", config.auxk.preset, tuple(PRESETS))
-    _one_of(f"{prefix}train.precision", config.train.precision, ("float32", "bfloat16"))
-    if config.auxk.weight != -1 and not 0 <= config.auxk.weight < math.inf:
-        raise Refused(f"{prefix}auxk.weight", config.auxk.weight, "a finite number ≥ 0, or -1 for the preset's own")
-    if not 0 <= config.auxk.dead_after_tokens < 2**31:
-        raise Refused(f"{prefix}auxk.dead_after_tokens", config.auxk.dead_after_tokens, "0 (automatic) to 2^31 - 1")
-    for key in ("learning_rate", "clip_norm"):
-        if not 0 < config.train[key] < math.inf:
-            raise Refused(f"{prefix}train.{key}", config.train[key], "a finite number > 0")
-    for key in ("beta1", "beta2"):
-        if not 0 <= config.train[key] < 1:
-            raise Refused(f"{prefix}train.{key}", config.train[key], "a number from 0 to under 1")
-    if not 0 <= config.train.decay_fraction <= 1:
-        raise Refused(f"{prefix}train.decay_fraction", config.train.decay_fraction, "a number from 0 to 1")
-
-
-def _at_least(config: ConfigDict, key: str, low: int, prefix: str = "") -> None:
-    value: Any = config
-    for part in key.split("."):
-        value = value[part]
-    if value < low:
-        raise Refused(prefix + key, value, f"an integer ≥ {low}")
-    if value > MOST:
-        raise Refused(prefix + key, value, "an integer up to 2^31 - 1")
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise Refused(field, value, "one of " + ", ".join(name or "''" for name in allowed))

@@ -1,4 +1,4 @@
-"""The two ways a run can end badly, each with its exit code and its one line for people."""
+"""The ways a run can end badly, each with its exit code and its one line for people."""
 
 
 class Refused(ValueError):
@@ -26,7 +26,13 @@ class RunFailed(RuntimeError):
 class Preempted(RuntimeError):
     """The process was asked to stop and saved its state first (exit code 143)."""
 
-    exit_code = 143
+    exit_code, said = 143, "stopped on request"
+
+
+class Interrupted(Preempted):
+    """The same, asked from the keyboard of a command (exit code 130)."""
+
+    exit_code, said = 130, "stopped from the keyboard"
 
 
 def first_line(error: Exception) -> str:

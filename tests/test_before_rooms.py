@@ -46,3 +46,15 @@ def test_a_run_goes_on_and_ends_as_it_did(old):
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             np.testing.assert_allclose(getattr(sae, name), saes[f"{member['name']}_{name}"], atol=1e-4)
 
+
+def test_the_sae_of_a_run_that_is_not_finished_loads_and_reconstructs(old):
+    x = np.load("tokens.npy")
+    for member in json.loads(Path("report_at_the_end.json").read_text())["members"]:
+        name = member["name"]
+        loaded = sae_jax.load("run", name)
+        assert loaded.metadata["step"] == 30
+        values, indices = sae_jax.features("run", x, member=name)
+        assert values.shape == indices.shape == (len(x), loaded.sae.k)
+        error = x.astype(np.float64) - sae_jax.reconstruct("run", x, member=name)
+        fve = 1 - np.sum(error**2) / np.sum((x - x.mean(axis=0, dtype=np.float64)) ** 2)
+        assert fve == pytest.approx(loaded.metadata["final"]["fve"], abs=0.1)  # that is of the held-out tokens

@@ -1,5 +1,7 @@
 """Wrong input: one line on stderr with the field, the value and what is allowed; exit code 2; nothing written."""
 
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from sae_jax import cli
+from sae_jax import cli, flags
 
 ROOT = Path(__file__).parents[1]
 SYNTHETIC = f"--config={ROOT}/configs/synthetic.py"
@@ -76,6 +78,72 @@ def test_flags_that_are_missing_or_wrong(capsys, argv, said):
     assert "Traceback" not in streams.err
 
 
+DIAGNOSE = ["diagnose", "--activations={in}/x.npy", "--workdir={in}/w"]
+TRAIN = ["train", SYNTHETIC, "--workdir={in}/w"]
+SWEEP = ["sweep", f"--config={ROOT}/configs/sweep.py", "--workdir={in}/w"]
+EXTRACT = ["extract", "--from={in}/x.npy", "--out={in}/w"]
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["trian"], "(the nearest is train)"),
+    (["train", "--config={in}/nope.py", "--workdir={in}/w"], "--config = '{in}/nope.py': an existing file"),
+    (["train", "--config={in}/raises.py", "--workdir={in}/w"], "runs; KeyError: 'x' ({in}/raises.py, line 3)"),
+    (["train", "--config={in}/syntax.py", "--workdir={in}/w"], "({in}/syntax.py, line 2)"),
+    (["train", "--config={in}/empty.py", "--workdir={in}/w"], "a file with get_config()"),
+    (["train", "--config={in}/number.py", "--workdir={in}/w"], "returns a ConfigDict, not int"),
+    ([*TRAIN, "--layers=1"], "--layers = '1': left out: a flag of extract, not of train"),
+    ([*TRAIN, "--member=x"], "a flag of diagnose and export, not of train"),
+    ([*DIAGNOSE, "--n_probe=3"], "--n_probe = '3': a flag of diagnose; the nearest is --n_probes"),
+    ([*DIAGNOSE, "--k=many"], "--k = 'many': an integer"),
+    ([*DIAGNOSE, "--k", "many"], "--k = 'many': an integer"),
+    ([*DIAGNOSE, "--k"], "--k = '': a value, as --k=VALUE"),
+    ([*DIAGNOSE, "--k=0"], "--k = 0: 1 to n_features"),
+    ([*DIAGNOSE, "--activations={in}/y.npy"], "--activations = '{in}/y.npy': an existing path"),
+    ([*DIAGNOSE, SYNTHETIC], "--activations and --config"),
+    ([*DIAGNOSE, "--config.sae.k=3"], "--config.sae.k = '3': --config=FILE beside it"),
+    ([*DIAGNOSE, "--sae={in}/s", "--measure"], "--measure = True: left out"),
+    ([*DIAGNOSE, "--sae={in}/s", "--k=3"], "--k = 3: left out: the SAE has its own"),
+    ([*DIAGNOSE, "--member=a"], "--member = 'a': --sae=RUN beside it"),
+    ([*TRAIN, "--config.sae.k", "many"], "sae.k = 'many': a value of type int"),
+    ([*TRAIN, "--config.sae.k", "2000"], "sae.k = 2000: 1 to"),
+    ([*TRAIN, "--config.sae.k", "--config.seed=1"], "--config.sae.k = '': a value, as --config.sae.k=VALUE"),
+    ([*EXTRACT, "--layers=1"], "--layers = ['1']: left out: a file has one layer"),
+    ([*EXTRACT, "--from={in}/number.py"], "--from = "),
+    ([*EXTRACT, SYNTHETIC], "--from and --config"),
+    ([*EXTRACT, "--dtype=int8"], "--dtype = 'int8': one of float32"),
+    (["export", "--workdir={in}/s", "--out={in}/w"], "--workdir = '{in}/s': a folder with one of"),
+    (["export", "--from={in}/s", "--out={in}/w"], "--from = '{in}/s': a folder with one of"),
+    (["export", "--from={in}/s", "--out={in}/w", "--member=a"], "--member = 'a': left out: {in}/s is no run"),
+    (["export", "--from={in}/s", "--workdir={in}/s", "--out={in}/w"], "--workdir and --from"),
+    (["export", "--from={in}/s", "--out={in}/w", SYNTHETIC], "left out: a flag of train"),
+    ([*SWEEP, "--cpus=2"], "--cpus = 2.0: left out, or --launcher=ray beside it"),
+    ([*SWEEP, "--gpus=many"], "--gpus = 'many': a number"),
+    ([*SWEEP, "--merge", "--shard=0/2"], "--shard = '0/2': left out with --merge"),
+    ([*SWEEP, "--merge", "--dry_run"], "--dry_run = True: left out with --merge"),
+    ([*SWEEP, "--dry_run=perhaps"], "--dry_run = 'perhaps': true or false"),
+])  # fmt: skip
+def test_what_is_wrong_is_named_as_it_was_typed(capsys, tmp_path, argv, said):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32))
+    (tmp_path / "raises.py").write_text("def get_config():\n  found = {}\n  return found['x']\n")
+    (tmp_path / "syntax.py").write_text("x = 1\ndef get_config(:\n")
+    (tmp_path / "number.py").write_text("def get_config():\n  return 3\n")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "s").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main([word.replace("{in}", str(tmp_path)) for word in argv]) == 2
+    streams = capsys.readouterr()
+    assert said.replace("{in}", str(tmp_path)) in streams.err
+    assert len(streams.err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_values_may_be_words_of_their_own():
+    given = flags.read("diagnose", ["--k", "3", "-seed=-1", "--nomeasure", "--config.sae.k", "5", "--config", "a.py"])
+    assert (given["k"], given["seed"], given["measure"], given["config"]) == (3, -1, False, "a.py")
+    assert given.overrides == [("sae.k", "5")]
+    assert flags.read("sweep", ["--grid=seed=0,1", "--grid", "sae.k=2"])["grid"] == ("seed=0,1", "sae.k=2")
+
+
 def test_a_wrong_override_is_named_when_the_file_is_given_as_a_word_of_its_own(capsys, tmp_path):
     flags = ["train", "--config", SYNTHETIC.removeprefix("--config="), "--workdir", f"{tmp_path}/w"]
     assert cli.main([*flags, "--config.train.steps=10", "--config.sae.k=0"]) == 2
@@ -118,19 +186,74 @@ def test_a_width_that_is_not_two_dimensional_is_refused(capsys, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_nan_met_in_the_run_is_exit_3(capsys, tmp_path):
-    np.save(tmp_path / "x.npy", np.full((2000, 8), np.nan, np.float32))
+@pytest.mark.parametrize(("x", "said"), [
+    (np.where(np.arange(16_000).reshape(2000, 8) == 12_005, np.nan, 1.0), "row 1500, dimension 5 is nan"),
+    (np.ones((2000, 8)), "all rows are the same"),
+])  # fmt: skip
+def test_activations_that_cannot_be_trained_on_are_refused_at_the_start(capsys, tmp_path, x, said):
+    np.save(tmp_path / "x.npy", x)
     code, streams = run(capsys, tmp_path, f"--config.data.path={tmp_path}/x.npy")
-    assert code == 3
+    assert code == 2
     assert len(streams.err.strip().splitlines()) == 1
-    assert "step 0" in streams.err
-    assert "batch 0" in streams.err
-    assert "not finite" in streams.err
+    assert said in streams.err
+    assert not (tmp_path / "w").exists()
 
 
-def test_a_verb_has_help(capsys):
-    assert cli.main(["train", "--help"]) == 0
-    assert "usage" in capsys.readouterr().out
+@pytest.mark.parametrize("n", [2 * 10**8, 2 * 10**9])
+def test_what_memory_cannot_hold_is_refused_with_what_would_fit(capsys, tmp_path, n):
+    code, streams = run(capsys, tmp_path, f"--config.sae.n_features={n}", "--config.data.d_model=4096")
+    assert code == 2
+    assert len(streams.err.strip().splitlines()) == 1
+    assert f"sae.n_features = {n}: at most about " in streams.err
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("verb", flags.VERBS)
+def test_a_verb_has_help_with_its_flags_and_an_example_that_they_fit(capsys, verb):
+    assert cli.main([verb, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: python -m sae_jax {verb} ")
+    assert max(map(len, said.splitlines())) <= 120
+    for name, flag in flags.VERBS[verb].flags.items():
+        assert f"  --{name}" in said
+        if isinstance(flag.default, int | float) and flag.kind is not bool:
+            assert f"(default: {flag.default})" in said
+    first, *words = flags.VERBS[verb].example.split()
+    assert first == verb
+    assert flags.read(verb, words).typed
+
+
+def test_the_defaults_that_help_names_are_those_of_the_configuration():
+    said, sae = flags.usage_of("diagnose"), sae_jax.base().sae
+    for flag, value in (("n of the SAE in question", sae.n_features), ("its k", sae.k)):
+        assert f"{flag}; not given: that of the configuration, or {value}" in said
+
+
+LIGHT = """
+import sys
+from sae_jax import cli, flags
+codes = [cli.main(argv) for argv in (["--help"], ["--version"], ["sweep", "--help"], [])]
+heavy = {"jax", "numpy", "absl", "ml_collections", "etils"} & set(sys.modules)
+print(codes, heavy)
+import sae_jax
+print(sorted(set(sae_jax.__all__) - set(dir(sae_jax))), "jax" in sys.modules)
+sae_jax.diagnose
+print({"grain", "orbax", "torch", "tensorboardX", "scipy.stats", "tensorflow_datasets"} & set(sys.modules))
+"""
+
+
+def test_help_imports_nothing_heavy_and_a_diagnosis_not_what_training_needs():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-3:] == ["[0, 0, 0, 2] set()", "[] False", "set()"], done.stderr
+
+
+def test_every_name_is_there_and_no_other():
+    from sae_jax import train  # noqa: F401
+
+    assert all(getattr(sae_jax, name) is not None for name in sae_jax.__all__)
+    assert pickle.loads(pickle.dumps(sae_jax.diagnose)) is sae_jax.diagnose
+    with pytest.raises(AttributeError, match="no attribute 'fly'"):
+        sae_jax.fly  # noqa: B018
 
 
 def test_a_run_keeps_its_folder_and_its_damaged_settings_are_named(capsys, tiny, tmp_path, rng):

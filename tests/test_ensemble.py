@@ -70,7 +70,7 @@ def test_a_member_of_another_gamma_is_a_run_at_that_gamma(tiny, tmp_path):
     tiny.members = ConfigDict({"own": {}, "centred": {"sae": {"center": "mean"}}})
     alone, _ = record_after(tiny, tmp_path / "alone", 12)
     for key, value in alone["members"]["own"].items():
-        assert shared["members"]["own"][key] == pytest.approx(value, rel=1e-7), key
+        assert shared["members"]["own"][key] == pytest.approx(np.asarray(value), rel=1e-7), key
     assert shared["fates"]["own"] == alone["fates"]["own"]
     assert shared["members"]["own"]["fve_about_zero"] > shared["members"]["base"]["fve_about_zero"]
     assert ensemble.gamma_raw("own") == pytest.approx(9.0, rel=0.05)
@@ -169,7 +169,7 @@ def test_a_norm_of_tokens_is_as_good_as_normed_activations(tiny, tmp_path, rng, 
     plain, expected, judged = after_training(tiny, tmp_path / "plain", normed)
     np.testing.assert_allclose(metrics[0]["loss"], expected[0]["loss"], rtol=1e-6)
     for key, value in record["members"]["centred"].items():
-        assert judged["members"]["centred"][key] == pytest.approx(value, rel=1e-6), key
+        assert judged["members"]["centred"][key] == pytest.approx(np.asarray(value), rel=1e-6), key
     gammas = moments_lib.severity(run.source.statistics()).gammas()
     np.testing.assert_allclose(run.ensemble.statistics["gammas"], list(gammas.values()))  # of x as it comes
 

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from sae_jax.activations import synthetic
+from sae_jax.models.facts import MODELS, PAPER
 from sae_jax.training import step as step_lib
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
 FEWER = {
-    "fig6_centering": {"DIRECTIONS": ("one",)},
-    "remedies_compared": {"GAMMAS": (20.0,), "ARMS": ("none", "AuxK", "encoder bias", "whitening", "batch norm",
+    "paper.fig6_centering": {"DIRECTIONS": ("one",)},
+    "death.remedies_compared": {"GAMMAS": (20.0,), "ARMS": ("none", "AuxK", "encoder bias", "whitening", "batch norm",
                                                       "resampling", "ghost gradients")},
-    "concept_f1": {"SEEDS": (0,), "ARMS": {"centred 1": {"sae": {"center": "mean"}, "share": 1}}},
-    "one_dimension": {"VARIANTS": {}},
-    "auxk_idle": {"ARMS": {"AuxK on the encoder": (4, True, False)}},
-    "bench_ensemble": {"SHAPES": ((32, 128, 3, 32),), "MEMBERS": 2},
+    "trust.concept_f1": {"SEEDS": (0,), "ARMS": {"centred 1": {"sae": {"center": "mean"}, "share": 1}}},
+    "death.one_dimension": {"VARIANTS": {}},
+    "death.auxk_idle": {"ARMS": {"AuxK on the encoder": (4, True, False)}},
+    "speed.bench_ensemble": {"SHAPES": ((32, 128, 3, 32),), "MEMBERS": 2},
 }  # fmt: skip
 
 
@@ -34,22 +34,22 @@ def rows(path):
 
 
 @pytest.mark.parametrize(("script", "tables", "pictures"), [
-    ("fig1_mechanism", ["fig1_mechanism"], ["fig1_mechanism"]),
-    ("fig2b_landscape", ["fig2b_landscape"], ["fig2b_gemma-3-270m", "fig2b_minilm-l6"]),
-    ("fig4a_theory", ["fig4a_theory"], ["fig4a_theory"]),
-    ("fig6_centering", ["fig6_rates", "fig6_synthetic"], ["fig6_centering"]),
-    ("figS7_real_dynamics", ["figS7_real_dynamics"], ["figS7_real_dynamics"]),
-    pytest.param("lr_sensitivity", ["lr_sensitivity"], ["lr_sensitivity"], marks=pytest.mark.drawn),  # many members
-    ("remedies_compared", ["remedies_compared"], []),
-    ("bias_timescales", ["bias_timescales", "bias_interventions"], []),
-    ("auxk_idle", ["auxk_idle"], []),
-    ("concept_f1", ["concept_f1"], []),
-    ("one_dimension", ["one_dimension"], []),
-    ("bench_ensemble", ["bench_ensemble"], []),
-    ("bfloat16_error", ["bfloat16_error"], []),
+    ("paper.fig1_mechanism", ["fig1_mechanism"], ["fig1_mechanism"]),
+    ("paper.fig2b_landscape", ["fig2b_landscape"], ["fig2b_gemma-3-270m", "fig2b_minilm-l6"]),
+    ("paper.fig4a_theory", ["fig4a_theory"], ["fig4a_theory"]),
+    ("paper.fig6_centering", ["fig6_rates", "fig6_synthetic"], ["fig6_centering"]),
+    ("paper.figS7_real_dynamics", ["figS7_real_dynamics"], ["figS7_real_dynamics"]),
+    pytest.param("paper.lr_sensitivity", ["lr_sensitivity"], ["lr_sensitivity"], marks=pytest.mark.drawn),
+    ("death.remedies_compared", ["remedies_compared"], []),
+    ("death.bias_timescales", ["bias_timescales", "bias_interventions"], []),
+    ("death.auxk_idle", ["auxk_idle"], []),
+    ("trust.concept_f1", ["concept_f1"], []),
+    ("death.one_dimension", ["one_dimension"], []),
+    ("speed.bench_ensemble", ["bench_ensemble"], []),
+    ("speed.bfloat16_error", ["bfloat16_error"], []),
 ])  # fmt: skip
 def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp_path, monkeypatch):
-    module = importlib.import_module(script)
+    module = importlib.import_module(f"experiments.{script}")
     for name, value in FEWER.get(script, {}).items():
         monkeypatch.setattr(module, name, value)
     module.main(tmp_path, "smoke")
@@ -61,7 +61,8 @@ def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp
 
 def test_a_slice_of_the_fault_campaign(tmp_path):
     """An export killed ten times, in a process of its own, which forks."""
-    command = [sys.executable, "experiments/fault_campaign.py", f"--workdir={tmp_path}", "--tries=1", "--only=export"]
+    command = [sys.executable, "-m", "experiments.trust.fault_campaign", f"--workdir={tmp_path}", "--tries=1",
+               "--only=export"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "fault_campaign.csv")
@@ -73,7 +74,7 @@ def test_a_slice_of_the_fault_campaign(tmp_path):
 
 
 def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):
-    script = importlib.import_module("fig5_recovery")
+    script = importlib.import_module("experiments.paper.fig5_recovery")
     for half in script.PRESETS:
         script.main(tmp_path, "smoke", half)
     script.summarise(tmp_path)
@@ -83,12 +84,13 @@ def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):
     assert all(float(row["bias_projection"]) == 0 for row in frozen)
     for row in rows(tmp_path / "fig5_transitions.csv"):
         assert sum(float(row[a + b]) for a in "ATR" for b in "ATR") == pytest.approx(1)
-    assert "| 40 | AuxK, frozen bias |" in capsys.readouterr().out
+    assert "gamma 40  condition AuxK, frozen bias" in capsys.readouterr().out
+    assert len(rows(tmp_path / "fig5_claims.csv")) == 4 * len(script.CONDITIONS)
     assert (tmp_path / "fig5_recovery.png").stat().st_size > 0
 
 
 def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):
-    script = importlib.import_module("remedies_compared")
+    script = importlib.import_module("experiments.death.remedies_compared")
     config = script.settings("smoke", 20.0, 0)
     static, spec = step_lib.Static.of(config), synthetic.build(config.data, 0)
     x = synthetic.sample(spec, 0, 0, jnp.arange(32))
@@ -101,3 +103,19 @@ def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):
     moved = jnp.abs(ghost(late, x, 0).sae.W_dec - plain(late, x, 0).sae.W_dec)[0].sum(axis=1)
     assert jnp.isfinite(moved).all()
     assert moved[60:].max() > 1e-3
+
+
+def test_the_table_of_models_is_that_of_the_facts():
+    table = rows(ROOT / "experiments/trust/models.csv")
+    assert [row["name"] for row in table] == list(MODELS)
+    for row in table:
+        known = MODELS[row["name"]]
+        layers = known.interior if row["name"] in PAPER else range(1, known.blocks + 1)
+        assert row["layers"] == "–".join(map(str, dict.fromkeys((layers[0], layers[-1]))))
+        widths = (known.width,) if isinstance(known.width, int) else known.width
+        assert row["d"] == "–".join(map(str, dict.fromkeys((min(widths), max(widths)))))
+        assert (row["weights"], row["domain"]) == (known.id, known.domain)
+        assert row["licence"].startswith(known.licence)
+        assert ("gated" in row["licence"]) == known.gated
+        said = {"class": "random weights", "stand-in": "a stand-in", "weights": "the weights"}[known.checked]
+        assert row["adapter_tested_on"].startswith("a file" if known.family == "activations" else said)

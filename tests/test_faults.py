@@ -1,6 +1,9 @@
 """What may befall a run: damaged files, a workdir in use, numbers that blow up. Nothing is lost, nothing lies."""
 
+import hashlib
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +20,7 @@ from ml_collections import ConfigDict
 
 import sae_jax
 from sae_jax import cli
+from sae_jax.activations import stored
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.runtime import checkpoint, disk
@@ -131,6 +135,18 @@ def test_a_damaged_config_is_one_line(run, content):
         sae_jax.train(config, str(workdir))
 
 
+def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
+    workdir, _ = run
+    largest = lambda step: max(files_in(workdir / "checkpoints" / step), key=lambda path: path.stat().st_size)  # noqa: E731
+    newest, before = largest("20"), largest("10")
+    assert checkpoint.saved(str(workdir)).step == 20
+    flip(newest)
+    assert checkpoint.saved(str(workdir)).step == 10
+    flip(before)
+    assert cli.main(["export", f"--workdir={workdir}", f"--out={tmp_path}/o"]) == 2
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_damaged_report_is_written_again(run):
     workdir, config = run
     report = (workdir / "report.json").read_text()
@@ -139,19 +155,52 @@ def test_a_damaged_report_is_written_again(run):
     assert (workdir / "report.json").read_text() == report
 
 
-def test_any_bit_of_a_dataset_is_noticed_and_named(tmp_path, rng, capsys):
-    np.save(tmp_path / "x.npy", rng.normal(size=(2000, 8)).astype(np.float32))
-    assert cli.main(["extract", f"--from={tmp_path}/x.npy", f"--out={tmp_path}/data", "--dtype=float16"]) == 0
-    folder = Path(capsys.readouterr().out.strip())
-    manifest = folder / "activations.json"
+@pytest.fixture
+def dataset(tmp_path, monkeypatch, capsys):
+    """A small dataset whose manifest is the same bytes wherever it lies."""
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.random.default_rng(0).normal(size=(1100, 2)).astype(np.float32))
+    assert cli.main(["extract", "--from=x.npy", "--out=data", "--dtype=float16"]) == 0
+    return Path(capsys.readouterr().out.strip())
+
+
+def test_every_bit_of_a_manifest_is_noticed_and_the_file_named(dataset, tmp_path):
+    whole, root = (dataset / stored.MANIFEST).read_bytes(), checkpoint.epath.Path(tmp_path / "copy")
+    root.mkdir()
+    copy = tmp_path / "copy" / stored.MANIFEST
+    copy.write_bytes(whole)
+    assert stored.read_manifest("--out", root)["n_tokens"] == 1100
+    for bit in range(8 * len(whole)):
+        flip(copy, bit)
+        with pytest.raises(Refused, match=re.escape(str(copy))):
+            stored.read_manifest("--out", root)
+        copy.write_bytes(whole)
+
+
+def test_a_damaged_manifest_is_one_line(dataset, capsys):
+    manifest = dataset / stored.MANIFEST
     whole = manifest.read_bytes()
-    for bit in rng.integers(0, 8 * len(whole), 40):
-        flip(manifest, int(bit))
-        code = cli.main(["diagnose", f"--activations={folder}", f"--workdir={tmp_path}/w", "--n_features=64", "--k=4"])
+    places = [whole.index(b'"mean"') + 25, whole.index(b'"checksum"') + 3, len(whole) - 10, 0]  # the 18th decimal, say
+    for place in places:
+        flip(manifest, 8 * place)
+        code = cli.main(["diagnose", f"--activations={dataset}", "--workdir=w", "--n_features=64", "--k=4"])
         error = capsys.readouterr().err.strip()
         assert (code, len(error.splitlines())) == (2, 1), error
-        assert str(folder) in error
+        assert str(manifest) in error
         manifest.write_bytes(whole)
+
+
+@pytest.mark.parametrize("sealed", ["by what it means", "not at all"])
+def test_manifests_of_before_are_read_and_their_damage_is_noticed(dataset, sealed):
+    path, root = dataset / stored.MANIFEST, checkpoint.epath.Path(dataset)
+    known = stored.read_manifest("--out", root)
+    meant = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**known, "checksum": meant} if sealed == "by what it means" else known))
+    assert stored.read_manifest("--out", root) == known
+    damaged = path.read_text().replace('"checksum"', '"checksun"').replace('"n_tokens": 1100', '"n_tokenz": 1100')
+    path.write_text(damaged)
+    with pytest.raises(Refused, match="another"):
+        stored.read_manifest("--out", root)
 
 
 # -- one at a time -----------------------------------------------------------------------------------------------------

@@ -148,7 +148,8 @@ def test_objects_are_refused_and_never_unpickled(tmp_path, save):
 
 
 @pytest.mark.parametrize(("array", "said"), [
-    (np.zeros(7), "tokens, d_model"), (np.zeros((2, 3, 4)), "tokens, d_model"), (np.zeros((0, 4)), "tokens, d_model"),
+    (np.zeros(7), "tokens, d_model"), (np.zeros((2, 3, 4, 5)), "tokens, d_model"),
+    (np.zeros((0, 4)), "tokens, d_model"),
     (np.zeros((8, 4), np.int64), "floating point"), (np.zeros((8, 4), np.complex64), "floating point"),
 ])  # fmt: skip
 def test_what_is_not_activations_is_refused(tmp_path, array, said):

@@ -15,6 +15,7 @@ import torch
 from conftest import FULL_DPI
 from safetensors.numpy import load_file, save_file
 
+from experiments.trust import page_in_browser
 from sae_jax import cli
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
@@ -28,8 +29,6 @@ from sae_jax.reports import figures
 from sae_jax.training.run import train
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-import page_in_browser  # noqa: E402
 
 D, N, K = 12, 40, 5
 
@@ -309,7 +308,10 @@ def spoil_config(**changes):
     (spoil_nan, "W_dec = 'not finite'"),
     (spoil_config(k=None), "k = 'missing'"),
     (spoil_config(k=41), "k = 41: 1 to the 40"),
-    (spoil_config(architecture="gated"), "architecture = 'gated': topk"),
+    (spoil_config(architecture="gated"), "b_gate, b_mag, r_mag = 'missing'"),
+    (spoil_config(architecture="abstopk"), "AbsTopK is not supported here, diagnose --sae takes it"),
+    (spoil_config(architecture="temporal"), "temporal SAEs are not supported"),
+    (spoil_config(architecture="of tomorrow"), "one of standard, topk"),
     (spoil_config(normalize_activations="expected_average_only_in"), "normalize_activations"),
     (spoil_config(d_sae=39), "the shape"),
     (lambda folder: (folder / "cfg.json").unlink(), "cfg.json"),
@@ -360,7 +362,7 @@ def test_another_width_than_the_activations(rng, x, tmp_path, capsys):
     (["export", "--workdir=RUN", "--out=o", "--format=onnx"], "--format = 'onnx': one of saelens"),
     (["export", "--workdir=RUN", "--out=full", "--member=wide"], "--out = 'full': a folder that does not exist"),
     (["export", "--workdir=RUN", "--out=full/file/o", "--member=wide"], "--out = 'full/file/o': a folder that can be"),
-    (["export", "--from=nowhere", "--out=o"], "--sae = 'nowhere': a folder"),
+    (["export", "--from=nowhere", "--out=o"], "--sae = 'nowhere': a folder or file"),
     (["export", "--from=full", "--out=o"], "a folder with one of"),
     (["export", "--workdir=RUN", "--out=o", "--member=wide", "--push=a/b"], "--push = 'a/b': a repository on the hub"),
     (["export", "--from=hf://a/b/c", "--out=o"], "--sae = 'hf://a/b/c': a repository on the hub"),
@@ -380,10 +382,11 @@ def test_wrong_flags_write_nothing(run, tmp_path, capsys, monkeypatch, argv, sai
 
 def test_the_peers_themselves_agree():
     """SAELens and sparsify load what we export; an SAE that SAELens trained is examined. In a process of its own."""
-    command = [sys.executable, str(ROOT / "experiments/peer_conformance.py"), "--peers=saelens,sparsify",
+    command = [sys.executable, "-m", "experiments.trust.peer_conformance", "--peers=saelens,sparsify",
                "--gammas=100", "--steps=20", "--tokens=4000"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("identity True") == 8  # five conditions, of which sparsify refuses two
     assert "trained by saelens" in done.stdout
+    assert "using eager implementation of sparse decoder" in done.stdout  # sparsify's word, with triton and without

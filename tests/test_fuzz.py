@@ -300,7 +300,7 @@ BAD = [
     *([*DIAGNOSE, flag] for flag in (
         "--k=0", "--k=65", "--k=four", "--n_features=0", "--n_features=" + "9" * 30, "--n_probes=3", "--seed=-1",
         "--config={configs}/synthetic.py", "--activations={tmp}/none.npy", "--activations={tmp}/three_rows.npy",
-        "--activations={tmp}/nan.npy", "--activations={tmp}/constant.npy", "--activations={tmp}",
+        "--activations={tmp}/nan.npy", "--activations={tmp}/same.npy", "--activations={tmp}",
         "--workdir={tmp}/good.npy", "--measure=perhaps", "--activations={tmp}/pipe.npy", "--member=a",
         "--n_probes=" + "9" * 30,
     )),
@@ -320,8 +320,8 @@ def place(tmp_path_factory):
     """A folder with good and bad inputs."""
     folder, x = tmp_path_factory.mktemp("place"), np.random.default_rng(0).normal(size=(600, 4))
     arrays = {
-        "good": x, "empty": x[:0], "integers": x.astype(int), "flat": x[:, 0], "cube": x[None], "three_rows": x[:3],
-        "nan": np.where(np.arange(600)[:, None] == 7, np.nan, x), "constant": x * [1, 1, 0, 1],
+        "good": x, "empty": x[:0], "integers": x.astype(int), "flat": x[:, 0], "cube": x[None, None],
+        "three_rows": x[:3], "nan": np.where(np.arange(600)[:, None] == 7, np.nan, x), "same": 0 * x + 1,
         "objects": np.array([[None]]),
     }  # fmt: skip
     for name, array in arrays.items():

@@ -19,7 +19,8 @@ def launch(tmp_path, *argv):
     (tmp_path / "gcloud").chmod(0o755)
     log = tmp_path / "log"
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log)}
-    done = subprocess.run([ROOT / "experiments/launch_tpu_pod.sh", *argv], env=env, capture_output=True, text=True)
+    launcher = ROOT / "experiments/speed/launch_tpu_pod.sh"
+    done = subprocess.run([launcher, *argv], env=env, capture_output=True, text=True)
     return done, log.read_text().splitlines() if log.exists() else []
 
 

@@ -161,7 +161,7 @@ def test_a_run_on_a_mesh_cut_short_and_continued_equals_one_device(tiny, tmp_pat
     for ours, theirs in zip(two["members"], one["members"], strict=True):
         for when in ("init", "final"):
             for key, value in theirs[when].items():
-                wanted = value if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)
+                wanted = value if value is None else pytest.approx(np.asarray(value), rel=1e-9, abs=1e-12)
                 assert ours[when][key] == wanted, (ours["name"], when, key)
     a, b = (checkpoint.saved(str(tmp_path / name)).groups for name in ("one", "two"))
     assert max(group["tokens_since_fired"].max() for group in a) >= 64

@@ -4,6 +4,7 @@ from processes import Processes
 
 import sae_jax
 from sae_jax.activations import files, pipeline, store
+from sae_jax.activations.chunks import ArrayChunks, read, split_chunks
 from sae_jax.errors import Refused
 from sae_jax.models.sources import open_source
 from sae_jax.runtime import checkpoint
@@ -40,6 +41,21 @@ def test_every_row_once_an_epoch_in_an_order_that_the_seed_fixes(chunks):
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.1
 
 
+def test_rows_of_a_chunk_do_not_follow_each_other_in_a_lane(chunks):
+    """Chunks of three rows: unshuffled, two rows of three would be followed by their neighbour; by chance one in 48."""
+    lanes = taken(chunks, 48)  # (48, 64), a lane a column
+    assert chunks.rows == 3
+    assert np.mean(np.diff(lanes, axis=0) == 1) < 0.06
+
+
+def test_statistics_are_of_all_parts_of_an_ordered_file(tmp_path, tiny):
+    np.save(tmp_path / "x.npy", numbered(20_000, 2))
+    tiny.data.signal, tiny.data.path, tiny.data.statistics_tokens = "", str(tmp_path / "x.npy"), 2000
+    seen = np.concatenate(list(open_source(tiny).statistics()))[:, 0]
+    assert len(np.unique(seen)) == len(seen) == 2000
+    assert np.bincount(seen.astype(int) // 2000, minlength=10).min() > 150  # of 200 that an even spread would take
+
+
 @pytest.mark.parametrize(("n_rows", "batch_size"), [(3072, 96), (5000, 64), (12345, 100), (1100, 48), (70, 32)])
 def test_epochs_end_to_the_row_whatever_divides_what(tmp_path, n_rows, batch_size):
     np.save(tmp_path / "x.npy", numbered(n_rows))
@@ -53,7 +69,7 @@ def test_epochs_end_to_the_row_whatever_divides_what(tmp_path, n_rows, batch_siz
 
 
 def test_long_chunks_are_held_in_fewer_lanes(rng):
-    class Long(pipeline.ArrayChunks):
+    class Long(ArrayChunks):
         def __init__(self, x):
             super().__init__(x, "long")
             self.rows = 4096
@@ -83,12 +99,12 @@ def test_the_state_is_the_position(chunks):
 
 
 def test_splits_never_overlap_and_the_held_out_chunks_are_spread(chunks):
-    train, held_out = pipeline.split_chunks(100, 7)
+    train, held_out = split_chunks(100, 7)
     assert sorted([*train, *held_out]) == list(range(100))
     assert len(held_out) == 7
     assert np.diff(held_out).min() >= 14
-    read = np.concatenate(list(pipeline.read(chunks.__getitem__, np.arange(100), 32, 290)))
-    np.testing.assert_array_equal(read[:, 0], np.arange(290))
+    rows = np.concatenate(list(read(chunks.__getitem__, np.arange(100), 32, 290)))
+    np.testing.assert_array_equal(rows[:, 0], np.arange(290))
 
 
 def test_what_is_no_dataset_is_refused(tmp_path):
@@ -154,4 +170,5 @@ def test_two_processes_see_what_one_sees_and_one_goes_on_where_two_stopped(tiny,
     assert [entry["step"] for entry in checkpoint.history(workdir)] == [0, 10, 20, 30, 40]
     for ours, theirs in zip(report["members"], whole["members"], strict=True):
         for key, value in theirs["final"].items():
-            assert ours["final"][key] == (value if value is None else pytest.approx(value, rel=1e-9)), key
+            wanted = value if value is None else pytest.approx(np.asarray(value), rel=1e-9)
+            assert ours["final"][key] == wanted, key

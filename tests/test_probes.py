@@ -38,3 +38,13 @@ def test_the_death_curve_falls_with_k_and_its_band_holds_it(rng):
     assert band.dead[-1] == np.mean(best <= 0)
     clear = found._replace(best=np.full(512, 9.0)).curve(np.array([0.01]))
     assert (clear.dead[0], round(clear.high[0], 4)) == (0, 0.0074)  # no death in 512 is not proof of none
+
+
+@pytest.mark.parametrize(("n_features", "n_effective"), [(None, 512), (64, 1 / (1 / 512 + 1 / 64))])
+def test_the_band_is_wilsons_for_the_probes_and_the_rows_of_one_sae(n_features, n_effective):
+    """Its ends solve (share − end)² = 1.96² · end (1 − end) / n (Wilson 1927). Neighbours differ: no gain of strata."""
+    found = Forecast(np.zeros((512, 256)), np.where(np.arange(512) % 2, 9.0, -1.0))
+    band = found.curve(np.array([0.01]), n_features)
+    assert band.dead[0] == 0.5
+    for end in (band.low[0], band.high[0]):
+        assert (0.5 - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n_effective, rel=1e-5)

@@ -57,7 +57,8 @@ def test_several_processes_equal_one_in_float64(tiny, tmp_path, rng, n, from_fil
     for ours, theirs in zip(several["members"], one["members"], strict=True):
         for when in ("init", "final"):
             for key, value in theirs[when].items():
-                assert ours[when][key] == (value if value is None else pytest.approx(value, rel=1e-9)), (when, key)
+                wanted = value if value is None else pytest.approx(np.asarray(value), rel=1e-9)
+                assert ours[when][key] == wanted, (when, key)
     a, b = (final_states(tiny, folder) for folder in (tmp_path / "one", tmp_path / "several" / "w"))
     for left, right in zip(a, b, strict=True):
         np.testing.assert_array_equal(left.tokens_since_fired, right.tokens_since_fired)
@@ -72,4 +73,4 @@ def test_one_process_killed_stops_the_other_with_a_line_and_not_with_a_hang(tiny
     assert victim == -9
     assert code == 3, said
     assert "sae_jax: another process of this run has ended or cannot be reached, so all stop" in said
-    assert checkpoint._steps(checkpoint.epath.Path(tmp_path / "w" / "checkpoints"))
+    assert checkpoint.steps(checkpoint.epath.Path(tmp_path / "w" / "checkpoints"))

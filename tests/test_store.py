@@ -87,6 +87,40 @@ def test_half_precision_keeps_the_signal_as_far_as_its_bits_go(tmp_path, rng, sm
         assert np.abs(got - x).max() < 5 * tolerance
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("n_tokens", [512, 768, 1023, 1024, 1025])
+def test_shards_of_every_kind_keep_every_whole_chunk_of_drifting_data(tmp_path, rng, monkeypatch, dtype, n_tokens):
+    """Two chunks a shard. A dimension that stands still in the first shard moves in the second; all drift away."""
+    monkeypatch.setattr(store, "SHARD_BYTES", 256 * D * np.dtype(stored.STORED[dtype]).itemsize * 2)
+    x = rng.normal(size=(n_tokens, D)).astype(np.float32)
+    x[:512, 3] = 7
+    x[512:] += 11
+    folder = make(tmp_path, x, layers=(1,), dtype=dtype)[1]
+    chunks, whole = files.open_chunks(folder), n_tokens // 256 * 256
+    assert chunks.n_tokens == whole
+    assert len(chunks._shards) == -(-whole // 512)
+    got = chunks.tokens(0, n_tokens)
+    if dtype == "float32":
+        np.testing.assert_array_equal(got, x[:whole])
+    elif dtype == "bfloat16":
+        np.testing.assert_array_equal(got, x[:whole].astype(ml_dtypes.bfloat16).astype(np.float32))
+    else:  # 11 bits of at most 20 deviations
+        np.testing.assert_allclose(got, x[:whole], atol=20 * 2**-11)
+
+
+@pytest.mark.parametrize(("early", "late"), [(1e-6, 0.95), (1e4, 1e-4)])
+def test_float16_that_would_lose_a_dimension_is_refused_at_its_shard(tmp_path, rng, small_shards, early, late):
+    """Z-scored by the first shard, a dimension that wakes up is clipped, and one that falls asleep rounded away."""
+    x = rng.normal(size=(2048, D)).astype(np.float32)
+    x[:1024, 5] *= early
+    x[1024:, 5] *= late
+    with pytest.raises(RunFailed, match=r"tokens 1024 to 2048: dimension 5 varies by .* bfloat16 or float32"):
+        make(tmp_path, x, layers=(1,), dtype="float16")
+    folder = make(tmp_path, x, layers=(1,), dtype="bfloat16")[1]
+    found = files.open_chunks(folder).tokens(1024, 2048)[:, 5]
+    assert found.std() == pytest.approx(x[1024:, 5].std(), rel=1e-2)
+
+
 @pytest.mark.parametrize("after", [0, 1, 4, 6])
 def test_a_stream_that_breaks_off_goes_on_where_it_was(tmp_path, rng, small_shards, after):
     x = rng.normal(size=(2300, D)).astype(np.float32)
@@ -270,6 +304,25 @@ def test_a_run_is_not_gone_on_with_on_other_data(tmp_path, rng, tiny):
     np.save(tmp_path / "x.npy", rng.normal(size=(1000, 12)).astype(np.float32))
     with pytest.raises(Refused, match=r"of data with shape = \[1000, 16\], not \[1000, 12\]"):
         sae_jax.train(tiny, str(tmp_path / "w"))
+
+
+def test_nor_on_another_file_of_the_same_shape_unless_it_was_begun_before_files_had_checksums(tmp_path, rng, tiny):
+    path, known = tmp_path / "x.npy", tmp_path / "w/data.json"
+    tiny.data.signal, tiny.data.path, tiny.train.steps = "", str(path), 0
+    x = rng.normal(size=(1000, 16)).astype(np.float32)
+    np.save(path, x)
+    sae_jax.train(tiny, str(tmp_path / "w"))
+    whole = known.read_text()
+    x[613, 5] += 1
+    np.save(path, x)
+    with pytest.raises(Refused, match="of data with sampled_sha256"):
+        sae_jax.train(tiny, str(tmp_path / "w"))
+    assert known.read_text() == whole
+    before = json.loads(whole)
+    del before["sampled_sha256"]
+    known.write_text(json.dumps(before))
+    sae_jax.train(tiny, str(tmp_path / "w"))
+    assert json.loads(known.read_text())["sampled_sha256"] != json.loads(whole)["sampled_sha256"]
 
 
 @pytest.mark.parametrize(("flags", "said"), [

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sae_jax import cli
+from sae_jax import cli, flags
 from sae_jax import config as config_lib
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.errors import Refused, RunFailed
@@ -104,7 +104,7 @@ def test_the_sweep_is_the_papers_454_layers(capsys, tmp_path):
 
 
 def config_of(path):
-    return cli._read(["x", f"--config={path}"], lambda values: None)[1]
+    return flags.load(str(path))
 
 
 def jobs(name, *grid):
@@ -140,6 +140,13 @@ def test_grids_filters_and_shares_choose_among_them():
     assert len(combinations.grouped(every)) == 19
 
 
+def test_grids_read_true_and_false_however_they_are_written():
+    found = jobs("sweep_bundled", "sae.freeze_bias=true,False")
+    assert [job.config.sae.freeze_bias for job in found] == [True, False] * (len(found) // 2)
+    values = combinations._axis(config_lib.base(), "sae.freeze_bias=true,True,TRUE,1,false,False,FALSE,0")
+    assert values == [("sae.freeze_bias", value) for value in [True] * 4 + [False] * 4]
+
+
 @pytest.mark.parametrize(("flag", "said"), [
     ("--filter=model=gpt9", "model one of gpt2, pythia_70m"),
     ("--filter=domain=audio", "domain one of language, vision, biology"),
@@ -147,6 +154,8 @@ def test_grids_filters_and_shares_choose_among_them():
     ("--filter=width=3", "model=NAME"),
     ("--grid=sae.kk=3", "an existing key"),
     ("--grid=sae.k=three", "values of type int"),
+    ("--grid=sae.whiten=yes", "values true or false"),
+    ("--grid=sae.whiten=true,", "values true or false"),
     ("--shard=8/8", "0 ≤ i < N"),
     ("--config.data.model.layer=nine", "type int"),
 ])  # fmt: skip
@@ -166,7 +175,7 @@ def test_a_file_without_combinations_and_names_that_repeat_are_refused(capsys, t
 
 
 def test_names_of_jobs_stay_in_the_workdir(small):
-    config = cli._read(["x", f"--config={small}"], lambda values: None)[1]
+    config = flags.load(str(small))
     found = combinations.jobs(str(small), config, ["data.path=/up/../../x.npy,/y.npy"])
     assert {Path(job.name).name for job in found} == {job.name for job in found}
     assert "data_low_path-up-..-..-x.npy" in {job.name for job in found}

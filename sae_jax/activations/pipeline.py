@@ -9,81 +9,18 @@ different lanes agree on the order without talking to each other.
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import gcd
-from typing import Any, Protocol
 
 import grain
-import jax.numpy as jnp
 import numpy as np
 
+from sae_jax.activations.chunks import LANES, Chunks
 from sae_jax.errors import Refused
 
-LANES = 64  # at most; the batch size has to be a multiple
 WINDOW = 1024  # rows shuffled together in a lane, in whole chunks
-CHUNK = 256  # tokens a chunk, where the file has no chunks of its own
 READERS = 2  # threads that fill lanes side by side
 AHEAD = 8  # batches made before they are asked for
-
-
-class Chunks(Protocol):
-    """Stored activations as equally long chunks of rows."""
-
-    n_tokens: int
-    d_model: int
-    rows: int  # tokens a chunk
-    dtype: np.dtype
-    identity: dict[str, Any]  # what data this is, for reports
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> np.ndarray: ...  # of `dtype`; may be read-only and unaligned
-    def tokens(self, start: int, stop: int) -> np.ndarray: ...
-
-
-class ArrayChunks:
-    """An array of shape (tokens, d_model), in memory or mapped: whatever has a shape, a dtype and slices of rows.
-
-    Raises:
-      Refused: it is not two-dimensional, is empty, or does not hold floating point numbers.
-    """
-
-    def __init__(self, array: Any, name: str):
-        if array.ndim != 2 or min(array.shape) == 0:
-            raise Refused("data.path", name, f"an array of shape (tokens, d_model), not {tuple(array.shape)}")
-        # Types that NumPy has no letter for, such as bfloat16, are of kind V.
-        if not (array.dtype.kind == "f" or jnp.issubdtype(array.dtype, jnp.floating)):
-            raise Refused("data.path", name, f"floating point activations, not {array.dtype}")
-        self._array = array
-        self.n_tokens: int = array.shape[0]
-        self.d_model: int = array.shape[1]
-        self.dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.float32)
-        # Small files get small chunks, so that the held-out tokens and the lanes still come from all over the file.
-        self.rows = min(CHUNK, max(1, len(array) // (16 * LANES)))
-        self.identity = {"path": name, "shape": list(array.shape), "dtype": str(array.dtype)}
-
-    def __len__(self) -> int:
-        return self.n_tokens // self.rows
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.tokens(index * self.rows, (index + 1) * self.rows)
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Rows from start up to stop; those after the last whole chunk too."""
-        return np.ascontiguousarray(self._array[start : min(stop, self.n_tokens)], self.dtype)
-
-
-def rows_of(chunks: Chunks, start: int, stop: int) -> np.ndarray:
-    """Rows from start up to stop, of chunks that can only be had whole."""
-    first, stop = start // chunks.rows, min(stop, chunks.n_tokens)
-    blocks = [chunks[number] for number in range(first, -(-stop // chunks.rows))]
-    return np.concatenate(blocks)[start - first * chunks.rows : stop - first * chunks.rows]
-
-
-def split_chunks(n_chunks: int, n_held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk numbers for training and, evenly spaced between them, for evaluation. They never overlap."""
-    held_out = (np.arange(n_held_out) * n_chunks + n_chunks // 2) // max(n_held_out, 1)
-    return np.setdiff1d(np.arange(n_chunks), held_out), held_out
 
 
 class Batches(grain.MapDataset):
@@ -211,23 +148,3 @@ def batches(
     dataset = Batches(chunks, order, train, batch_size, seed, process, processes)
     # One batch after the other, as lanes keep the window they are in.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))
-
-
-def read(
-    chunk: Callable[[int], np.ndarray], numbers: np.ndarray, batch_size: int, n_rows: int
-) -> Iterator[np.ndarray]:
-    """The first n_rows rows of the given chunks, in order, in batches (the last one may be shorter)."""
-    buffer: list[np.ndarray] = []
-    held, left = 0, n_rows
-    for number in numbers:
-        if left <= 0:
-            break
-        rows = chunk(int(number))[:left]
-        buffer.append(rows)
-        held, left = held + len(rows), left - len(rows)
-        while held >= batch_size:
-            joined = np.concatenate(buffer)
-            yield joined[:batch_size]
-            buffer, held = [joined[batch_size:]], held - batch_size
-    if held:
-        yield np.concatenate(buffer)

@@ -6,6 +6,7 @@ and ends with the same bytes as if it had not been killed.
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,8 +15,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from sae_jax.activations import pipeline
-from sae_jax.activations.pipeline import CHUNK
+from sae_jax.activations import tokens
+from sae_jax.activations.chunks import CHUNK
 from sae_jax.activations.stored import (
     MANIFEST,
     NAME,
@@ -23,20 +24,21 @@ from sae_jax.activations.stored import (
     STORED,
     VERSION,
     Rows,
-    checksum_of,
+    decode,
     encode,
     features_of,
     find,
     folder_of,
     head_of,
     read_manifest,
+    seal,
     sha256,
     template,
 )  # fmt: skip
-from sae_jax.errors import Preempted, Refused, RunFailed
+from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Moments, Severity
-from sae_jax.runtime.disk import LOCK, sole_user, write_text
+from sae_jax.runtime.disk import LOCK, sole_user, write_bytes
 from sae_jax.runtime.stopping import StopRequest
 
 SHARD_BYTES = 128 * 2**20
@@ -111,6 +113,7 @@ class Writer:
             self._manifest["center"] = seen.raw.mean.astype(np.float32).tolist()
             self._manifest["scale"] = np.where(sigma > 0, sigma, 1).astype(np.float32).tolist()
         kept = encode(x, self._dtype, self._manifest)
+        self._check_kept(x, kept, seen.raw)
         path = template(self._partial).sharded_filepath(shard_index=number, num_shards=None)
         # Compression saves 7 % of the space of float32 and makes reading three times slower.
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
@@ -133,9 +136,23 @@ class Writer:
         # The shard counts from here on: killed before, the next run writes it again.
         self._write_manifest()
 
+    def _check_kept(self, x: np.ndarray, kept: np.ndarray, seen: Moments) -> None:
+        """Refuses to keep a dimension that has come to vary so much, or so little, since the first shard that z-scored
+        float16 would clip it, or lose what float16 holds of the numbers as they are."""
+        if self._dtype != "float16":
+            return
+        error = np.sqrt(np.mean((decode(kept, "float16", self._manifest) - x.astype(np.float64)) ** 2, axis=0))
+        lost = error > np.maximum(seen.sigma * 2**-6, np.abs(seen.mean) * 2**-10)
+        if lost.any():
+            worst = int(np.argmax(np.where(lost, error / np.maximum(seen.sigma, 1e-30), 0)))
+            raise RunFailed(
+                f"tokens {self.n_tokens} to {self.n_tokens + len(x)}: dimension {worst} varies by "
+                f"{seen.sigma[worst]:.3g} here, by {self._manifest['scale'][worst]:.3g} in the first shard, by which "
+                f"float16 is z-scored: {error[worst]:.3g} of it would be lost; dtype bfloat16 or float32 keeps it"
+            )
+
     def _write_manifest(self) -> None:
-        sealed = {**self._manifest, "checksum": checksum_of(self._manifest)}
-        write_text(self._partial / MANIFEST, json.dumps(sealed))
+        write_bytes(self._partial / MANIFEST, seal(self._manifest))
 
     def finish(self) -> str:
         """Writes what is left in whole chunks, then makes the dataset visible. Returns its folder."""
@@ -205,7 +222,7 @@ def write(
                 for layer, part in parts.items():
                     writers[layer].add(start, part)
                 if stop.requested():
-                    raise Preempted(f"stopped on request after token {start}; run again to go on after the last shard")
+                    raise stop.stopped(f"after token {start}, with every whole shard kept")
             return {layer: writer.finish() for layer, writer in writers.items()}
     except OSError as error:
         raise RunFailed(f"cannot write activations ({error}); shards that are complete stay") from error
@@ -218,13 +235,13 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     """
     from sae_jax.activations import files
 
-    if not epath.Path(path).exists():
+    if not files.exists(path):
         raise Refused("--from", path, f"an existing path: {files.FORMATS}{files.there(epath.Path(path))}")
     given = files.open_array(path)
-    array = pipeline.ArrayChunks(given, path)
-    known = isinstance(given, files.CachedSequences)
-    facts = {"imported": array.identity | ({"hook": given.hook, "context": given.context} if known else {})}
-    name = epath.Path(path).stem
+    array = files.chunks_of(given, path)
+    facts = {"imported": array.identity | getattr(given, "facts", {})}
+    where, *parts = files.split(path)
+    name = re.sub(r"[^\w.-]+", "_", "_".join(filter(None, (epath.Path(where).stem, *parts)))) or "activations"
     folder = folder_of(data_dir, name)
     if find(data_dir, name):
         raise Refused("--out", str(folder), "a dataset that is not there yet")
@@ -232,8 +249,7 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     def rows(start: int) -> Iterator[tuple[int, dict[int, Rows]]]:
         for first in range(start, array.n_tokens, 4096):
             x = array.tokens(first, first + 4096).astype(np.float32)
-            unknown, number = np.full(len(x), -1, np.int32), np.arange(first, first + len(x), dtype=np.int32)
-            yield first, {0: Rows(x, *(given.places(first, first + len(x)) if known else (unknown, unknown, number)))}
+            yield first, {0: Rows(x, *tokens.places(given, first, first + len(x)))}
 
     writer = Writer(folder, array.d_model, facts, dtype, array.rows)
     return write({0: writer}, rows)[0]

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.sparse import BCSR
 from jaxtyping import Array
 
 LARGE = 2**20  # entries of a weight matrix (n · d) from which compressed rows pay, measured on two CPU cores
@@ -36,8 +35,8 @@ def form(k: int, n: int, d: int) -> str:
 class Kept(NamedTuple):
     """The kept entries of a batch: k values a token, and the features they belong to."""
 
-    values: jax.Array  # (B, k), ≥ 0 where an SAE encoded them; 0: fewer than k were positive
-    indices: jax.Array  # (B, k)
+    values: Any  # (B, k), ≥ 0 where an SAE encoded them; 0: fewer than k were positive
+    indices: Any  # (B, k)
 
 
 def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
@@ -48,6 +47,12 @@ def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -
 def _dense(kept: Kept, n: int) -> Array:
     batch = kept.values.shape[0]
     return jnp.zeros((batch, n), kept.values.dtype).at[jnp.arange(batch)[:, None], kept.indices].add(kept.values)
+
+
+def _compressed(values: Array, columns: Array, starts: Array, shape: tuple[int, int]) -> Any:
+    from jax.experimental.sparse import BCSR  # and with it scipy.sparse, which only large SAEs on a CPU need
+
+    return BCSR((values, columns, starts), shape=shape)
 
 
 def combine(kept: Kept, rows: Array) -> Array:
@@ -63,7 +68,7 @@ def combine(kept: Kept, rows: Array) -> Array:
 
     def compressed(kept: Kept, rows: Array) -> Array:
         starts = jnp.arange(batch + 1, dtype=kept.indices.dtype) * k
-        product: Array = BCSR((kept.values.ravel(), kept.indices.ravel(), starts), shape=(batch, n)) @ rows
+        product: Array = _compressed(kept.values.ravel(), kept.indices.ravel(), starts, (batch, n)) @ rows
         return product
 
     ways = {"dense": dense, "rows": gathered, "compressed": compressed}
@@ -113,7 +118,7 @@ def scatter(values: tuple[Array, ...], indices: Array, tokens: tuple[Array, ...]
     def compressed(each: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
         features, order = _sorted(indices.ravel(), n)
         starts = jnp.searchsorted(features, jnp.arange(n + 1, dtype=indices.dtype)).astype(indices.dtype)
-        return tuple(BCSR((v.ravel()[order], order // k, starts), shape=(n, batch)) @ t for v, t in each)
+        return tuple(_compressed(v.ravel()[order], order // k, starts, (n, batch)) @ t for v, t in each)
 
     ways = {"dense": dense, "rows": scattered, "compressed": compressed}
     sums: tuple[Array, ...] = on_cpu(

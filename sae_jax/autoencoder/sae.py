@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -57,29 +58,33 @@ def unit_rows(rows: Float[Array, "n d"]) -> Float[Array, "n d"]:
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def preactivations(sae: SAE, x: Float[Array, "B d"]) -> Float[Array, "B n"]:
+def preactivations(sae: SAE, x: Float[Array | np.ndarray, "B d"]) -> Float[Array, "B n"]:
     """z_pre before ReLU and top-k."""
-    return topk.preactivations(x, sae.W_enc, sae.b_enc, sae.b_dec)
+    sae = jax.tree.map(jnp.asarray, sae)
+    return topk.preactivations(jnp.asarray(x), sae.W_enc, sae.b_enc, sae.b_dec)
 
 
-def encode(sae: SAE, x: Float[Array, "B d"]) -> Kept:
+def encode(sae: SAE, x: Float[Array | np.ndarray, "B d"]) -> Kept:
     """The k kept features of every token.
 
     Args:
+      sae: of JAX or NumPy arrays, as everywhere here.
       x: activations as the SAE takes them, in its own units: `before(x)` of what `load` returns.
 
     Returns:
       `values` (B, k), in the units of x, 0 where fewer than k pre-activations are positive, and their `indices`.
     """
-    return topk.encode(x, sae.W_enc, sae.b_enc, sae.b_dec, sae.k)
+    sae = jax.tree.map(jnp.asarray, sae)
+    return topk.encode(jnp.asarray(x), sae.W_enc, sae.b_enc, sae.b_dec, sae.k)
 
 
 def decode(sae: SAE, codes: Kept) -> Float[Array, "B d"]:
     """x̂ from the kept features, in the units that `encode` was given."""
+    sae, codes = jax.tree.map(jnp.asarray, (sae, codes))  # a row of NumPy cannot be looked up by a traced index
     return topk.decode(codes, sae.W_dec) + sae.b_dec
 
 
-def reconstruct(sae: SAE, x: Float[Array, "B d"]) -> tuple[Float[Array, "B d"], Kept]:
+def reconstruct(sae: SAE, x: Float[Array | np.ndarray, "B d"]) -> tuple[Float[Array, "B d"], Kept]:
     """x̂ and the kept features it is made of: `decode` of `encode`."""
     codes = encode(sae, x)
     return decode(sae, codes), codes

@@ -264,7 +264,7 @@ def _decode_bwd(residuals: tuple[Kept, Array], g: Array) -> tuple[tuple[Array, N
     kept, rows = residuals
     with exact():
         g_values, (g_rows,) = pick(g, kept, rows), scatter((kept.values,), kept.indices, (g,), rows.shape[0])
-    return Kept(g_values, None), g_rows  # type: ignore
+    return Kept(g_values, None), g_rows
 
 
 decode.defvjp(_decode_fwd, _decode_bwd)

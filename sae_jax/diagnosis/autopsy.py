@@ -1,8 +1,9 @@
 """`dissect`: an SAE that exists, ours or anybody's, and some activations: who is dead in it, and what they died of.
 
 Two passes over the tokens: moments, then the SAE as it is beside the same SAE with its bias moved to the mean, and the
-probes that say what an untrained SAE of that size would lose. A feature's mean pre-activation, W_enc (mu − b_dec) +
-b_enc, and its standard deviation, √(w·Σ·w), follow from the moments.
+probes that say what an untrained SAE of that size would lose. A feature's mean pre-activation, W_enc (mu − b_in) +
+b_enc, and its standard deviation, √(w·Σ·w), follow from the moments. b_in is b_dec where the encoder subtracts it, else
+zero; moving the bias puts both at the mean (a transcoder's b_dec is of other activations, and stays).
 """
 
 from typing import Any, NamedTuple
@@ -11,21 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from sae_jax.autoencoder import death
-from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.diagnosis import diagnosis, remedies
 from sae_jax.diagnosis.diagnosis import Report
 from sae_jax.errors import Refused
-from sae_jax.exchange import formats, sharing
+from sae_jax.exchange import encoders, sharing
+from sae_jax.exchange.encoders import Encoder, Opened, Seen
 from sae_jax.exchange.formats import Packed
 from sae_jax.models.sources import Tokens, open_tokens
+from sae_jax.outliers import giants
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
-from sae_jax.outliers.preprocess import per_token
 from sae_jax.reports import figures, tables
 from sae_jax.training import evaluation, fates
 
@@ -45,47 +45,48 @@ def dissect(
     """Which features of an SAE are dead on these activations, by which pathway, and what the mean has to do with it.
 
     Args:
-      sae: what `sae_jax.load` takes (a run, a folder of SAELens, dictionary_learning or sparsify, hf://…) or returns,
-        or an SAE.
+      sae: a run; the folder or file of an SAE of any kind that `exchange.registry` reads; hf://OWNER/NAME/PLACE;
+        saelens:RELEASE/ID; an SAE, or what `sae_jax.load` returns.
       activations: as for `sae_jax.diagnose`; of the same width, and as the SAE takes them.
-      workdir: where tables.json, features.csv and the figures go; None writes nothing.
+      workdir: where report.json, features.csv and the figures go; None writes nothing.
       member: which SAE of a run.
       n_probes, seed: of the forecast for an untrained SAE.
 
     Returns:
-      The report: `dead_by_relu`, `dead_by_topk`, `dead_total` (fractions), `dead_features` (which), `fve`, `l0`, the
-      bias against mu, `gamma_left` = ‖mu − b_dec‖ / ‖sigma‖ (what the encoder still sees of the mean), `if_centred`
-      (the same SAE with its bias at mu), `at_init` (forecast for an untrained one). Behind a norm of each token, all of
-      it is of the normed tokens.
+      The report: `dead_by_relu`, `dead_by_topk` (by selection: positive, never selected), `dead_total` (fractions),
+      `dead_features` (which), `fve` (null for a transcoder), `l0`, b_dec against mu, `gamma_left` = ‖mu − b_in‖ /
+      ‖sigma‖ (what the encoder still sees of the mean), `if_centred` (the same SAE with its bias at mu), `at_init`
+      (forecast for an untrained one). Behind a norm of each token, all of it is of the normed tokens.
 
     Raises:
       Refused: the SAE or the activations cannot be read, or their widths differ; nothing was written.
     """
-    packed = sharing.packed_of(sae, member)
-    folded, norm, name = formats.folded(packed), packed.before.norm, sae if isinstance(sae, str) else "sae"
-    n_features, d_model = folded.W_enc.shape
-    diagnosis.check(n_features, folded.k, n_probes, seed, workdir)
-    tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations), norm))
+    opened = sharing.opened(sae, member)
+    encoder, name = opened.encoder, sae if isinstance(sae, str) else "sae"
+    n_features, d_model = encoder.W_enc.shape
+    diagnosis.check(n_features, encoder.k or 1, n_probes, seed, workdir)
+    tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations), encoder.norm))
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
-    severity, sample, n_zero = diagnosis.first_pass(tokens)
+    severity, sample, counts = diagnosis.first_pass(tokens)
+    ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     mu = severity.raw.mean / scale
-    as_is = folded.replace(b_enc=folded.b_enc * scale, b_dec=folded.b_dec * scale)
-    centred = as_is.replace(b_dec=np.asarray(severity.raw.mean, np.float32))
-    seen = _see((as_is, centred), tokens)
-    here, moved = _look(as_is, severity, seen[0]), _look(centred, severity, seen[1])
+    here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm)
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = {key: choice for key, choice in remedies.preprocessings(severity, median).items() if key in CENTRINGS}
     forecast = remedies.forecast(tokens, choices, severity.raw.mean, n_probes, seed)
-    cosines = fates.alignment(folded.W_enc.astype(np.float64), mu)
-    left = mu - folded.b_dec
+    cosines = encoders.in_rows(encoder.W_enc, lambda W: fates.alignment(W, mu))
+    b_in = np.asarray(encoder.b_in, np.float64)
+    left = mu - b_in
     share = left**2 / max(float(left @ left), np.finfo(np.float64).tiny)
 
-    result = Report(diagnosis.summary(severity), n_features=n_features, k=folded.k, sae=name, norm=norm)
-    result |= here.numbers | evaluation.bias_state(folded.b_dec, mu)
+    result = Report(diagnosis.summary(severity), n_features=n_features, k=encoder.k, sae=name, norm=encoder.norm)
+    result |= {"architecture": encoder.name, "library": opened.library, "subtracts_b_dec": encoder.subtracts}
+    # What the decoder puts back of the mean: of a transcoder it is of other activations.
+    result |= here.numbers | evaluation.bias_state(b_in if encoder.transcodes else encoder.b_dec, mu)
     result["gamma_left"] = float(np.linalg.norm(left)) / (float(np.linalg.norm(severity.raw.sigma)) / scale)
     result["bias_missing"] = [
-        {"dimension": int(j), "mean": float(mu[j]), "bias": float(folded.b_dec[j]), "share_of_missing": float(share[j])}
+        {"dimension": int(j), "mean": float(mu[j]), "bias": float(b_in[j]), "share_of_missing": float(share[j])}
         for j in np.argsort(-share)[:10]
     ]
     result["dead_features"] = {key: np.flatnonzero(here.fates == key).tolist() for key in FATES[1:]}
@@ -94,10 +95,16 @@ def dissect(
     }
     revived = (here.fates != "alive") & (moved.fates == "alive")
     result["if_centred"] = {**moved.numbers, "revived": int(revived.sum())}
-    result["at_init"] = {key: found.deaths(n_features, folded.k) for key, found in forecast.items()}
-    result["advice"] = _verdict(result)
-    result |= {"n_zero_tokens": n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
-    result |= {"sae_metadata": packed.metadata, "versions": tables.versions()}
+    # Of another kind than TopK: a TopK SAE of this size that fires as many features a token.
+    k = encoder.k or int(np.clip(round(here.numbers["l0"]), 1, n_features))
+    result["at_init"] = {key: found.deaths(n_features, k) for key, found in forecast.items()}
+    result["advice"] = _verdict(result, opened)
+    result |= {"dead_over_tokens": curve, "n_giant_tokens": severity.raw.n_tokens - ordinary.raw.n_tokens}
+    result |= {"without_giants": ordinary.gammas()}
+    result["warnings"] = diagnosis.warnings(severity)
+    result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
+    result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
+    result |= {"sae_metadata": opened.metadata, "versions": tables.versions()}
     result.figures = {
         "shifts": figures.shifts({"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}),
         "alignment": figures.alignment(cosines, here.shift),
@@ -107,6 +114,8 @@ def dissect(
         columns = {
             "fate": here.fates, "n_fired": here.n_fired, "cosine_with_mean": cosines,
             "mean_preactivation": here.shift.mean / scale, "std_preactivation": here.shift.std / scale,
+            "largest_activation": here.largest / scale, "decoder_norm": np.linalg.norm(encoder.W_dec, axis=1),
+            "revived_if_centred": revived,
         }  # fmt: skip
         rows = [{"feature": i, **{key: column[i] for key, column in columns.items()}} for i in range(n_features)]
         tables.write_csv(epath.Path(workdir) / "features.csv", rows)
@@ -119,42 +128,8 @@ def dissect(
 def _normed(tokens: Tokens, norm: str) -> Tokens:
     if norm == "none":
         return tokens
-    return tokens._replace(
-        batches=lambda: (np.asarray(per_token(jnp.asarray(x, jnp.float32), norm)) for x in tokens.batches())
-    )
-
-
-class Seen(NamedTuple):
-    """What passed through one SAE."""
-
-    sightings: Any
-    n_fired: Any  # (n,) tokens each feature fired on
-    error_square: Any  # Σ ‖x − x̂‖²
-
-
-@jax.jit
-def _pass(saes: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> Seen:
-    def one(sae: SAE) -> Seen:
-        seen, codes = death.sight(sae, x, valid)
-        error = jnp.where(valid[:, None], x - sae_lib.decode(sae, codes), 0.0)
-        return Seen(seen, sae_lib.fired(codes, seen.fired.shape[0]), jnp.sum(error**2))
-
-    found: Seen = sae_lib.each_member(one, saes)
-    return found
-
-
-def _see(saes: tuple[SAE, ...], tokens: Tokens) -> list[Seen]:
-    """All tokens through all of the SAEs, which are of one size."""
-    stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves), jnp.float32), *saes)
-    total: Any = None
-    for x, valid in remedies.padded(tokens, "autopsy"):
-        part = jax.device_get(_pass(stacked, x, valid))
-        error = np.asarray(part.error_square, np.float64)
-        part = part._replace(error_square=error, n_fired=np.asarray(part.n_fired, np.int64))
-        total = part if total is None else Seen(
-            total.sightings | part.sightings, total.n_fired + part.n_fired, total.error_square + error
-        )  # fmt: skip
-    return [jax.tree.map(lambda a, i=i: a[i], total) for i in range(len(saes))]
+    normed = jax.jit(encoders.NORMS[norm])
+    return tokens._replace(batches=lambda: (np.asarray(normed(jnp.asarray(x, jnp.float32))) for x in tokens.batches()))
 
 
 class Look(NamedTuple):
@@ -162,41 +137,82 @@ class Look(NamedTuple):
 
     fates: np.ndarray  # (n,) of FATES
     n_fired: np.ndarray
+    largest: np.ndarray
     shift: evaluation.Shift
     numbers: dict[str, Any]
 
 
-def _look(sae: SAE, severity: Severity, seen: Seen) -> Look:
-    moments, W = severity.raw, np.asarray(sae.W_enc, np.float64)
-    mean = W @ (moments.mean - sae.b_dec) + sae.b_enc
-    std = np.sqrt(np.maximum(np.einsum("nd,nd->n", W @ moments.covariance, W), 0))
-    relu, fired = ~seen.sightings.positive, seen.sightings.fired
-    fates = np.where(fired, FATES[0], np.where(relu, FATES[2], FATES[1]))
+def _looks(
+    encoder: Encoder, severity: Severity, ordinary: Severity, tokens: Tokens, giant_norm: float
+) -> tuple[Look, Look, list[list[float]]]:
+    """All tokens through the encoder as it is, and with its bias at the mean; its deaths over tokens seen."""
+    mean = severity.raw.mean
+    places = tuple(encoders.place(encoder, mean, moved) for moved in (False, True))
+    on_device = jax.tree.map(jnp.asarray, encoder)
+    point = jnp.asarray(mean, jnp.float32)
+    total: list[Seen] = []
+    count, curve = 0, evaluation.DeathCurve()
+    for x, valid in remedies.padded(tokens, "autopsy"):
+        part = jax.device_get(encoders.see(on_device, places, point, x, valid, jnp.float32(giant_norm)))
+        part = [one._replace(n_fired=np.asarray(one.n_fired, np.int64), error_square=np.float64(one.error_square),
+                             ordinary_error=np.float64(one.ordinary_error)) for one in part]  # fmt: skip
+        total = [a | b for a, b in zip(total, part, strict=True)] if total else part
+        count += int(valid.sum())
+        curve.add(count, _sightings(total[0]))
+    curve.add(count, _sightings(total[0]), last=True)
+    turned = encoders.in_rows(encoder.W_enc, lambda W: np.einsum("nd,nd->n", W @ severity.raw.covariance, W))
+    std = np.sqrt(np.maximum(turned, 0))
+    ranked = 1.0 if encoder.ranked_by is None else np.asarray(encoder.ranked_by, np.float64)
+    here, moved = (
+        _look(encoder, severity, ordinary, seen, (np.float64(at.offset) + encoder.b_enc) * ranked, std * ranked)
+        for seen, at in zip(total, places, strict=True)
+    )
+    return here, moved, curve.points
+
+
+def _sightings(seen: Seen) -> death.Sightings:
+    return death.Sightings(seen.positive, seen.n_fired > 0)
+
+
+def _look(
+    encoder: Encoder, severity: Severity, ordinary: Severity, seen: Seen, mean: np.ndarray, std: np.ndarray
+) -> Look:
+    moments, relu, fired = severity.raw, ~seen.positive, seen.n_fired > 0
+    found = np.where(fired, FATES[0], np.where(relu, FATES[2], FATES[1]))
+    errors = {"fve": (seen.error_square, moments), "fve_without_giants": (seen.ordinary_error, ordinary.raw)}
     numbers = {
-        **death.pathways(seen.sightings),
-        "fve": 1 - float(seen.error_square) / float(moments.square.sum()),
+        **death.pathways(_sightings(seen)),
+        **{key: None if encoder.transcodes else evaluation.explained(error, float(of.square.sum()))
+           for key, (error, of) in errors.items()},
         "l0": float(seen.n_fired.sum()) / moments.n_tokens,
-    }
+    }  # fmt: skip
     shift = evaluation.Shift(mean, std, relu, ~relu & ~fired, moments.n_tokens)
-    return Look(fates, seen.n_fired, shift, numbers)
+    return Look(found, seen.n_fired, seen.largest, shift, numbers)
 
 
 def _quartiles(values: np.ndarray) -> list[float] | None:
     return np.quantile(values, (0.25, 0.5, 0.75)).tolist() if len(values) else None
 
 
-def _verdict(result: dict[str, Any]) -> str:
+def _verdict(result: dict[str, Any], opened: Opened) -> str:
     """The autopsy in a few sentences."""
 
     def percent(found: dict[str, Any], key: str = "dead_total") -> str:
         return tables.cell(key, found[key])
 
     n_dead = sum(len(found) for found in result["dead_features"].values())
+    by = "TopK" if opened.encoder.rule == "topk" else "selection"
     lines = [
-        f"{percent(result)} of the features ({n_dead} of {result['n_features']}) never fire on these tokens: "
-        f"{percent(result, 'dead_by_relu')} by ReLU, {percent(result, 'dead_by_topk')} by TopK."
+        f"{percent(result)} of the features ({n_dead} of {result['n_features']}) never fire on these "
+        f"{result['n_tokens']} tokens: {percent(result, 'dead_by_relu')} by ReLU, "
+        f"{percent(result, 'dead_by_topk')} by {by}."
     ]
-    if result["bias_projection"] is not None:
+    if not result["subtracts_b_dec"]:
+        lines.append(
+            f"Its encoder subtracts no bias, so it sees the whole mean, {result['gamma_left']:.2f} times as long as "
+            "the variation; b_enc may make up for that."
+        )
+    elif result["bias_projection"] is not None:
         lines.append(
             f"The bias has {100 * result['bias_projection']:.0f} % of the mean (b·mu/‖mu‖²); what it lacks of it is "
             f"{result['gamma_left']:.2f} times as long as the variation, where a bias of zero would lack "
@@ -206,10 +222,20 @@ def _verdict(result: dict[str, Any]) -> str:
     if n_dead:
         lines.append(
             f"With the bias moved to the mean and nothing else changed, {moved['revived']} of the {n_dead} dead "
-            f"features fire, and {percent(moved)} are dead."
+            f"features fire, {percent(moved)} are dead, and {_fve(result['fve'], moved['fve'])}."
         )
+    alike = "" if opened.encoder.k else f" TopK SAE of this size that fires {result['l0']:.1f} features a token"
     lines.append(
-        f"An untrained SAE of this size is forecast to start with {percent(start['none'])} dead, with its bias at the "
-        f"mean {percent(start['mean'])}, at the geometric median {percent(start['geometric_median'])}."
+        f"An untrained{alike or ' SAE of this size'} is forecast to start with {percent(start['none'])} dead, with its "
+        f"bias at the mean {percent(start['mean'])}, at the geometric median {percent(start['geometric_median'])}."
     )
-    return " ".join(lines)
+    return " ".join([*lines, *opened.notes])
+
+
+def _fve(before: float | None, after: float | None) -> str:
+    """A feature that fires again is worth what it explains."""
+    if before is None or after is None:
+        return "FVE is not known: the target's activations are not given"
+    if after < before:
+        return f"FVE falls from {before:.3f} to {after:.3f}: they fire, and explain less"
+    return f"FVE rises from {before:.3f} to {after:.3f}"

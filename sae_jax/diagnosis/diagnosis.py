@@ -7,7 +7,7 @@ every remedy, is a third pass and costs what the first two save.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -18,39 +18,36 @@ from ml_collections import ConfigDict
 from sae_jax.diagnosis import remedies
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
+from sae_jax.outliers import giants, theory
 from sae_jax.outliers import moments as moments_lib
-from sae_jax.outliers import theory
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import Band, Forecast
 from sae_jax.reports import diagnosis_figures, figures, tables
-from sae_jax.runtime import checkpoint
+from sae_jax.runtime import memory, progress
+from sae_jax.training import evaluation
 
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
-MIN_TOKENS = 256
+MIN_TOKENS = 256  # with fewer, or fewer than 2 a dimension, the report warns
+FEWEST = 16
+RUN = "config.json"  # checkpoint.CONFIG, without orbax: it takes as long to import as a small diagnosis
 
 
 class Report(dict[str, Any]):
-    """The report as a dictionary, as in tables.json, with `figures`: name → matplotlib Figure."""
+    """The report as a dictionary, as in report.json, with `figures`: name → matplotlib Figure."""
 
     figures: dict[str, Figure]
 
 
 def diagnose(
-    activations: np.ndarray | str | ConfigDict,
-    workdir: str | None = None,
-    *,
-    n_features: int = 8192,
-    k: int = 64,
-    measure: bool = False,
-    n_probes: int = 512,
-    seed: int = 0,
-) -> Report:
+    activations: np.ndarray | str | ConfigDict, workdir: str | None = None, *, n_features: int = 8192, k: int = 64,
+    measure: bool = False, n_probes: int = 512, seed: int = 0,
+) -> Report:  # fmt: skip
     """Outlier severity, predicted death at initialisation by every law, and the cheapest remedy.
 
     Args:
       activations: an array (tokens, d_model); the path of a .npy, .npz, .safetensors file or of a dataset folder; or a
         configuration, whose training tokens are taken (`data.statistics_tokens` of them).
-      workdir: where tables.json and the figures go; None writes nothing.
+      workdir: where report.json and the figures go; None writes nothing.
       n_features, k: of the SAE in question.
       measure: also count deaths in an untrained SAE of that size under every remedy.
       n_probes: random directions to forecast with; the error of a forecast falls as 1/√n_probes. Remedies that may be
@@ -69,11 +66,15 @@ def diagnose(
     """
     check(n_features, k, n_probes, seed, workdir)
     tokens, scale = rescaled(open_tokens(activations))
-    severity, sample, n_zero = first_pass(tokens)
+    if measure:
+        what = f"untrained SAEs of width {tokens.d_model}, one behind every remedy,"
+        memory.check("n_features", n_features, what, 4.0 * tokens.d_model * len(remedies.REMEDIES))
+    severity, sample, counts = first_pass(tokens)
+    ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
-    choices = remedies.preprocessings(severity, median)
+    choices = remedies.preprocessings(severity, median, ordinary)
     found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed)
-    measured = remedies.measured_deaths(tokens, choices, n_features, k, seed + 1) if measure else {}
+    measured, over = remedies.measured(tokens, choices, n_features, k, seed + 1) if measure else ({}, {})
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
     band = found["none"].curve(_shares(n_features, k), n_features)
 
@@ -82,20 +83,24 @@ def diagnose(
     here = int(np.searchsorted(band.share, k / n_features))
     result["predicted"]["probe"] = {**probe["none"], "low": float(band.low[here]), "high": float(band.high[here])}
     result["death_curve"] = {repr(float(s)): float(dead) for s, dead in zip(band.share, band.dead, strict=True)}
-    result["death_curve_band"] = {
-        repr(float(s)): [float(low), float(high)]
-        for s, low, high in zip(band.share, band.low, band.high, strict=True)
-    }
+    ends = zip(band.share, band.low, band.high, strict=True)
+    result["death_curve_band"] = {repr(float(s)): [float(low), float(high)] for s, low, high in ends}
     result["remedies"] = {
         name: {
             "probe": probe[name], "n_probes": len(found[name].best), "dimensions": found[name].rows.shape[1],
-            "measured": measured.get(name),
+            "measured": measured.get(name), "dead_over_tokens": over.get(name),
         } for name in choices
     }
     result["recommended"] = remedies.recommended(probe)
     result["undecided"] = remedies.undecided(found, n_features, k)
     result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"])
-    result |= {"n_zero_tokens": n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
+    if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
+        result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
+    result |= {"warnings": warnings(severity), "constant_dimensions": constant(severity).tolist()}
+    result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
+    result["n_giant_tokens"] = severity.raw.n_tokens - ordinary.raw.n_tokens
+    result["without_giants"] = ordinary.gammas()
+    result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
     result |= {"data": tokens.identity, "versions": tables.versions()}
     result.figures = _figures(severity, sample, result, band, found["none"], measured)
     if workdir:
@@ -109,15 +114,15 @@ def diagnose(
 
 def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None) -> None:
     """Refuses settings that cannot be run, and a workdir that cannot be written. Writes nothing."""
-    if not 1 <= n_features < 2**31:
-        raise Refused("n_features", n_features, "1 to 2^31 - 1")
-    if not 1 <= k <= n_features:
-        raise Refused("k", k, f"1 to n_features = {n_features}")
-    if not 16 <= n_probes <= 2**20:
-        raise Refused("n_probes", n_probes, "16 to 2^20")
-    if not 0 <= seed < 2**31:
-        raise Refused("seed", seed, "0 to 2^31 - 1")
-    if workdir and (epath.Path(workdir) / checkpoint.CONFIG).exists():
+    for field, value, good, allowed in (
+        ("n_features", n_features, 1 <= n_features < 2**31, "1 to 2^31 - 1"),
+        ("k", k, 1 <= k <= n_features, f"1 to n_features = {n_features}"),
+        ("n_probes", n_probes, 16 <= n_probes <= 2**20, "16 to 2^20"),
+        ("seed", seed, 0 <= seed < 2**31, "0 to 2^31 - 1"),
+    ):
+        if not good:
+            raise Refused(field, value, allowed)
+    if workdir and (epath.Path(workdir) / RUN).exists():
         raise Refused("--workdir", workdir, "a folder of its own: this one holds a run")
     if workdir and "://" not in workdir:
         there = Path(workdir).absolute()
@@ -144,17 +149,25 @@ def rescaled(tokens: Tokens) -> tuple[Tokens, float]:
     return tokens._replace(batches=batches), scale
 
 
-def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, int]:
-    """Moments of all tokens, evenly spaced ones of them kept aside, and how many are zero in every dimension.
+class Counts(NamedTuple):
+    """What the first pass counts."""
+
+    n_zero: int  # tokens that are zero in every dimension
+    giant_norm: float  # tokens of a larger norm are giants
+    any_giant: bool
+
+
+def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, Counts]:
+    """Moments of all tokens, a random choice of them kept aside, and what was counted on the way.
 
     Refuses what cannot be diagnosed.
     """
-    kept: list[np.ndarray] = []
-    stride, seen, n_bad, n_zero, first_bad = 1, 0, 0, 0, ""
+    kept, norms = giants.Sample(2 * SAMPLE), giants.Sample(giants.MOST)
+    seen, n_bad, n_zero, longest, first_bad = 0, 0, 0, 0.0, ""
 
     def watched() -> Iterator[np.ndarray]:
-        nonlocal kept, stride, seen, n_bad, n_zero, first_bad
-        for x in tables.tokens_bar(tokens.batches(), "moments"):
+        nonlocal seen, n_bad, n_zero, longest, first_bad
+        for x in progress.counted(tokens.batches(), "moments"):
             finite = np.isfinite(x)
             if not finite.all():
                 if not n_bad:
@@ -163,9 +176,9 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, int]:
                 n_bad += int((~finite).sum())
             if not n_bad:
                 n_zero += int((~x.any(axis=1)).sum())
-                kept.append(np.asarray(x[-seen % stride :: stride], np.float32))
-                if sum(map(len, kept)) > 2 * SAMPLE:
-                    kept, stride = [np.concatenate(kept)[::2].copy()], 2 * stride
+                kept.add(x)
+                norms.add(lengths := giants.norms(x))
+                longest = max(longest, float(lengths.max(initial=0.0)))
                 yield x
             seen += len(x)
 
@@ -177,19 +190,36 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, int]:
     if n_bad:
         message = f"{n_bad} values are not finite; the first: {first_bad}"
         raise Refused("activations", name, message) if tokens.given else RunFailed(message)
-    needed = max(MIN_TOKENS, 2 * tokens.d_model)  # with fewer, whitening learns the tokens by heart
-    if severity is None or severity.raw.n_tokens < needed:
-        raise Refused("activations", name, f"at least {needed} tokens for {tokens.d_model} dimensions, not {seen}")
+    if severity is None or severity.raw.n_tokens < FEWEST:
+        raise Refused("activations", name, f"at least {FEWEST} tokens, not {seen}")
     if tokens.d_model < 2:
         raise Refused("activations", name, "at least 2 dimensions")
-    # Rounding leaves a deviation of about 1e-16 of the mean where a dimension does not move.
-    constant = np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
-    if len(constant):
-        which = ", ".join(map(str, constant[:5])) + (", …" if len(constant) > 5 else "")
-        raise Refused(
-            "activations", name, f"dimensions that vary: leave out the {len(constant)} that are constant ({which})"
+    if len(constant(severity)) == tokens.d_model:
+        raise Refused("activations", name, "activations that vary; these are the same on every token")
+    giant_norm = giants.giant_norm(norms.rows)
+    return severity, kept.rows, Counts(n_zero, giant_norm, longest > giant_norm)
+
+
+def constant(severity: Severity) -> np.ndarray:
+    """Dimensions that do not move: rounding leaves them a deviation of about 1e-16 of the mean."""
+    return np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
+
+
+def warnings(severity: Severity) -> list[str]:
+    """What the numbers of a report rest on, where that is little."""
+    n_tokens, d_model, still = severity.raw.n_tokens, len(severity.raw.mean), constant(severity)
+    found = []
+    needed = max(MIN_TOKENS, 2 * d_model)
+    if n_tokens < needed:
+        rate = evaluation.highest_rate_of_dead(n_tokens)
+        found.append(
+            f"these numbers rest on {n_tokens} tokens, where {d_model} dimensions want at least {needed}: a feature "
+            f"that fires on 1 token in {1 / rate:.0f} may look dead, and whitening learns the tokens by heart"
         )
-    return severity, np.concatenate(kept), n_zero
+    if len(still):
+        which = ", ".join(map(str, still[:5])) + (", …" if len(still) > 5 else "")
+        found.append(f"{len(still)} of {d_model} dimensions are the same on every token: {which}")
+    return found
 
 
 # -- the report ------------------------------------------------------------------------------------------------------
@@ -208,7 +238,8 @@ def summary(severity: Severity) -> dict[str, Any]:
     return {
         **severity.gammas(),
         "effective_rank": moments_lib.effective_rank(normed.eigenvalues),
-        "kurtosis": {"median": float(np.median(kurtosis)), "max": float(np.max(kurtosis))},
+        # Dimensions that do not vary have none.
+        "kurtosis": {"median": float(np.nanmedian(kurtosis)), "max": float(np.nanmax(kurtosis))},
         "n_outlier_dimensions": len(normed.outlier_dimensions),
         "outlier_dimensions": moments_lib.standing_out(normed),
         "bias_learning_time": theory.bias_learning_time(raw.mean * np.sqrt(d_model) / np.linalg.norm(raw.sigma)),
@@ -247,13 +278,9 @@ def landscape(sample: Float[np.ndarray, "m d"], result: dict[str, Any]) -> Figur
 
 
 def _figures(
-    severity: Severity,
-    sample: np.ndarray,
-    result: Report,
-    band: Band,
-    probes: Forecast,
+    severity: Severity, sample: np.ndarray, result: Report, band: Band, probes: Forecast,
     measured: dict[str, theory.Deaths],
-) -> dict[str, Figure]:
+) -> dict[str, Figure]:  # fmt: skip
     unit = np.sqrt(severity.directions.square.mean() / severity.directions.n_tokens)
     spread = np.sqrt(np.einsum("pd,pd->p", probes.rows @ severity.directions.covariance, probes.rows))
     bar = float(theory.alignment_threshold(result["k"] / result["n_features"], result["d_model"]))

@@ -1,24 +1,27 @@
 """SAEs that leave and come: out of a run or a folder, into the format of another library, onto the Hugging Face hub."""
 
 import json
+import os
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from sae_jax import config as config_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused, RunFailed, first_line
-from sae_jax.exchange import formats
+from sae_jax.exchange import encoders as encoders_lib
+from sae_jax.exchange import formats, hub, registry, saelens
+from sae_jax.exchange.encoders import Opened
 from sae_jax.exchange.formats import Packed
 from sae_jax.outliers.preprocess import Preprocessing, fold
 from sae_jax.reports import tables
 from sae_jax.runtime import checkpoint, disk
-from sae_jax.runtime.optional import module
 from sae_jax.training import step as step_lib
 
-HUB = "hf://"
 PICTURES = {
     "deaths.png": "Features dead over the run, by pathway.",
     "bias.png": "How the decoder bias comes to the mean of the activations.",
@@ -26,43 +29,60 @@ PICTURES = {
 }
 
 
-def load(path: str, member: str | None = None) -> Packed:
+def load(path: str | os.PathLike[str], member: str | None = None) -> Packed:
     """An SAE: a member of a run of ours, or a folder in the format of SAELens, dictionary_learning or sparsify.
 
-        sae, before, metadata = sae_jax.load("runs/quickstart", "centred")
+        sae, before, metadata = sae_jax.load("runs/mine", "centred")
         codes = sae_jax.encode(sae, before(x))                  # x of shape (tokens, d_model)
         x_hat = before.invert(sae_jax.decode(sae, codes))
+
+    `sae_jax.features` and `sae_jax.reconstruct` do all of that for any number of tokens, and undo a norm of each token.
 
     Args:
       path: a workdir (its newest checkpoint is read), a folder of one of the formats, or hf://OWNER/NAME/FOLDER.
       member: which SAE of a run that trained several.
 
     Returns:
-      The SAE, its preprocessing and its metadata. That of a run: `step`, `gamma`, `gamma_raw`, `gamma_direction`, `mu`
-      (of the activations as they are), `init` and `final` as in tables.json, `num_dead_features`, `config`, …
+      The SAE (of JAX arrays), its preprocessing and its metadata. That of a run: `step`, `gamma`, `gamma_raw`,
+      `gamma_direction`, `mu` (of the activations as they are), `init` and `final` as in report.json,
+      `num_dead_features`, `config`, …
 
     Raises:
       Refused: there is nothing like that; see `formats.decode`.
     """
-    if path.startswith(HUB):
-        path = _from_hub(path)
+    found = _read(os.fspath(path), member)
+    packed = found if isinstance(found, Packed) else formats.as_topk(found, os.fspath(path))
+    return packed._replace(sae=jax.tree.map(jnp.asarray, packed.sae))
+
+
+def _read(path: str, member: str | None) -> Packed | Opened:
+    """A member of a run as we pack it, or somebody else's SAE as it is."""
+    if path.startswith(saelens.HUB):
+        return saelens.from_release(path)
+    if path.startswith(hub.HUB):
+        path = hub.fetch(path)
     disk.check_reachable("--sae", path)
     folder = epath.Path(path)
-    if not folder.is_dir():
-        found = "there is a file of that name" if folder.exists() else "there is none of that name"
-        raise Refused("--sae", path, f"a folder, that of an SAE or of a run ({found})")
     if not (folder / checkpoint.FOLDER).is_dir():
-        return formats.decode(folder)
+        return registry.read(folder)
     saved = checkpoint.saved(str(folder))
     return _unpacked(saved, config_lib.from_identity(saved.identity), member, _facts(folder))
 
 
-def packed_of(sae: str | SAE | Packed, member: str | None = None) -> Packed:
+def opened(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Opened:
+    """Anybody's SAE of any kind that is supported, in its own arithmetic; ours with its preprocessing folded in."""
+    found = _read(os.fspath(sae), member) if isinstance(sae, str | os.PathLike) else packed_of(sae)
+    if isinstance(found, Opened):
+        return found
+    return Opened(encoders_lib.of_sae(formats.folded(found), found.before.norm), found.metadata, "sae_jax")
+
+
+def packed_of(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Packed:
     """What `load` takes or returns, or an SAE that takes activations as they are."""
     if isinstance(sae, SAE):
         arrays = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         return Packed(SAE(**arrays, k=sae.k), Preprocessing(shift=np.zeros(arrays["b_dec"].shape)), {})
-    return load(sae, member) if isinstance(sae, str) else sae
+    return sae if isinstance(sae, Packed) else load(sae, member)
 
 
 def export(
@@ -91,7 +111,7 @@ def export(
         raise Refused("--out", out, "a folder that does not exist yet, or is empty")
     packed = packed_of(sae, member)
     files = formats.encode(packed, format)
-    run = epath.Path(sae) if isinstance(sae, str) and not sae.startswith(HUB) else None
+    run = epath.Path(sae) if isinstance(sae, str) and not sae.startswith((hub.HUB, saelens.HUB)) else None
     pictures = {name: (run / name).read_bytes() for name in PICTURES if run and (run / name).exists()}
     card = model_card(packed, format, target.name, pictures)
     api = _repository(push) if push else None
@@ -252,28 +272,9 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
 # -- the hub ---------------------------------------------------------------------------------------------------------
 
 
-def _hub() -> Any:
-    return module("huggingface_hub", "hub")
-
-
-def _from_hub(path: str) -> str:
-    """The folder hf://OWNER/NAME/FOLDER, downloaded into the hub's cache."""
-    owner, _, rest = path.removeprefix(HUB).strip("/").partition("/")
-    name, _, folder = rest.partition("/")
-    if ".." in folder.split("/"):
-        raise Refused("--sae", path, "hf://OWNER/NAME/FOLDER, a folder inside the repository")
-    try:
-        found = _hub().snapshot_download(f"{owner}/{name}", allow_patterns=f"{folder}/*" if folder else None)
-    except Refused:
-        raise
-    except Exception as error:  # no network, no such repository, no permission: each has errors of its own
-        raise Refused("--sae", path, f"a repository on the hub that can be reached ({first_line(error)})") from error
-    return f"{found}/{folder}"
-
-
 def _repository(name: str) -> Any:
     """The hub's API, once a repository of that name is there to write to."""
-    api = _hub().HfApi()
+    api = hub.library().HfApi()
     try:
         api.create_repo(name, exist_ok=True)
     except Exception as error:
@@ -285,7 +286,7 @@ def _commit(api: Any, name: str, folder: epath.Path) -> None:
     """The folder under its own name, in one commit; its card for the whole repository, if that has none."""
     try:
         files = commit_files(folder, with_card=not api.file_exists(name, "README.md"))
-        operations = [_hub().CommitOperationAdd(where, content) for where, content in files.items()]
+        operations = [hub.library().CommitOperationAdd(where, content) for where, content in files.items()]
         api.create_commit(name, operations, commit_message=f"Add {folder.name}")
     except Exception as error:
         raise RunFailed(f"upload to {name}: {first_line(error)}; {folder} is complete") from error

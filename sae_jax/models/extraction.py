@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from sae_jax import config as config_lib
 from sae_jax.activations import store
-from sae_jax.activations.pipeline import CHUNK
+from sae_jax.activations.chunks import CHUNK
 from sae_jax.errors import Refused
 from sae_jax.models import adapters, facts, inputs
 from sae_jax.models.network import Batch, Network
+from sae_jax.runtime import progress
 from sae_jax.runtime.optional import module
 
 # Where families keep these. In BERT and its like `attention` and `output` add the residual stream: their last dense
@@ -132,14 +132,14 @@ def rows(
     """
     wanted = model.n_tokens + CHUNK - 1  # a dataset keeps whole chunks
     done, first = 0, 0
-    with tqdm(total=model.n_tokens, initial=start, unit=" tokens", desc=f"extracting {model.id}", disable=None) as bar:
+    with progress.Progress(model.n_tokens, start, "tokens", f"extracting {model.id}") as shown:
         for batch in network.batches():
             if done >= wanted:
                 break
             count = int(kept(model, batch).sum())
             if done + count > start:
                 yield done, forward(network, model, batch, first, layers)
-                bar.update(count)
+                shown.update(count)
             first, done = first + len(batch.real), done + count
 
 

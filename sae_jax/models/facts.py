@@ -18,7 +18,7 @@ from sae_jax.errors import Refused
 
 
 class Facts(NamedTuple):
-    """One model; `families` in models.py says how each family is loaded and run."""
+    """One model; adapters.py says how each family is loaded and run."""
 
     id: str  # on the Hugging Face hub, unless said
     family: str

@@ -86,7 +86,7 @@ def identity(kind: str, source: str) -> str:
     if kind == "text":
         return f"documentation of Python {platform.python_version()}"
     if kind == "images":
-        package("skimage", "bundled")
+        package("skimage", "models")
         return f"photos of scikit-image {importlib.metadata.version('scikit-image')}"
     return f"{kind}: variants of six antibody domains"
 
@@ -173,7 +173,7 @@ def _antibodies(rng: np.random.Generator) -> Iterator[str]:
 
 
 def _crops(rng: np.random.Generator) -> Iterator[np.ndarray]:
-    image, folder = module("PIL.Image", "bundled"), package("skimage", "bundled") / "data"
+    image, folder = module("PIL.Image", "models"), package("skimage", "models") / "data"
     photos = [np.asarray(image.open(folder / name).convert("RGB")) for name in PHOTOS]
     while True:
         photo = photos[rng.integers(len(photos))]

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax.activations import files, pipeline, synthetic
+from sae_jax.activations import files, synthetic
+from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks
 from sae_jax.errors import Refused, RunFailed
 
 
@@ -20,6 +21,7 @@ class Source(Protocol):
 
     d_model: int
     n_eval_tokens: int
+    n_train_tokens: int | None  # None: as many as are asked for
     truth: Float[Array, "m d"] | None  # true features, where they are known
     identity: dict[str, Any]  # what data this is, for reports
     split_axis: int | None  # axis of a batch's input to share out over devices; None: all devices get it whole
@@ -43,7 +45,10 @@ class Source(Protocol):
 def open_source(config: ConfigDict) -> Source:
     """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first."""
     if config.data.path:
-        return StoredSource(config, files.open_chunks(config.data.path))
+        chunks = files.open_chunks(config.data.path)
+        if isinstance(chunks, ArrayChunks):  # what we wrote ourselves has been looked at
+            chunks.check()
+        return StoredSource(config, chunks)
     if config.data.model.id:
         from sae_jax.models import extraction, streaming
 
@@ -64,6 +69,7 @@ class SyntheticSource:
     """Batches made on the device; an input is just the number of the batch."""
 
     split_axis: int | None = None
+    n_train_tokens: int | None = None
 
     def __init__(self, config: ConfigDict):
         self._spec = synthetic.build(config.data, config.seed)
@@ -129,7 +135,7 @@ class StoredSource:
     truth: Float[Array, "m d"] | None = None
 
     def __init__(
-        self, config: ConfigDict, chunks: pipeline.Chunks, again: Callable[[int], np.ndarray] | None = None
+        self, config: ConfigDict, chunks: Chunks, again: Callable[[int], np.ndarray] | None = None
     ):
         self._chunks, self._config, self._again = chunks, config, again or chunks.__getitem__
         n_tokens = len(chunks) * chunks.rows
@@ -137,11 +143,14 @@ class StoredSource:
         if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:
             raise Refused("data.path", config.data.path, f"at least 5 tokens to train and evaluate on, not {n_tokens}")
         n_held_out = -(-self.n_eval_tokens // chunks.rows)
-        self._train, self._held_out = pipeline.split_chunks(len(chunks), n_held_out)
+        self._train, self._held_out = split_chunks(len(chunks), n_held_out)
+        self.n_train_tokens: int | None = len(self._train) * chunks.rows
         self.d_model = chunks.d_model
         self.identity = chunks.identity
 
     def train(self, start: int) -> Any:
+        from sae_jax.activations import pipeline  # and with it grain, which nothing but training waits for
+
         iterator = pipeline.batches(
             self._chunks, self._train, self._config.train.batch_size, self._config.seed,
             jax.process_index(), jax.process_count(),
@@ -152,7 +161,7 @@ class StoredSource:
     def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
         size = self._config.eval.batch_size
         mine = _own(size)
-        for x in pipeline.read(self._again, self._held_out, size, self.n_eval_tokens):
+        for x in read(self._again, self._held_out, size, self.n_eval_tokens):
             padding = ((0, size - len(x)), (0, 0))
             yield np.pad(x, padding)[mine], (np.arange(size) < len(x))[mine]
 
@@ -160,7 +169,7 @@ class StoredSource:
         wanted = min(self._config.data.statistics_tokens, len(self._train) * self._chunks.rows)
         n_chunks = -(-wanted // self._chunks.rows)
         spaced = self._train[np.arange(n_chunks) * len(self._train) // n_chunks]
-        return pipeline.read(self._again, spaced, 4096, wanted)
+        return read(self._again, spaced, 4096, wanted)
 
     def mean_shift(self, member: ConfigDict) -> np.ndarray:
         return np.zeros(self.d_model)
@@ -192,7 +201,7 @@ def open_tokens(activations: np.ndarray | str | ConfigDict) -> Tokens:
     try:
         chunks: Any = (
             files.open_chunks(activations) if isinstance(activations, str)
-            else pipeline.ArrayChunks(np.asarray(activations), "array")
+            else ArrayChunks(np.asarray(activations), "array")
         )  # fmt: skip
     except Refused as error:
         raise Refused("activations", error.value, error.allowed) from error

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 from ml_collections import ConfigDict
 
-from sae_jax.activations import pipeline
+from sae_jax.activations.chunks import rows_of
 from sae_jax.errors import Refused
 from sae_jax.models import adapters, extraction, facts
 
@@ -57,4 +57,4 @@ class StreamedChunks:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Rows from start up to stop."""
-        return pipeline.rows_of(self, start, stop)
+        return rows_of(self, start, stop)

@@ -54,7 +54,12 @@ def per_token(x: Float[Array, "B d"], norm: str) -> Float[Array, "B d"]:
     return x
 
 
-def whitening(moments: Moments, shrinkage: float = 0.0, rank_cut: float = 1e-6) -> Preprocessing:
+ROUNDING = 1e-13  # share of the largest eigenvalue that sums in float64 leave of a direction without variance
+
+
+def whitening(
+    moments: Moments, shrinkage: float = 0.0, rank_cut: float = 1e-6, ordinary: Moments | None = None
+) -> Preprocessing:
     """PCA whitening: every direction that is kept gets variance 1.
 
     Args:
@@ -62,9 +67,12 @@ def whitening(moments: Moments, shrinkage: float = 0.0, rank_cut: float = 1e-6) 
       shrinkage: share of the mean eigenvalue mixed into every eigenvalue, 0 to 1; tames directions of little variance.
       rank_cut: directions whose variance is under this share of the largest are left out (a near-singular spectrum
         would blow up what is only rounding).
+      ordinary: moments of the tokens that are no giants, where there are giants: the largest is taken of these, as one
+        direction in which a few tokens are enormous makes all the others look like rounding.
     """
     values, vectors = moments.eigen
-    kept = values > rank_cut * values[0]
+    largest = (ordinary or moments).eigenvalues[0]
+    kept = values > max(rank_cut * largest, ROUNDING * values[0])
     values, vectors = values[kept], vectors[kept]
     values = (1 - shrinkage) * values + shrinkage * moments.square.mean() / moments.n_tokens
     return Preprocessing(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from sae_jax.outliers.theory import Deaths, alignment_threshold, along_axis
 
@@ -36,7 +36,13 @@ class Forecast(NamedTuple):
 
     def _dead(self, share: Float[np.ndarray, "S"]) -> np.ndarray:
         """(S, P) which probes would be dead."""
-        return (self.best <= 0) | (self.best < alignment_threshold(share, self.rows.shape[1])[:, None])
+        count, d_model = self.rows.shape
+        if d_model == 1:
+            # Features of one sign have the same pre-activation on every token: k of them are kept, always the same.
+            sign = self.rows[:, 0] > 0
+            before = np.where(sign, np.cumsum(sign), np.cumsum(~sign)) - 1
+            return (self.best <= 0) | (before >= share[:, None] * count)
+        return (self.best <= 0) | (self.best < alignment_threshold(share, d_model)[:, None])
 
     def curve(self, share: Float[np.ndarray, "S"], n_features: int | None = None) -> Band:
         """Death against k/n.
@@ -51,7 +57,7 @@ class Forecast(NamedTuple):
         pairs = dead_probe[:, : count // 2 * 2].reshape(len(share), -1, 2)
         differ = np.sum(pairs[..., 0] != pairs[..., 1], axis=1)
         gain = np.maximum((count * dead * (1 - dead) + 4) / (differ + 4), 1)
-        n_effective, z = 1 / (1 / (count * gain) + (1 / n_features if n_features else 0)), norm.ppf(0.975)
+        n_effective, z = 1 / (1 / (count * gain) + (1 / n_features if n_features else 0)), ndtri(0.975)
         middle = (dead + z**2 / (2 * n_effective)) / (1 + z**2 / n_effective)
         half = z / (1 + z**2 / n_effective) * np.sqrt(dead * (1 - dead) / n_effective + z**2 / (4 * n_effective**2))
         return Band(share, dead, middle - half, middle + half)

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import rankdata
 
 
 class Correlation(NamedTuple):
@@ -26,6 +25,8 @@ class Correlation(NamedTuple):
 
 def spearman(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
     """Correlation of ranks, ties at their mean rank; nan where one of the two does not vary."""
+    from scipy.stats import rankdata  # half a second, for the table of a sweep alone
+
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
 

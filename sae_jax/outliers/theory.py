@@ -18,10 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
-from scipy.special import ndtr
-from scipy.stats import beta, norm
-from scipy.stats import gamma as gamma_distribution
+from scipy.special import betainccinv, betaincinv, gammaincinv, ndtr, ndtri
 
 Deaths = dict[str, float]  # dead_by_relu, dead_total: fractions of n
 STREAM = 2605_31518  # keeps random rows apart from activations that somebody made with the same seed
@@ -32,7 +29,7 @@ def top_k_threshold(n_features: int, k: int) -> float:
 
     ReLU comes first, so it is at least 0.
     """
-    return max(0.0, float(norm.isf(k / n_features)))
+    return max(0.0, float(-ndtri(k / n_features)))
 
 
 def alignment_threshold(share: ArrayLike, d_model: int) -> NDArray[np.float64]:
@@ -43,35 +40,35 @@ def alignment_threshold(share: ArrayLike, d_model: int) -> NDArray[np.float64]:
     share = np.asarray(share, np.float64)
     if d_model == 1:
         return np.where(share < 0.5, 1.0, 0.0)
-    return np.sqrt(d_model * beta.isf(np.minimum(2 * share, 1.0), 0.5, (d_model - 1) / 2))
+    return np.sqrt(d_model * betainccinv(0.5, (d_model - 1) / 2, np.minimum(2 * share, 1.0)))
 
 
 def extreme(n_tokens: int) -> float:
     """C = Φ⁻¹(1 − 1/N), the paper's largest signal over N tokens (4.265 at 100,000)."""
-    return float(norm.isf(1 / n_tokens))
+    return float(-ndtri(1 / n_tokens))
 
 
 def median_extreme(n_tokens: int) -> float:
     """C̃ = Φ⁻¹(2^(−1/N)), the median of the largest of N standard normals (4.346 at 100,000)."""
-    return float(norm.isf(-np.expm1(-np.log(2) / n_tokens)))
+    return float(-ndtri(-np.expm1(-np.log(2) / n_tokens)))
 
 
 def dead_by_relu_paper(gamma: ArrayLike, n_tokens: int) -> NDArray[np.float64]:
     """Φ(−C/gamma). Source: Simon, Adams and Zou, arXiv:2605.31518."""
     with np.errstate(divide="ignore"):
-        return norm.cdf(-extreme(n_tokens) / np.asarray(gamma, np.float64))
+        return ndtr(-extreme(n_tokens) / np.asarray(gamma, np.float64))
 
 
 def dead_total_paper(gamma: ArrayLike, n_tokens: int, n_features: int, k: int) -> NDArray[np.float64]:
     """Φ(t_k − C/gamma): the threshold at its limit for large gamma, so tight only for gamma > 3. Same source."""
     with np.errstate(divide="ignore"):
-        return norm.cdf(top_k_threshold(n_features, k) - extreme(n_tokens) / np.asarray(gamma, np.float64))
+        return ndtr(top_k_threshold(n_features, k) - extreme(n_tokens) / np.asarray(gamma, np.float64))
 
 
 def dead_by_relu_finite_gamma(gamma: ArrayLike, n_tokens: int) -> NDArray[np.float64]:
     """Φ(−C̃/gamma): the paper's law with the median of the largest signal in place of C."""
     with np.errstate(divide="ignore"):
-        return norm.cdf(-median_extreme(n_tokens) / np.asarray(gamma, np.float64))
+        return ndtr(-median_extreme(n_tokens) / np.asarray(gamma, np.float64))
 
 
 def dead_total_finite_gamma(gamma: ArrayLike, n_tokens: int, n_features: int, k: int) -> NDArray[np.float64]:
@@ -84,7 +81,7 @@ def dead_total_finite_gamma(gamma: ArrayLike, n_tokens: int, n_features: int, k:
     gamma = np.asarray(gamma, np.float64)
     bar = top_k_threshold(n_features, k)
     with np.errstate(divide="ignore", invalid="ignore"):
-        dead = norm.cdf(bar * np.sqrt(1 + gamma**-2) - median_extreme(n_tokens) / gamma)
+        dead = ndtr(bar * np.sqrt(1 + gamma**-2) - median_extreme(n_tokens) / gamma)
     # gamma = 0: all features are alike, and they die together only if the largest signal cannot reach the bar.
     return np.where(gamma > 0, dead, float(bar > median_extreme(n_tokens)))
 
@@ -149,7 +146,7 @@ def along_axis(level: np.ndarray, d_model: int) -> np.ndarray:
     if d_model == 1:
         return np.where(level < 0.5, -1.0, 1.0)
     side = 2 * level - 1
-    return np.sign(side) * np.sqrt(d_model * beta.ppf(np.abs(side), 0.5, (d_model - 1) / 2))
+    return np.sign(side) * np.sqrt(d_model * betaincinv(0.5, (d_model - 1) / 2, np.abs(side)))
 
 
 def _levels(count: int, per_octave: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +161,7 @@ REST_LEVELS = _levels(1 << 12, per_octave=2)
 def _rest(freedom: ArrayLike, mean: ArrayLike) -> np.ndarray:
     """Nodes of a gamma variable, finest where it is small and w·v large."""
     freedom = np.maximum(freedom, 1e-3)  # at rank 1 there is no rest
-    return gamma_distribution.ppf(1 - REST_LEVELS[0][:, None], freedom) * (np.asarray(mean) / freedom)
+    return gammaincinv(freedom, 1 - REST_LEVELS[0][:, None]) * (np.asarray(mean) / freedom)
 
 
 def _condensed(cosine: np.ndarray, weight: np.ndarray) -> Cosines:
@@ -191,13 +188,13 @@ def token_integral(
     """
     rank = min(rank, max(d_model - 1, 1))
     along, level = (grid.ravel() for grid in np.meshgrid(along_axis(_midpoints(200), d_model), _midpoints(32)))
-    within = beta.ppf(level, rank / 2, (d_model - 1 - rank) / 2) if rank < d_model - 1 else np.ones_like(along)
+    within = betaincinv(rank / 2, (d_model - 1 - rank) / 2, level) if rank < d_model - 1 else np.ones_like(along)
     spread = np.sqrt(np.maximum(d_model - along**2, 0) * within / rank)
     rest = _rest((rank - 1) / 2, 1 - 1 / rank)
     level, weight = _levels(n_tokens)
-    square = gamma_distribution.ppf(level, rank / 2, scale=2 / rank)  # ‖s‖², which no direction of it depends on
+    square = gammaincinv(rank / 2, level) * (2 / rank)  # ‖s‖², which no direction of it depends on
     if tau_log_variance > 0:
-        tau_square = np.exp(np.sqrt(tau_log_variance) * norm.ppf(level))
+        tau_square = np.exp(np.sqrt(tau_log_variance) * ndtri(level))
         square = np.outer(tau_square / (weight @ tau_square), square).ravel()
         weight = np.outer(weight, weight).ravel()
     gamma = min(gamma, 1e8)
@@ -207,7 +204,7 @@ def token_integral(
 
 
 # Share of the variance of x that has to be excess before it is laid to a few massive tokens: a convention ("most of
-# it"), not a measurement. The law jumps there; experiments/README.md shows how much hangs on it.
+# it"), not a measurement. The law jumps there; experiments/death/README.md shows how much hangs on it.
 MASSIVE = 0.5
 
 
@@ -229,7 +226,7 @@ def two_gammas(
     """
     if gamma_raw >= gamma or gamma_raw**2 < MASSIVE * gamma**2:
         return token_integral(max(gamma, gamma_raw), rank, d_model, n_tokens, n_features, k)
-    z = norm.ppf(_midpoints(200))
+    z = ndtri(_midpoints(200))
 
     def signal(v: float) -> float:
         room = 1 - gamma_raw**2 * np.expm1(v / 4)
@@ -239,6 +236,8 @@ def two_gammas(
         tau_square = np.exp(np.sqrt(v) * z)
         length = np.mean(1 / np.sqrt(1 + tau_square / tau_square.mean() / signal(v) ** 2))
         return float(length - gamma / np.sqrt(1 + gamma**2))
+
+    from scipy.optimize import brentq  # a third of a second, for this law alone
 
     v = brentq(excess, 0.0, 60.0)
     return token_integral(signal(v), rank, d_model, n_tokens, n_features, k, tau_log_variance=v)

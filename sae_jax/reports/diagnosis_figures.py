@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from sae_jax.outliers.moments import effective_rank
 from sae_jax.outliers.probes import Band
-from sae_jax.reports.figures import ALIVE, MEMBER_COLOURS, RELU, STYLE, TOPK
+from sae_jax.reports.figures import ALIVE, MEMBER_COLOURS, RELU, STYLE, TOPK, WIDE, legend_below, plain
 
 
 def spectrum(spectra: dict[str, Float[np.ndarray, "d"]]) -> Figure:
@@ -17,12 +17,13 @@ def spectrum(spectra: dict[str, Float[np.ndarray, "d"]]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axis = figure.subplots()
-        for (name, values), colour in zip(spectra.items(), (MEMBER_COLOURS[0], MEMBER_COLOURS[1]), strict=False):
+        looks: list[dict[str, Any]] = [{"color": MEMBER_COLOURS[0], "lw": 2}, {"color": MEMBER_COLOURS[1], "ls": "--"}]
+        for (name, values), look in zip(spectra.items(), looks, strict=False):
             share = values[values > 1e-9 * values[0]] / max(float(values.sum()), 1e-300)  # what is below is rounding
             if not len(share):
                 continue
             rank = effective_rank(values)
-            axis.plot(np.arange(1, len(share) + 1), share, color=colour, lw=1.3, label=f"{name}: {rank:.0f}")
+            axis.plot(np.arange(1, len(share) + 1), share, **look, label=f"{name}: {rank:.0f}")
         axis.set(
             xscale="log", yscale="log", xlabel="eigenvalue number", ylabel="share of the variance",
         )  # fmt: skip
@@ -35,27 +36,45 @@ def death_curve(
     band: Band, share: float, predicted: dict[str, dict[str, float]], measured: dict[str, float] | None
 ) -> Figure:
     """Left: death at initialisation forecast for every k/n. Right: what each law says at the one asked about."""
+    rows = {name.replace("_", " "): found for name, found in predicted.items()}
+    rows |= {"measured": measured} if measured else {}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.8, 3.2), layout="constrained")
-        axis, laws = figure.subplots(1, 2, sharey=True, width_ratios=(1.5, 1))
-        axis.fill_between(band.share, 100 * band.low, 100 * band.high, color=ALIVE, alpha=0.3, lw=0, label="95 %")
-        axis.plot(band.share, 100 * band.dead, color=ALIVE, lw=1.5, label="probes")
+        figure = Figure(figsize=(WIDE, 2.9), layout="constrained")
+        axis, laws = figure.subplots(1, 2, width_ratios=(1.2, 1))
         axis.axvline(share, color="black", lw=0.6, ls=":")
+        axis.fill_between(band.share, 100 * band.low, 100 * band.high, color=ALIVE, alpha=0.3, lw=0,
+                          label="95 % of the forecast")  # fmt: skip
+        axis.plot(band.share, 100 * band.dead, color=ALIVE, lw=1.5, label="dead in total, by probes")
+        axis.set(xscale="log", xlabel="k / n", ylabel="features dead at initialisation (%)", ylim=(-4, 104))
+        axis.set_title("at every k / n")
+        plain(axis.xaxis)
         if measured:
             axis.plot(share, 100 * measured["dead_total"], "*", ms=9, color="black", label="measured", zorder=5)
-            for key, style in (("dead_total", "-"), ("dead_by_relu", "--")):
-                laws.axhline(100 * measured[key], color="black", lw=0.8, ls=style)
-        axis.set_xscale("log")
-        axis.set(xlabel="k / n", ylabel="features dead at initialisation (%)", ylim=(-3, 103))
-        axis.legend(loc="lower left")
-        at = np.arange(len(predicted))
-        for key, colour, label in (("dead_total", TOPK, "total"), ("dead_by_relu", RELU, "by ReLU")):
-            laws.plot(at, [100 * found[key] for found in predicted.values()], "o", ms=6, color=colour, label=label)
-        laws.set_xticks(at, [name.replace("_", " ") for name in predicted], rotation=40, ha="right")
-        laws.set_xlim(-0.6, len(at) - 0.4)
-        laws.set_title(f"laws at k/n = {share:.2g}" + (", lines: measured" if measured else ""))
-        figure.legend(*laws.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+        stacked(laws, rows)
+        laws.set(title=f"at k / n = {share:.2g}", xlabel="features dead at initialisation (%)", xlim=(0, 128))
+        axis.plot([], [], "s", ms=7, color=RELU, label="dead by ReLU")
+        axis.plot([], [], "s", ms=7, color=TOPK, label="dead by TopK")
+        legend_below(figure, axis)
     return figure
+
+
+def stacked(axis: Any, rows: dict[str, dict[str, float]], measured: dict[str, float] | None = None) -> None:
+    """Horizontal bars by pathway, the first row on top, the total beside each; a star where something was measured."""
+    y = np.arange(len(rows))[::-1]
+    relu, total = (np.array([100 * found[key] for found in rows.values()]) for key in ("dead_by_relu", "dead_total"))
+    axis.barh(y, relu, color=RELU, height=0.62, label="dead by ReLU")
+    axis.barh(y, total - relu, left=relu, color=TOPK, height=0.62, label="dead by TopK")
+    stars = {name: 100 * value for name, value in (measured or {}).items()}
+    if stars:
+        at = [place for place, name in zip(y, rows, strict=True) if name in stars]
+        axis.plot(list(stars.values()), at, "k*", ms=8, label="measured in total", clip_on=False, zorder=5)
+    for at, name, value in zip(y, rows, total, strict=True):
+        said = f"{value:.1f} %" + (f", measured {stars[name]:.1f} %" if name in stars else "")
+        right = max(value, stars.get(name, 0))
+        axis.annotate(said, (right, at), xytext=(8, 0), textcoords="offset points", va="center")
+    axis.set_yticks(y, list(rows))
+    axis.set_xticks(range(0, 101, 25))
+    axis.grid(visible=False, axis="y")
 
 
 def shift_signal(
@@ -68,6 +87,9 @@ def shift_signal(
     feature's fate, so both are taken over x/‖x‖, in units of the signal of an average feature.
     """
     relu, topk = best <= 0, (best > 0) & (best < bar)
+    low, high = float(signal.min()), float(signal.max())
+    low, high = low - 0.08 * max(high - low, 0.1), high + 0.08 * max(high - low, 0.1)
+    left, right = min(float(shift.min()), -reach * high), max(float(shift.max()), 1.0)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axis = figure.subplots()
@@ -76,38 +98,23 @@ def shift_signal(
         ):  # fmt: skip
             if mask.any():
                 axis.plot(shift[mask], signal[mask], "o", ms=3, mew=0, alpha=0.7, color=colour, label=label)
-        top = 1.15 * float(signal.max())
-        axis.plot([0, -reach * top], [0, top], color="black", lw=0.8, ls="--", label=f"shift = −{reach:.1f} signal")
-        limit = 1.1 * max(float(np.abs(shift).max()), 1.0)
-        axis.set(xlabel="shift: mean of w·x/‖x‖, in average σ", ylabel="signal: σ of w·x/‖x‖, in average σ")
-        axis.set(xlim=(-limit, limit), ylim=(0, top))
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3)
+        line = f"shift = −{reach:.1f} × signal"
+        axis.plot([-reach * low, -reach * high], [low, high], color="black", lw=0.8, ls="--", label=line)
+        axis.axvline(0, color="black", lw=0.6, ls=":")
+        axis.set(xlabel="shift: mean of w·x/‖x‖ (average σ)", ylabel="signal: σ of w·x/‖x‖ (average σ)")
+        axis.set(xlim=(left - 0.04 * (right - left), right + 0.04 * (right - left)), ylim=(low, high))
+        legend_below(figure, axis)
     return figure
 
 
 def remedies(found: dict[str, dict[str, Any]]) -> Figure:
     """What each remedy is forecast to leave dead at initialisation, by pathway, with the measurement beside it."""
-    names = list(found)
+    forecast = {name.replace("_", " "): one["probe"] for name, one in found.items()}
+    counted = {name.replace("_", " "): one["measured"]["dead_total"] for name, one in found.items() if one["measured"]}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 0.9 + 0.33 * len(names)), layout="constrained")
+        figure = Figure(figsize=(6.2, 0.9 + 0.33 * len(found)), layout="constrained")
         axis = figure.subplots()
-        y = np.arange(len(names))[::-1]
-        relu = np.array([100 * found[name]["probe"]["dead_by_relu"] for name in names])
-        total = np.array([100 * found[name]["probe"]["dead_total"] for name in names])
-        axis.barh(y, relu, color=RELU, height=0.62, label="dead by ReLU")
-        axis.barh(y, total - relu, left=relu, color=TOPK, height=0.62, label="dead by TopK")
-        counted = [(at, found[name]["measured"]) for at, name in zip(y, names, strict=True) if found[name]["measured"]]
-        if counted:
-            stars = [100 * m["dead_total"] for _, m in counted]
-            axis.plot(stars, [at for at, _ in counted], "k*", ms=8, label="measured", clip_on=False, zorder=5)
-        for at, name, value in zip(y, names, total, strict=True):
-            star = found[name]["measured"]
-            said = f"{value:.1f} %" + (f", measured {100 * star['dead_total']:.1f} %" if star else "")
-            right = max(value, 100 * star["dead_total"] if star else 0)
-            axis.annotate(said, (right, at), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
-        axis.set_yticks(y, [name.replace("_", " ") for name in names])
-        axis.grid(visible=False, axis="y")
-        axis.set(xlabel="features dead at initialisation (%), forecast", xlim=(0, 145 if counted else 115))
-        axis.set_xticks(range(0, 101, 20))
-        figure.legend(loc="outside lower center", ncols=3)
+        stacked(axis, forecast, counted)
+        axis.set(xlabel="features dead at initialisation (%), forecast", xlim=(0, 165 if counted else 115))
+        legend_below(figure, axis)
     return figure

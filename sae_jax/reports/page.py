@@ -26,10 +26,12 @@ SECTIONS = {
         "deaths": "Features dead over steps. Death by TopK may recover in training; death by ReLU stays until the bias "
         "has learned the mean.",
         "shifts": "The mechanism. Each feature's mean pre-activation over its standard deviation: far left of zero it "
-        "never fires, in the middle it never wins. On a share of the held-out tokens, so a few more look dead.",
+        "never fires, in the middle it never wins. On a share of the held-out tokens, so a few more look dead; "
+        "the 0.5 % furthest out are in the outermost bins.",
     },
     "The bias and the mean": {
-        "bias": "The share of the mean that the bias has learned, the distance left, and death by ReLU against both."
+        "bias": "The share of the mean that the bias has learned, the distance left (what is below 0.0001 is drawn "
+        "there), and death by ReLU against the share."
     },
     "Reconstruction": {
         "curves": "On the held-out tokens, at every checkpoint. FVE is cut off at −0.5: an untrained SAE that is not "

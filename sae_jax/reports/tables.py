@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: report.json, TensorBoard events, a table, a progress bar."""
+"""What a run leaves for people and programs: report.json, tables, and one line of how it stands."""
 
 import csv
 import importlib.metadata
@@ -6,23 +6,18 @@ import io
 import json
 import math
 import platform
-import sys
-import time
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tqdm import tqdm
 
+from sae_jax.outliers.giants import GIANT
 from sae_jax.runtime.disk import write_text
 
 COLUMNS = {
     "dead_by_relu": "dead by ReLU", "dead_by_topk": "dead by TopK", "dead_total": "dead in total",
-    "fve": "FVE", "l0": "L0", "bias_projection": "b·mu/‖mu‖²", "mmcs": "MMCS",
+    "fve": "FVE", "fve_without_giants": "FVE without giants", "l0": "L0",
+    "bias_projection": "b·mu/‖mu‖²", "mmcs": "MMCS",
 }  # fmt: skip
 
 
@@ -74,13 +69,32 @@ def one_line(row: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """The report of a training run as a short table: two lines a member, before training and after."""
-    shown = [key for key in COLUMNS if any(key in member["init"] for member in report["members"])]
+    finals = [member["final"] for member in report["members"]]
+    n_giants = finals[0].get("n_giant_tokens", 0)
+    shown = [key for key in COLUMNS if any(key in final for final in finals)
+             and (n_giants or key != "fve_without_giants")]  # fmt: skip
     lines = [["member", "step", *(COLUMNS[key] for key in shown)]]
     for member in report["members"]:
         for when, step in (("init", 0), ("final", report["step"])):
-            lines.append([member["name"], str(step), *(cell(key, member[when][key]) for key in shown)])
+            lines.append([member["name"], str(step), *(cell(key, member[when].get(key)) for key in shown)])
     size = f"n = {report['n_features']}, k = {report['k']}, {report['n_eval_tokens']} held-out tokens"
-    return f"{size}; {_gammas(report)}\n{_aligned(lines)}"
+    size += f", {n_giants} of them giants ({GIANT:.0f} times the median norm)" if n_giants else ""
+    return f"{size}; {_gammas(report)}\n{_aligned(lines)}\n{_dead_means(report)}"
+
+
+def standing(members: dict[str, dict[str, float | None]]) -> str:
+    """Loss, FVE and share of dead features on one line, member by member; of more than three their ranges."""
+    if len(members) <= 3:
+        return "; ".join(
+            f"{name} loss {found['loss']:.4g}, FVE {cell('fve', found['fve'])}, dead {cell('dead', found['dead'])}"
+            for name, found in members.items()
+        )
+    parts = [f"{len(members)} members"]
+    for key, title in (("loss", "loss"), ("fve", "FVE"), ("dead", "dead")):
+        known = [value for found in members.values() if (value := found[key]) is not None]
+        ends = [f"{end(known):.4g}" if key == "loss" else cell(key, end(known)) for end in (min, max) if known]
+        parts.append(f"{title} {' to '.join(dict.fromkeys(ends)) or cell(key, None)}")
+    return ", ".join(parts)
 
 
 def diagnosis_table(report: dict[str, Any]) -> str:
@@ -93,6 +107,8 @@ def diagnosis_table(report: dict[str, Any]) -> str:
         f"{report['n_outlier_dimensions']} outlier dimensions" + (": " + ", ".join(standing) if standing else ""),
         *([f"{report['n_zero_tokens']} tokens are zero in every dimension: padding, perhaps"] if
           report["n_zero_tokens"] else []),
+        *_giants(report),
+        *(f"beware: {warning}" for warning in report["warnings"]),
         f"a bias that starts at 0 has 90 % of mu after {report['bias_learning_time'] / 3e-4:,.0f} steps of Adam at "
         "3e-4 (data scaled to ‖sigma‖ = √d), at the earliest",
         f"\ndead at initialisation, n = {report['n_features']}, k = {report['k']}",
@@ -100,17 +116,20 @@ def diagnosis_table(report: dict[str, Any]) -> str:
     laws = [["law", COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
     laws += [[name.replace("_", " "), *_deaths(found)] for name, found in report["predicted"].items()]
     remedies = [["remedy", "forecast: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
-    remedies += [[name.replace("_", " "), *_deaths(found["probe"])] for name, found in report["remedies"].items()]
+    remedies += [[_remedy(name, found, report["d_model"]), *_deaths(found["probe"])]
+                 for name, found in report["remedies"].items()]  # fmt: skip
     if all(found["measured"] for found in report["remedies"].values()):
         measured = [_deaths(found["measured"]) for found in report["remedies"].values()]
         titles = ["measured: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]
         remedies = [line + more for line, more in zip(remedies, [titles, *measured], strict=True)]
-    return "\n".join([*head, _aligned(laws), "", _aligned(remedies), "", report["advice"]])
+    parts = [*head, _aligned(laws), "", _aligned(remedies), _dead_means(report), "", report["advice"]]
+    return "\n".join(parts)
 
 
 def autopsy_table(report: dict[str, Any]) -> str:
     """The report of an autopsy: the SAE as it is beside the same with its bias at the mean, and the verdict."""
-    shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve", "l0"]
+    without = ["fve_without_giants"] if report["n_giant_tokens"] else []
+    shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve", *without, "l0"]
     lines = [["SAE", *(COLUMNS[key] for key in shown)]]
     for name, found in (("as it is", report), ("bias moved to the mean", report["if_centred"])):
         lines.append([name, *(cell(key, found[key]) for key in shown)])
@@ -118,12 +137,33 @@ def autopsy_table(report: dict[str, Any]) -> str:
     for name, found in report["alignment_with_mean"].items():
         cosine = found["cosine"][1] if found["cosine"] else None
         fates.append([COLUMNS.get(name, name), str(found["n"]), cell("cosine", cosine)])
-    size = f"n = {report['n_features']}, k = {report['k']}, {report['n_tokens']} tokens"
-    return "\n".join([f"{size}; {_gammas(report)}", _aligned(lines), "", _aligned(fates), "", report["advice"]])
+    kind = report["architecture"] + (f", k = {report['k']}" if report["k"] else "")
+    size = f"{kind}, n = {report['n_features']}, {report['n_tokens']} tokens"
+    beware = [f"beware: {warning}" for warning in report["warnings"]]
+    head = [f"{size}; {_gammas(report)}", *_giants(report), *beware, _aligned(lines), _dead_means(report)]
+    return "\n".join([*head, "", _aligned(fates), "", report["advice"]])
 
 
 def _gammas(report: dict[str, Any]) -> str:
     return ", ".join(f"{key} {report[key]:.2f}" for key in ("gamma", "gamma_raw", "gamma_direction"))
+
+
+def _dead_means(report: dict[str, Any]) -> str:
+    """What a count of deaths on so many tokens says."""
+    rate = 1 / report["highest_rate_of_dead"]
+    return f"dead: fired on none of these tokens; one that fires on 1 in {rate:,.0f} or fewer may look the same (95 %)"
+
+
+def _giants(report: dict[str, Any]) -> list[str]:
+    if not report["n_giant_tokens"]:
+        return []
+    found = f"{report['n_giant_tokens']} tokens have more than {GIANT:.0f} times the median norm"
+    return [f"{found}; without them: {_gammas(report['without_giants'])}"]
+
+
+def _remedy(name: str, found: dict[str, Any], d_model: int) -> str:
+    kept = found["dimensions"]
+    return name.replace("_", " ") + (f" ({kept} of {d_model} dimensions)" if kept < d_model else "")
 
 
 def _deaths(found: dict[str, float]) -> list[str]:
@@ -144,32 +184,3 @@ def cell(key: str, value: float | None) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.1f} %" if key.startswith("dead") else f"{value:.3f}" if key != "l0" else f"{value:.1f}"
-
-
-class Board:
-    """TensorBoard scalars under WORKDIR/tensorboard, `member/metric`; a resumed run writes a second events file."""
-
-    def __init__(self, workdir: str):
-        folder = epath.Path(workdir) / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        # Written by this thread: tensorboardX's own blocks for ever once it has met a full disk.
-        self._events = EventsWriter(str(folder / "events"))
-
-    def scalars(self, step: int, member: str, values: dict[str, Any]) -> None:
-        found = [summary.scalar(f"{member}/{key}", value) for key, value in values.items() if value is not None]
-        for one in found:
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=one))
-        self._events.flush()
-
-    def close(self) -> None:
-        self._events.close()
-
-
-def progress(total: int, initial: int) -> "tqdm[Any]":
-    """A bar on stderr; silent where stderr is not a terminal."""
-    return tqdm(total=total, initial=initial, unit=" steps", desc="training", disable=not sys.stderr.isatty())
-
-
-def tokens_bar(batches: Iterable[Any], what: str) -> Iterable[Any]:
-    """The batches, with a bar on stderr that counts them; silent where stderr is not a terminal."""
-    return tqdm(batches, desc=what, unit=" batches", disable=not sys.stderr.isatty())

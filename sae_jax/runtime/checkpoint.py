@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.runtime import disk
 
-CONFIG, DATA = "config.json", "data.json"
+CONFIG = "config.json"  # whose run this is; workdir.py writes it
 FOLDER = "checkpoints"
 DAMAGED = "damaged"  # where checkpoints are put aside
 CHECKSUMS = "checksums.json"
@@ -29,72 +29,7 @@ REMOVED = "removed.partial"  # under FOLDER: old ones on their way out, which no
 COMMITTED = "commit_success.txt"  # orbax writes it last; nobody reads what is in it
 
 
-def check_workdir(workdir: str, identity: dict[str, Any]) -> None:
-    """Refuses a workdir that is in use, is damaged, or holds another configuration's run. Writes nothing."""
-    try:
-        _check_workdir(epath.Path(workdir), _as_json(identity))
-    except (OSError, ValueError) as error:  # names that are too long, folders that may not be looked into
-        if isinstance(error, Refused):
-            raise
-        raise Refused("--workdir", workdir, f"a folder that can be read ({error})") from error
-
-
-def _check_workdir(root: epath.Path, wanted: dict[str, Any]) -> None:
-    if root.exists() and not root.is_dir():
-        raise Refused("--workdir", str(root), "a folder")
-    if jax.process_index() == 0:
-        disk.check_free(root, "--workdir")
-    steps = _steps(root / FOLDER)
-    if (root / CONFIG).exists():
-        held = disk.read_json("--workdir", root / CONFIG)
-        for key in sorted(wanted.keys() | held.keys()):
-            if wanted.get(key) != held.get(key):
-                raise Refused(
-                    "--workdir", str(root),
-                    f"a new folder: this one holds a run with {key} = {held.get(key)!r}, not {wanted.get(key)!r}",
-                )  # fmt: skip
-    elif steps:
-        raise Refused("--workdir", str(root), f"a new folder: this one has checkpoints but no {CONFIG}")
-    if not steps and (root / "report.json").exists():
-        raise Refused("--workdir", str(root), "a new folder: this one has a report, but no checkpoints")
-
-
-def check_data(workdir: str, data: dict[str, Any]) -> None:
-    """Refuses to go on with other activations than a run was started on, wherever they lie. Writes nothing."""
-    path = epath.Path(workdir) / DATA
-    if path.exists():
-        held, wanted = disk.read_json("--workdir", path), _as_json(data)
-        for key in sorted((wanted.keys() | held.keys()) - {"path"}):
-            if wanted.get(key) != held.get(key):
-                raise Refused(
-                    "--workdir", workdir,
-                    f"a new folder: this one is of data with {key} = {held.get(key)!r}, not {wanted.get(key)!r}",
-                )  # fmt: skip
-
-
-@contextlib.contextmanager
-def claimed(workdir: str, identity: dict[str, Any], data: dict[str, Any]) -> Iterator[None]:
-    """Makes the workdir, writes down whose run it holds, and keeps other processes out until the run has ended."""
-    if jax.process_index() != 0:
-        yield
-        return
-    root = epath.Path(workdir)
-    with contextlib.ExitStack() as stack:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(disk.sole_user(root, "--workdir"))
-            disk.write_text(root / CONFIG, json.dumps(_as_json(identity), indent=2) + "\n")
-            disk.write_text(root / DATA, json.dumps(_as_json(data), indent=2) + "\n")
-        except OSError as error:
-            raise Refused("--workdir", workdir, f"a folder that can be written ({error.strerror})") from error
-        yield
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _steps(folder: epath.Path) -> list[int]:
+def steps(folder: epath.Path) -> list[int]:
     """Steps whose checkpoints are complete, in order. In object stores a folder is there before all of it is."""
     if not folder.exists():
         return []
@@ -149,7 +84,7 @@ def _put_damaged_aside(root: epath.Path) -> None:
       Refused: there are checkpoints, and all of them are damaged. They stay where they are.
     """
     bad: dict[int, str] = {}
-    for step in reversed(_steps(root / FOLDER)):
+    for step in reversed(steps(root / FOLDER)):
         wrong = damage(root / FOLDER / str(step))
         if wrong is None:
             break
@@ -232,7 +167,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # from threads and from C++: whatever the writers raise
-            kept = max((step for step in _steps(self._folder) if step != self._saving), default=None)
+            kept = max((step for step in steps(self._folder) if step != self._saving), default=None)
             message = f"step {self._saving}: the checkpoint cannot be written ({error})"
             raise RunFailed(f"{message}; the last good checkpoint is that of step {kept}") from error
 
@@ -298,7 +233,7 @@ def saved(workdir: str) -> Saved:
     root = epath.Path(workdir)
     if not (root / CONFIG).exists() or not (root / FOLDER).exists():
         raise Refused("--workdir", workdir, f"the folder of a run, with {CONFIG} and {FOLDER}")
-    step = next((step for step in reversed(_steps(root / FOLDER)) if damage(root / FOLDER / str(step)) is None), None)
+    step = next((step for step in reversed(steps(root / FOLDER)) if damage(root / FOLDER / str(step)) is None), None)
     if step is None:
         raise Refused("--workdir", workdir, "a run with a complete and intact checkpoint")
     handlers = {  # made here: the first one starts JAX's devices, after which no process can join others

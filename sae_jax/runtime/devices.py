@@ -65,6 +65,12 @@ class Devices:
                 alike = f"{len(names)} ({', '.join(names)}) are one program"
                 raise Refused("train.mesh", f"member={member}", f"a number that divides members of a program: {alike}")
 
+    def copies(self) -> tuple[int, int]:
+        """How often one memory holds everything, and over how many memories members and features are shared out."""
+        parts = self.count // self.shares
+        one_memory = self.local[0].platform == "cpu"  # processors that are called several devices have one
+        return (self.shares, 1) if one_memory else (1, parts)
+
     def compile(
         self, fn: Callable[..., Any], *, split: tuple[int | None, ...], donate: tuple[int, ...] = (),
         out: Out = lambda *_: WHOLE,

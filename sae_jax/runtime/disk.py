@@ -14,6 +14,7 @@ from etils import epath
 from sae_jax.errors import Refused, first_line
 
 LOCK = ".lock"
+SAMPLED = "sampled_sha256"  # key of the checksum by which a file of activations is known again
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:

@@ -1,46 +1,126 @@
-"""Asked to stop: SIGTERM is noted instead of died of, so that what is under way can be saved first."""
+"""Asked to stop, by SIGTERM or from the keyboard: noted where something can be saved first, else the end at once.
 
+Nothing is raised for the command: an exception that lands in a callback of C++, in a finaliser or in an `except` of
+another library is swallowed there, or crashes. In a notebook, where verbs are functions, KeyboardInterrupt is as usual.
+"""
+
+import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
+from sae_jax.errors import Interrupted, Preempted
 
-from sae_jax.runtime import devices as devices_lib
+if TYPE_CHECKING:  # this much is imported before anything else of a command, and must not take any time
+    from sae_jax.runtime import devices as devices_lib
+
+ENDS: dict[int, type[Preempted]] = {signal.SIGTERM: Preempted, signal.SIGINT: Interrupted}
 
 
 class StopRequest:
-    """Notes SIGTERM while its context lasts, in the main thread.
+    """Notes SIGTERM while its context lasts, in the main thread; in a command the first Ctrl-C too.
 
     Args:
       devices: of a run; its processes agree on when to stop. None: this process asks nobody.
     """
 
-    def __init__(self, devices: devices_lib.Devices | None = None):
-        self._noted = False
+    active: "list[StopRequest]" = []
+
+    def __init__(self, devices: "devices_lib.Devices | None" = None):
+        self._noted = 0  # the signal
+        self._told = False
+        self._again = False
         self._agree: Callable[..., Any] | None = None
-        if devices and jax.process_count() > 1:
-            self._agree = devices.compile(lambda allsum, device, flag: allsum(flag), split=(None,))
+        if devices:
+            import jax
+
+            if jax.process_count() > 1:
+                self._agree = devices.compile(lambda allsum, device, flag: allsum(flag), split=(None,))
         self._asked: Any = 0
 
     def __enter__(self) -> "StopRequest":
-        self._before: Callable[..., Any] | int | None = None
+        self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            caught = ENDS if signal.getsignal(signal.SIGINT) is _end else (signal.SIGTERM,)
+            self._before = {number: signal.signal(number, self._note) for number in caught}
+        self.active.append(self)
         return self
 
     def requested(self) -> bool:
         """Whether to stop now. Several processes stop in the same turn: the one after it was asked of any of them."""
         if self._agree is None:
-            return self._noted
-        before, self._asked = self._asked, self._agree(np.int32(self._noted))
-        return int(before) > 0
+            self._told = self._noted > 0
+        else:
+            import numpy as np
 
-    def _note(self, *_: object) -> None:
-        self._noted = True
+            before, self._asked = self._asked, self._agree(np.int32(self._noted > 0))
+            self._told = int(before) > 0
+        return self._told
 
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+    def stopped(self, where: str) -> Preempted:
+        """What to raise once everything is saved; `where` says how far it came."""
+        kind = ENDS.get(self._noted, Preempted)
+        return kind(f"{kind.said} {where}; run again to go on")
+
+    def takes(self, number: int) -> bool:
+        """Whether a signal is left to this request: Ctrl-C once, SIGTERM always. Asked by the watching thread."""
+        again, self._again = self._again, self._again or number == signal.SIGINT
+        return number in self._before and not (again and number == signal.SIGINT)
+
+    def _note(self, number: int, *_: object) -> None:
+        self._noted = self._noted or number
+
+    def __exit__(self, *raised: object) -> None:
+        self.active.remove(self)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        if self._noted and not self._told and raised[0] is None:  # it came too late to be asked about: all is saved
+            signal.raise_signal(self._noted)
+
+
+# -- a command -------------------------------------------------------------------------------------------------------
+
+
+def end_when_asked() -> None:
+    """From here on SIGTERM and Ctrl-C end this process at any moment, with one line, unless a StopRequest takes them.
+
+    Python runs handlers between two steps of its main thread, which may be compiling or waiting for a device for
+    minutes: a thread watches too.
+    """
+    watched, told = os.pipe()
+    os.set_blocking(told, False)
+    for number in ENDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _end)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(watched,), daemon=True).start()
+    os.register_at_fork(after_in_child=_as_elsewhere)
+
+
+def _as_elsewhere() -> None:
+    """A forked worker has no watching thread, and must not write into the pipe of its parent."""
+    signal.set_wakeup_fd(-1)
+    for number in ENDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _watch(watched: int) -> None:
+    while signals := os.read(watched, 16):
+        for number in signals:
+            if number in ENDS and not any(request.takes(number) for request in StopRequest.active):
+                _end(number)
+
+
+_ended = threading.Lock()
+
+
+def _end(number: int, *_: object) -> None:
+    kind = ENDS[number]
+    if not _ended.acquire(blocking=False):  # the other of handler and watching thread is at it
+        return
+    with contextlib.suppress(OSError):
+        os.write(2, f"sae_jax: {kind.said}; run again to go on\n".encode())
+    os._exit(kind.exit_code)

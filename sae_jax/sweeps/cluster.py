@@ -71,7 +71,7 @@ def launcher(address: str | None, cpus: float, gpus: float) -> jobs_lib.Launcher
                     for done in ray.wait(list(waiting), timeout=1)[0]:
                         _settle(ray, workdir, done, waiting.pop(done))
                     if stop.requested():
-                        raise Preempted("stopped on request; what is finished stays so, run again to go on")
+                        raise stop.stopped("with what is finished kept")
         finally:
             ray.shutdown()
 

@@ -107,6 +107,9 @@ def jobs(path: str, config: ConfigDict, grid: Sequence[str] = ()) -> list[Job]:
     return found
 
 
+FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
 def _axis(config: ConfigDict, text: str) -> list[tuple[str, Any]]:
     key, equals, values = text.partition("=")
     flat = config_lib.flatten(config)
@@ -114,9 +117,10 @@ def _axis(config: ConfigDict, text: str) -> list[tuple[str, Any]]:
         raise Refused("--grid", text, "KEY=VALUE,VALUE,… with an existing key, as seed=0,1,2")
     kind = type(flat[key])
     try:
-        return [(key, value == "True" if kind is bool else kind(value)) for value in values.split(",")]
-    except ValueError as error:
-        raise Refused("--grid", text, f"values of type {kind.__name__}") from error
+        return [(key, FLAGS[value.lower()] if kind is bool else kind(value)) for value in values.split(",")]
+    except (ValueError, KeyError) as error:
+        allowed = "values true or false" if kind is bool else f"values of type {kind.__name__}"
+        raise Refused("--grid", text, allowed) from error
 
 
 def selected(every: list[Job], filters: Sequence[str]) -> list[Job]:

@@ -4,6 +4,7 @@ Members that differ in seed, learning rate, AuxK weight, bias or gamma are one v
 what fixes the program (n, k, preset, schedule) are groups of their own. All see the same batches.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +17,8 @@ from ml_collections import ConfigDict
 from sae_jax import config as config_lib
 from sae_jax.errors import RunFailed
 from sae_jax.models.sources import Source
+from sae_jax.outliers import giants, preprocess
 from sae_jax.outliers import moments as moments_lib
-from sae_jax.outliers import preprocess
 from sae_jax.outliers.preprocess import Preprocessing
 from sae_jax.training import evaluation, fates, recovery
 from sae_jax.training import step as step_lib
@@ -36,8 +37,13 @@ class Ensemble:
         self.members = config_lib.members(config)
         self.groups = step_lib.group_members(self.members, source.d_model)
         self.statistics = statistics or self._statistics()
+        if "giant_norm" not in self.statistics:  # a run that is older than these numbers
+            self.statistics |= self._ordinary()[0]
         self.scale = float(self.statistics["scale"])
         self.shared_mu = self.statistics["mu"] * self.scale
+        # Of the scaled tokens: the norm above which one is a giant, and the mean of those that are none.
+        self.giant_norm = float(self.statistics["giant_norm"]) * self.scale
+        self.ordinary_mu = self.statistics["ordinary_mu"] * self.scale
 
     def _statistics(self) -> dict[str, np.ndarray]:
         """Of the tokens after `data.norm`: mu, the median and the whitening where members need them, and the scale that
@@ -45,34 +51,50 @@ class Ensemble:
         d = self.source.d_model
         whiten = any(member.sae.whiten for member in self.members.values())
 
-        def batches() -> Iterator[np.ndarray]:
-            for number, x in enumerate(self.source.statistics()):
-                if not np.isfinite(x).all():
-                    raise RunFailed(f"step 0, statistics batch {number}: {culprit(x)}")
-                yield x
-
-        severity = moments_lib.severity(batches(), covariance=whiten)
-        seen, normed = {
-            "none": (severity.raw, lambda x: x),
-            "layer_norm": (severity.layer_normed, moments_lib.layer_norm),
-            "unit": (severity.directions, moments_lib.direction),
-        }[self.norm]
+        severity = moments_lib.severity(self._batches(), covariance=whiten)
+        seen = {"none": severity.raw, "layer_norm": severity.layer_normed, "unit": severity.directions}[self.norm]
         spread = float(np.linalg.norm(seen.sigma))
         if not spread > 0:
             raise RunFailed("step 0: the activations do not vary at all")
         median = np.full(d, np.nan)
         if any(member.sae.center == "geometric_median" for member in self.members.values()):
-            median = moments_lib.geometric_median(lambda: map(normed, batches()), seen.mean)
+            median = moments_lib.geometric_median(self._normed, seen.mean)
         found = {
             "mu": seen.mean,
             "geometric_median": median,
             "scale": np.asarray(np.sqrt(d) / spread),
             "gammas": np.asarray(list(severity.gammas().values())),
         }
+        numbers, ordinary = self._ordinary(covariance=whiten)
+        found |= numbers
         if whiten:
-            whitening = preprocess.whitening(seen)
+            whitening = preprocess.whitening(seen, ordinary=ordinary)
             found |= {"whitening": np.asarray(whitening.matrix), "unwhitening": np.asarray(whitening.inverse)}
+            if len(whitening.matrix) < d:
+                kept = f"sae.whiten keeps {len(whitening.matrix)} of {d} dimensions"
+                print(f"sae_jax: {kept}; the SAE cannot reconstruct the others", file=sys.stderr)
         return found
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        """Training tokens for the statistics, as they come."""
+        for number, x in enumerate(self.source.statistics()):
+            if not np.isfinite(x).all():
+                raise RunFailed(f"step 0, statistics batch {number}: {culprit(x)}")
+            yield x
+
+    def _normed(self) -> Iterator[np.ndarray]:
+        """The same after `data.norm`."""
+        norm = {"none": lambda x: x, "layer_norm": moments_lib.layer_norm, "unit": moments_lib.direction}[self.norm]
+        return map(norm, self._batches())
+
+    def _ordinary(self, covariance: bool = False) -> tuple[dict[str, np.ndarray], moments_lib.Moments]:
+        """What tells tokens of giant norm from the others, and the moments of the others."""
+        norms = giants.Sample(giants.MOST)
+        for x in self._normed():
+            norms.add(giants.norms(x))
+        most = giants.giant_norm(norms.rows)
+        ordinary = giants.without(self._normed, most, covariance).raw
+        return {"giant_norm": np.asarray(most), "ordinary_mu": ordinary.mean}, ordinary
 
     def initial_states(self) -> tuple[step_lib.TrainState, ...]:
         """The untrained members, group by group; a pure function of the configuration and the statistics."""

@@ -20,7 +20,20 @@ class Sums(NamedTuple):
     """What one batch adds to the held-out totals of one SAE."""
 
     error_square: Any  # Σ ‖x − x̂‖²
+    ordinary_error: Any  # the same over tokens that are no giants
     n_fired: Any  # Σ over tokens of features fired
+
+
+class Totals(NamedTuple):
+    """What one batch adds of the tokens themselves, about a point near their mean."""
+
+    count: Any
+    total: Any  # (d,) Σ (x − shift)
+    square: Any  # Σ ‖x − shift‖²
+
+    def variance(self) -> float:
+        """Σ ‖x − mean‖²."""
+        return float(self.square - np.sum(self.total**2) / self.count) if self.count else 0.0
 
 
 def evaluate_batch(
@@ -30,11 +43,18 @@ def evaluate_batch(
     shift: Float[Array, "d"],
     allsum: AllSum,
     shards: str | None = None,
+    ordinary_shift: Float[Array, "d"] | None = None,
+    giant_norm: float = float("inf"),
 ) -> Any:
-    """Sightings and sums of all members (each group stacked), and the sums about `shift` that they share.
+    """Sightings and sums of all members (each group stacked), and the sums of the tokens that they share.
 
-    `shards` names the mesh axis over which the features are split, where they are.
+    Args:
+      shift, ordinary_shift: points near the mean of all tokens, and of those that are no giants, which can be far
+        apart: sums of squares are taken about them.
+      shards: names the mesh axis over which the features are split, where they are.
+      giant_norm: tokens of a larger norm are giants.
     """
+    ordinary = valid & (jnp.linalg.norm(x, axis=1) <= giant_norm)
 
     def one(sae: SAE) -> tuple[Sightings, Sums]:
         if shards is None:
@@ -46,15 +66,52 @@ def evaluate_batch(
             positive = (sae_lib.preactivations(sae, x) > 0) & valid[:, None]
             fired = sae_lib.fired(codes, sae.W_enc.shape[0]) > 0
             seen = Sightings(positive.any(axis=0) | fired, fired)  # two products, which may round apart
-        error = jnp.where(valid[:, None], error, 0.0)
+        square = jnp.sum(error**2, axis=1)
         n_fired = topk.over_shards(jnp.sum(codes.values > 0, dtype=x.dtype), shards)
-        return seen, Sums(jnp.sum(error**2), n_fired)
+        error_square, ordinary_error = (jnp.sum(jnp.where(rows, square, 0.0)) for rows in (valid, ordinary))
+        return seen, Sums(error_square, ordinary_error, n_fired)
 
-    about = jnp.where(valid[:, None], x - shift, 0.0)
-    data = (about.sum(axis=0), jnp.sum(about**2))
+    def totals(rows: Bool[Array, "B"], point: Float[Array, "d"]) -> Totals:
+        about = jnp.where(rows[:, None], x - point, 0.0)
+        return Totals(rows.sum(dtype=x.dtype), about.sum(axis=0), jnp.sum(about**2))
+
+    data = (totals(valid, shift), totals(ordinary, shift if ordinary_shift is None else ordinary_shift))
     members = tuple(sae_lib.each_member(one, sae) for sae in groups)
     seen = tuple(jax.tree.map(lambda flag: allsum(flag.astype(jnp.int32)) > 0, s) for s, _ in members)
     return seen, allsum((tuple(sums for _, sums in members), data))
+
+
+class DeathCurve:
+    """Dead shares over the tokens seen so far, at about 1k, 2k, 4k, … and at the end: [[tokens, by ReLU, total]].
+
+    What has not fired yet is dead so far: the more tokens, the fewer.
+    """
+
+    def __init__(self, first: int = 1000):
+        self.points: list[list[float]] = []
+        self._next = first
+
+    def add(self, n_tokens: int, seen: Sightings, last: bool = False) -> None:
+        """After n_tokens tokens; the last time, whatever their number."""
+        if n_tokens < self._next and not last:
+            return
+        while self._next <= n_tokens:
+            self._next *= 2
+        if not self.points or self.points[-1][0] != n_tokens:
+            deaths = death.pathways(seen)
+            self.points.append([n_tokens, deaths["dead_by_relu"], deaths["dead_total"]])
+
+
+def highest_rate_of_dead(n_tokens: int) -> float:
+    """The highest firing rate (95 %) of a feature that fired on none of n_tokens tokens: about 3 / n_tokens.
+
+    (1 − rate)^n = 0.05, for tokens that are independent.
+    """
+    return float(-np.expm1(np.log(0.05) / n_tokens))
+
+
+def _one(seen: Sightings, member: int) -> Sightings:
+    return Sightings(seen.positive[member], seen.fired[member])
 
 
 def evaluate(
@@ -66,6 +123,9 @@ def evaluate(
     mean_shifts: list[Float[np.ndarray, "_ d"]],
 ) -> list[list[dict[str, Any]]]:
     """Held-out metrics of every member of every group: deaths, `fve`, `fve_about_zero`, `l0`; and its `Sightings`.
+
+    `fve_without_giants` leaves out `n_giant_tokens` tokens whose norm is many times the median's: they make most of
+    the variance, and an SAE that explains them and nothing else has a high `fve`. `dead_over_tokens` is a `DeathCurve`.
 
     Args:
       run: the compiled `evaluate_batch` as run(groups, input, valid).
@@ -80,31 +140,45 @@ def evaluate(
     """
     seen: Any = None
     total: Any = None
+    curves = [[DeathCurve() for _ in moved] for moved in mean_shifts]
     for number, (given, valid) in enumerate(batches):
         part_seen, sums = jax.device_get(run(groups, given, valid))
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
-        if not np.isfinite(sums[1][1]):
+        if not np.isfinite(sums[1][0].square):
             raise RunFailed(f"held-out batch {number}: activations that are not finite")
         seen = part_seen if seen is None else tuple(a | b for a, b in zip(seen, part_seen, strict=True))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
-    member_sums, (about_sum, about_square) = total
-    variance = float(about_square - np.sum(about_sum**2) / n_tokens)
-    mean = shift + about_sum / n_tokens
+        count = int(total[1][0].count)
+        for group_seen, those in zip(seen, curves, strict=True):
+            for i, curve in enumerate(those):
+                curve.add(count, _one(group_seen, i), last=count == n_tokens)
+    member_sums, (data, ordinary) = total
+    n_giants, variance = int(data.count - ordinary.count), data.variance()
+    mean = shift + data.total / n_tokens
+    ordinary_variance = ordinary.variance() if n_giants else variance
     results = []
-    for group_seen, sums, moved in zip(seen, member_sums, mean_shifts, strict=True):
+    for group_seen, sums, moved, those in zip(seen, member_sums, mean_shifts, curves, strict=True):
         group: list[dict[str, Any]] = []
         for i, error in enumerate(sums.error_square):
-            sightings = Sightings(group_seen.positive[i], group_seen.fired[i])
+            sightings = _one(group_seen, i)
             square = variance + n_tokens * float(np.sum((mean + moved[i]) ** 2))
             group.append({
                 **death.pathways(sightings),
-                "fve": 1 - float(error) / variance if variance > 0 else None,
-                "fve_about_zero": 1 - float(error) / float(square) if square > 0 else None,
+                "fve": explained(error, variance),
+                "fve_without_giants": explained(sums.ordinary_error[i], ordinary_variance),
+                "n_giant_tokens": n_giants,
+                "fve_about_zero": explained(error, square),
                 "l0": float(sums.n_fired[i]) / n_tokens,
+                "dead_over_tokens": those[i].points,
                 "seen": sightings,
             })
         results.append(group)
     return results
+
+
+def explained(error: float, square: float) -> float | None:
+    """1 − error / square; None where there is nothing to explain."""
+    return 1 - float(error) / float(square) if square > 0 else None
 
 
 def bias_state(b_dec: Float[np.ndarray, "d"], mu: Float[np.ndarray, "d"]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""`train`: from a configuration to a workdir with checkpoints, figures and tables.json. Resumes where it was."""
+"""`train`: from a configuration to a workdir with checkpoints, figures and report.json. Resumes where it was."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,26 +15,25 @@ from ml_collections import ConfigDict
 from sae_jax import config as config_lib
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.objective import AllSum
-from sae_jax.errors import Preempted, RunFailed
+from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Source, open_source
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import per_token
-from sae_jax.reports import figures, page, tables
+from sae_jax.reports import boards, figures, page, tables
 from sae_jax.runtime import checkpoint
 from sae_jax.runtime import devices as devices_lib
+from sae_jax.runtime import workdir as workdir_lib
 from sae_jax.runtime.stopping import StopRequest
-from sae_jax.training import evaluation
+from sae_jax.training import evaluation, watching
 from sae_jax.training import step as step_lib
 from sae_jax.training.ensemble import Ensemble, culprit
-
-BOARD_POINTS = 1000  # TensorBoard gets about this many points over a run
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains the members that the configuration describes, or goes on with a run that was stopped.
 
     Returns:
-      The report, as written to tables.json: `step`, `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, and
+      The report, as written to report.json: `step`, `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, and
       `members`, a list: each with its `name` and, under `init` and `final`, `dead_by_relu`, `dead_by_topk`,
       `dead_total` (shares of its features, on `n_eval_tokens` held-out tokens), `fve` (about the mean),
       `fve_about_zero`, `l0`, `bias_relative_error` (‖b − mu‖ / ‖mu‖), `bias_projection` (b·mu / ‖mu‖²), and `mmcs`
@@ -43,19 +42,25 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       Refused: something in the configuration, the data or the workdir is wrong; nothing was written.
       RunFailed: activations or the loss are not finite; the last good checkpoint is kept.
-      Preempted: SIGTERM came; the state was saved.
+      Preempted: SIGTERM came (Interrupted: Ctrl-C, in a command); the state was saved.
     """
     with devices_lib.together():
         config_lib.check(config)
         devices = devices_lib.Devices(config.train.devices, **config_lib.mesh(config))
         devices.check_batch("train.batch_size", config.train.batch_size)
         devices.check_batch("eval.batch_size", config.eval.batch_size)
-        checkpoint.check_workdir(workdir, config_lib.identity(config))
+        if jax.process_index() == 0:
+            boards.check(config)
+        workdir_lib.check(workdir, partial(config_lib.changed, config))
         source = open_source(config)
+        if config.train.steps and source.n_train_tokens is not None and config.train.batch_size > source.n_train_tokens:
+            allowed = f"up to {source.n_train_tokens}, the tokens there are to train on"
+            raise Refused("train.batch_size", config.train.batch_size, allowed)
         groups = step_lib.group_members(config_lib.members(config), source.d_model)
         devices.check_groups([group.names for group in groups])
-        checkpoint.check_data(workdir, source.identity)
-        with checkpoint.claimed(workdir, config_lib.identity(config), source.identity):
+        step_lib.check_memory(groups, source.d_model, config.train.batch_size, *devices.copies())
+        workdir_lib.check_data(workdir, source.identity)
+        with workdir_lib.claimed(workdir, config_lib.identity(config), source.identity):
             return Run(config, workdir, devices, source).to_the_end()
 
 
@@ -119,59 +124,60 @@ class Run:
         self, allsum: AllSum, device: Int[Array, ""], groups: Any, given: Any, valid: Any
     ) -> Any:
         x = self._tokens("eval", given, device, self.config.eval.batch_size // self.devices.shares)
-        shift = jnp.asarray(self.ensemble.shared_mu, x.dtype)
-        return evaluation.evaluate_batch(groups, x, valid, shift, allsum, self.devices.shards)
+        shift, ordinary = (jnp.asarray(mu, x.dtype) for mu in (self.ensemble.shared_mu, self.ensemble.ordinary_mu))
+        return evaluation.evaluate_batch(
+            groups, x, valid, shift, allsum, self.devices.shards, ordinary, self.ensemble.giant_norm
+        )
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def to_the_end(self) -> dict[str, Any]:
         """Evaluate and save, then advance, until the last step; then the report and the figures."""
-        board = tables.Board(self.workdir) if jax.process_index() == 0 else None
-        with StopRequest(self.devices) as stop:  # until the last checkpoint is whole
-            try:
-                self._advance_to_the_end(stop, board)
-            finally:
-                self.data.close()
-                self.checkpoints.close()
-                if board:
-                    board.close()
-        return self._finish()
+        with watching.Watch(self.config, self.workdir, self.groups, self.step) as watch:
+            with StopRequest(self.devices) as stop:  # until the last checkpoint is whole
+                try:
+                    self._advance_to_the_end(stop, watch)
+                finally:
+                    self.data.close()
+                    self.checkpoints.close()
+            report = self._finish()
+            watch.report(report)
+        return report
 
-    def _advance_to_the_end(self, stop: StopRequest, board: tables.Board | None) -> None:
+    def _advance_to_the_end(self, stop: StopRequest, watch: watching.Watch) -> None:
         total, every = self.config.train.steps, config_lib.checkpoint_every(self.config)
         pending: tuple[int, int, Any] | None = None
-        with devices_lib.together(), tables.progress(total, self.step) as bar:
+        with devices_lib.together():
             while True:
                 due = self.step % every == 0 or self.step == total
                 evaluate, stopping = self.step in self._evaluation_steps, stop.requested()
                 if evaluate or stopping:
-                    self._settle(pending, board)
+                    self._settle(pending, watch)
                     pending = None
                     if evaluate:
-                        self._evaluate_once(board)
+                        self._evaluate_once(watch)
                     if due or stopping:
                         self._save()
                 if self.step == total:
                     break
                 if stopping:
-                    raise Preempted(f"stopped on request at step {self.step} of {total}; run again to go on")
+                    raise stop.stopped(f"at step {self.step} of {total}")
                 ahead = next(step for step in self._evaluation_steps if step > self.step) - self.step
                 count = min(self.config.train.steps_per_dispatch, ahead)
                 self.states, metrics = self._advance(self.states, self._next_inputs(count), np.int32(count))
                 # Metrics of the dispatch before: while the device works on this one the next inputs are read and
                 # on their way to it, so that it never waits for us.
-                self._settle(pending, board)
+                self._settle(pending, watch)
                 pending = (self.step, count, metrics)
                 self.step += count
-                bar.update(count)
 
     def _next_inputs(self, count: int) -> np.ndarray:
         inputs = [next(self.data) for _ in range(count)]
         inputs += inputs[-1:] * (self.config.train.steps_per_dispatch - count)  # never looked at
         return np.stack(inputs)
 
-    def _settle(self, pending: tuple[int, int, Any] | None, board: tables.Board | None) -> None:
-        """Fetches the metrics of a dispatch, stops at a loss that is not finite, writes the rest to TensorBoard."""
+    def _settle(self, pending: tuple[int, int, Any] | None, watch: watching.Watch) -> None:
+        """Fetches the metrics of a dispatch, stops at a loss that is not finite, shows the rest."""
         if pending is None:
             return
         first, count, metrics = pending
@@ -184,12 +190,7 @@ class Run:
                 for name, fine in zip(group.names, good[bad[0]], strict=True) if not fine
             ]  # fmt: skip
             raise self._failure(first + bad[0], names)
-        spacing = max(1, self.config.train.steps // BOARD_POINTS)
-        for t in range(count):
-            if board and (first + t) % spacing == 0:
-                for group, found in zip(self.groups, metrics, strict=True):
-                    for i, name in enumerate(group.names):
-                        board.scalars(first + t + 1, name, {key: float(v[t, i]) for key, v in found.items()})
+        watch.steps(first, count, metrics)
 
     def _failure(self, step: int, names: list[str]) -> RunFailed:
         kept = self.checkpoints.latest
@@ -211,13 +212,11 @@ class Run:
             kept = self.checkpoints.latest
             raise RunFailed(f"step {self.step}, {error}; the last good checkpoint is that of step {kept}") from None
 
-    def _evaluate_once(self, board: tables.Board | None) -> None:
+    def _evaluate_once(self, watch: watching.Watch) -> None:
         if self.history and self.history[-1]["step"] >= self.step:
             return
         self.history.append(self._record())
-        for name, values in self.history[-1]["members"].items():
-            if board:
-                board.scalars(self.step, f"{name}/held_out", values)
+        watch.scalars(self.step, {f"{name}/held_out": v for name, v in self.history[-1]["members"].items()})
 
     def _save(self) -> None:
         if self.checkpoints.latest != self.step:
@@ -238,6 +237,7 @@ class Run:
             "k": self.config.sae.k,
             "d_model": self.source.d_model,
             "n_eval_tokens": self.source.n_eval_tokens,
+            "highest_rate_of_dead": evaluation.highest_rate_of_dead(self.source.n_eval_tokens),
             "scale": self.ensemble.scale,
             "seed": self.config.seed,
             "devices": self.devices.count,

@@ -1,0 +1,298 @@
+"""How fast a training step is: ours, naive JAX, SAELens and dictionary_learning, and the floors, in one run.
+
+dictionary_learning wants a torchvision that breaks transformers where torch is another build: an environment of its
+own,
+
+    python -m venv peers && peers/bin/pip install -e ".[bench]" && peers/bin/pip uninstall -y torchvision
+    peers/bin/python -m experiments.speed.bench_step --out=experiments/speed/bench_step.csv
+
+Whole steps: forward, backward, clip, Adam, unit decoder rows where the library keeps them, dead features tracked, AuxK
+enabled with nothing dead; then with half of the dictionary dead (bias at −1000) and AuxK at work. In turns, round by
+round, so that all meet the same machine; medians. The floors are what a step cannot do without: the encoder's matmul,
+`lax.top_k` of its result, reading and writing parameters and moments in Adam's update (ours, alone). Peak memory is
+that of a process that does nothing but three such steps. Without a peer installed its rows are left out. Deaths at
+initialisation are counted beside the matmuls that this takes. About 12 minutes on 2 CPU cores; on an idle machine.
+"""
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+warnings.filterwarnings("ignore")  # the peers' own
+
+from sae_jax import config as config_lib  # noqa: E402
+from sae_jax.autoencoder import death, optimizer  # noqa: E402
+from sae_jax.autoencoder import sae as sae_lib  # noqa: E402
+from sae_jax.reports import tables  # noqa: E402
+from sae_jax.training import step as step_lib  # noqa: E402
+
+
+class Shape(NamedTuple):
+    """Of one comparison."""
+
+    d: int
+    n: int
+    k: int
+    batch: int
+    members: int = 1
+
+
+LARGE = (Shape(768, 8192, 64, 2048), Shape(768, 32768, 64, 2048))
+SMALL = (Shape(64, 1024, 8, 128), Shape(32, 256, 2, 64, 8))
+NEVER, LOW = 10**9, -1000.0
+INNER = 50  # steps of a small SAE in one compiled call, as they are trained
+Step = Callable[[], Any]  # does a turn, one step or INNER of them, and waits for it
+
+
+def inner(shape: Shape) -> int:
+    """Steps a turn."""
+    return 1 if shape in LARGE else INNER
+
+
+def looped(shape: Shape, fn: Callable[..., Any], start: Any, *given: Any) -> Step:
+    """A turn of state → fn(number, state, *given), compiled, the state's buffers given up."""
+
+    def turn(state: Any, *given: Any) -> Any:
+        if shape in LARGE:
+            return fn(0, state, *given)
+        return jax.lax.fori_loop(0, INNER, lambda i, state: fn(i, state, *given), state)
+
+    compiled = jax.jit(turn, donate_argnums=0)
+    held = [compiled(start, *given)]
+
+    def run() -> None:
+        held[0] = compiled(held[0], *given)
+        jax.block_until_ready(held[0])
+
+    return run
+
+
+def data(shape: Shape) -> np.ndarray:
+    """Standard normal tokens."""
+    return np.random.default_rng(0).standard_normal((shape.batch, shape.d), np.float32)
+
+
+# -- ours ------------------------------------------------------------------------------------------------------------
+
+
+def ours(shape: Shape, half_dead: bool, precision: str = "float32") -> Step:
+    """`training.group_step`, AuxK enabled."""
+    config = config_lib.base()
+    config.sae.n_features, config.sae.k, config.data.signal = shape.n, shape.k, "gaussian"
+    config.train.update(steps=10**6, batch_size=shape.batch, precision=precision)
+    config.auxk.dead_after_tokens = NEVER
+    state = step_lib.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
+    if half_dead:
+        state = state.replace(
+            sae=state.sae.replace(b_enc=state.sae.b_enc.at[:, : shape.n // 2].set(LOW)),
+            tokens_since_fired=state.tokens_since_fired.at[:, : shape.n // 2].set(NEVER),
+        )
+    static, x = step_lib.Static.of(config), jnp.asarray(data(shape))
+    return looped(shape, lambda _, s, x: step_lib.group_step(s, x, static=static, allsum=lambda t: t)[0], state, x)
+
+
+# -- the same by the book --------------------------------------------------------------------------------------------
+
+
+def naive(shape: Shape, half_dead: bool) -> Step:
+    """Autodiff through dense codes, optax's Adam with its clip, counters from a dense mask: no AuxK, so half_dead is
+    only a bias."""
+    rows = jax.random.normal(jax.random.key(0), (shape.members, shape.n, shape.d))
+    rows = rows / jnp.linalg.norm(rows, axis=2, keepdims=True)
+    b_enc = jnp.zeros((shape.members, shape.n)).at[:, : shape.n // 2 * half_dead].set(LOW)
+    params = {"W_enc": rows, "b_enc": b_enc, "W_dec": rows + 0, "b_dec": jnp.zeros((shape.members, shape.d))}
+    adam, x = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4)), jnp.asarray(data(shape))
+
+    def loss(p: Any) -> Any:
+        z = jax.nn.relu((x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"])
+        values, indices = jax.lax.top_k(z, shape.k)
+        codes = jnp.zeros_like(z).at[jnp.arange(len(x))[:, None], indices].set(values)
+        return jnp.sum((x - codes @ p["W_dec"] - p["b_dec"]) ** 2) / len(x), codes
+
+    def one(p: Any, moments: Any, silent: Any) -> Any:
+        (_, codes), grads = jax.value_and_grad(loss, has_aux=True)(p)
+        w = p["W_dec"]
+        grads["W_dec"] -= jnp.sum(grads["W_dec"] * w, axis=1, keepdims=True) * w
+        updates, moments = adam.update(grads, moments, p)
+        p = optax.apply_updates(p, updates)
+        p["W_dec"] /= jnp.linalg.norm(p["W_dec"], axis=1, keepdims=True)
+        return p, moments, jnp.where((codes > 0).any(0), 0, silent + len(x))
+
+    start = params, jax.vmap(adam.init)(params), jnp.zeros((shape.members, shape.n), jnp.int32)
+    return looped(shape, lambda _, state: jax.vmap(one)(*state), start)
+
+
+# -- the peers -------------------------------------------------------------------------------------------------------
+
+
+def saelens(shape: Shape, half_dead: bool) -> Step:
+    """One step of SAELens' own trainer."""
+    import torch
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    x = torch.from_numpy(data(shape))
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=shape.d, d_sae=shape.n, k=shape.k, apply_b_dec_to_input=True))
+    config = SAETrainerConfig(
+        total_training_samples=10**9, train_batch_size_samples=shape.batch, lr=3e-4, lr_end=3e-4,
+        dead_feature_window=1000,
+    )  # fmt: skip
+    trainer = SAETrainer(config, sae, iter([x]))
+    if half_dead:
+        with torch.no_grad():
+            sae.b_enc[: shape.n // 2] = LOW
+        trainer.n_forward_passes_since_fired[: shape.n // 2] = NEVER
+    return lambda: trainer._train_step(sae, x)
+
+
+def dictionary_learning(shape: Shape, half_dead: bool) -> Step:
+    """One step of dictionary_learning's own trainer."""
+    import torch
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    x = torch.from_numpy(data(shape))
+    trainer = TopKTrainer(steps=10**6, activation_dim=shape.d, dict_size=shape.n, k=shape.k, layer=0, lm_name="none",
+                          warmup_steps=0, seed=0, device="cpu")  # fmt: skip
+    count = iter(range(1, 10**6))  # its first step starts the bias at the median
+    trainer.update(0, x)
+    if half_dead:
+        with torch.no_grad():
+            trainer.ae.encoder.bias[: shape.n // 2] = LOW
+        trainer.num_tokens_since_fired[: shape.n // 2] = NEVER
+    return lambda: trainer.update(next(count), x)
+
+
+def in_bfloat16(shape: Shape, half_dead: bool) -> Step:
+    """Ours, the encoder's operands rounded."""
+    return ours(shape, half_dead, "bfloat16")
+
+
+STEPS = {
+    "ours": ours, "ours, bfloat16 encode": in_bfloat16, "naive JAX": naive, "SAELens": saelens,
+    "dictionary_learning": dictionary_learning,
+}  # fmt: skip
+PACKAGES = {"SAELens": "sae_lens", "dictionary_learning": "dictionary_learning"}
+
+
+# -- floors ----------------------------------------------------------------------------------------------------------
+
+
+def floors(shape: Shape) -> dict[str, Step]:
+    """The encoder's matmul, top-k of its result, the update; of all members."""
+    config = config_lib.base()
+    config.sae.n_features, config.sae.k = shape.n, shape.k
+    state = step_lib.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
+    x, W_enc = jnp.asarray(data(shape)), state.sae.W_enc + 0
+    # As one plain matmul: a batched one is slower.
+    product = lambda x, w: x @ w.reshape(-1, shape.d).T  # noqa: E731
+    z = product(x, W_enc).reshape(-1, shape.n)
+    grads = jax.tree.map(lambda a: 0.01 * a + 0.001, state.sae)
+    sae, valid = jax.tree.map(lambda a: a[0] + 0, state.sae), jnp.ones(shape.batch, bool)
+    seen = death.sight(sae, x, valid)[0]
+
+    def update(_: Any, held: Any, grads: Any) -> Any:
+        def one(trees: Any) -> Any:
+            return optimizer.update(
+                *trees, count=jnp.int32(5), rate=jnp.float32(1e-3), betas=(0.9, 0.999), clip_norm=1.0, unit_decoder=True
+            )[:2]
+
+        return sae_lib.each_member(one, (*held, grads))
+
+    # What is multiplied hangs on the number of the step, or the compiler would do it once for all.
+    return {
+        "encode matmul": looped(shape, lambda i, _, w, x: product(x + i, w), product(x, W_enc), W_enc, x),
+        "six matmuls": looped(
+            shape, lambda i, _, w, x: [product(x + 6 * i + j, w) for j in range(6)],
+            [product(x, W_enc) + j for j in range(6)], W_enc, x,
+        ),
+        "lax.top_k": looped(shape, lambda i, _, z: jax.lax.top_k(z + i, shape.k), jax.lax.top_k(z, shape.k), z),
+        "update": looped(shape, update, (state.sae, state.moments), grads),
+        "deaths counted": looped(shape, lambda i, _, sae, x: death.sight(sae, x + i, valid)[0], seen, sae, x),
+    }
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measured(shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    """Medians over rounds in which all take turns."""
+    runs: dict[tuple[str, bool], Step] = {(name, False): run for name, run in floors(shape).items()}
+    for name, build in STEPS.items():
+        if name in PACKAGES and (importlib.util.find_spec(PACKAGES[name]) is None or shape.members > 1):
+            continue
+        for half_dead in (False, True):
+            if not (half_dead and name == "naive JAX"):
+                runs[name, half_dead] = build(shape, half_dead)
+    times: dict[tuple[str, bool], list[float]] = {key: [] for key in runs}
+    for number in range(rounds + 1):
+        for key, run in runs.items():
+            began = time.perf_counter()
+            for _ in range(1 if key[0] not in PACKAGES else inner(shape)):
+                run()
+            if number:  # the first round compiles and warms up
+                times[key].append((time.perf_counter() - began) / inner(shape))
+    median = {key: float(np.median(found)) for key, found in times.items()}
+    parts = sum(median[name, False] for name in ("encode matmul", "lax.top_k", "update"))
+    rows = []
+    for (name, half_dead), seconds in median.items():
+        ours_in_state = median["ours", half_dead]
+        rows.append({
+            **shape._asdict(), "what": name, "half_dead": int(half_dead), "ms": f"{1e3 * seconds:.4g}",
+            "fastest_ms": f"{1e3 * min(times[name, half_dead]):.4g}",
+            "of_encode_matmul": f"{seconds / median['encode matmul', False]:.3f}",
+            "of_encode_topk_update": f"{seconds / parts:.3f}",
+            "six_matmuls_over_it": f"{median['six matmuls', False] / seconds:.3f}",
+            "ours_over_it": f"{ours_in_state / seconds:.3f}",
+            "tokens_per_second": round(shape.batch * shape.members / seconds),
+            "steps_per_second": round(shape.members / seconds, 1),
+            "peak_mb": peak(name, shape) if name in STEPS and not half_dead and shape in LARGE else "",
+        })  # fmt: skip
+        print(tables.one_line(rows[-1]), flush=True)
+    return rows
+
+
+def peak(name: str, shape: Shape) -> int:
+    """Largest resident memory of a process that does three steps, in MB."""
+    text = ",".join(map(str, shape))
+    argv = [sys.executable, "-m", "experiments.speed.bench_step", f"--alone={name}:{text}"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """All shapes, into one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_step.csv"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--n", type=int, nargs="*", default=[], help="only these dictionary sizes")
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.alone:
+        name, text = given.alone.split(":")
+        step = STEPS[name](Shape(*map(int, text.split(","))), False)
+        for _ in range(3):
+            step()
+        # Not ru_maxrss, which a process inherits from the one that started it.
+        held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        print(int(held.split()[1]) // 1000)
+        return
+    rows = []
+    for shape in [s for s in (*LARGE, *SMALL) if not given.n or s.n in given.n]:
+        rows += measured(shape, given.rounds)
+    tables.write_csv(given.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""dictionary_learning: every class of its version 0.1.0, and files from before k and threshold were in them.
+
+    AutoEncoder                 encoder.weight (n, d)  encoder.bias  decoder.weight (d, n)  bias (d,)
+    AutoEncoderNew              the same with decoder.bias for bias, which is not subtracted from the input
+    AutoEncoderTopK             the same with b_dec, k and a threshold that `encode` does not use
+    BatchTopKSAE                the same with b_dec, k and the threshold that `encode` uses
+    MatryoshkaBatchTopKSAE      W_enc (d, n)  b_enc  W_dec (n, d)  b_dec  k  threshold  group_sizes
+    JumpReluAutoEncoder         W_enc (d, n)  b_enc  W_dec (n, d)  b_dec, which is not subtracted  threshold (n,)
+    GatedAutoEncoder            encoder.weight  decoder.weight  decoder_bias  r_mag  gate_bias  mag_bias
+
+in ae.pt; config.json beside it names the class (`trainer.dict_class`). Without one a class is told by its keys, but for
+AutoEncoderTopK and BatchTopKSAE, whose keys are the same.
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from sae_jax.autoencoder.sae import SAE
+from sae_jax.errors import Refused
+from sae_jax.exchange import arrays as arrays_lib
+from sae_jax.exchange.arrays import Arrays
+from sae_jax.exchange.encoders import Encoder, Opened
+from sae_jax.runtime.disk import read_json
+from sae_jax.runtime.optional import module
+
+WEIGHTS = "ae.pt"
+RULES = {
+    "AutoEncoder": "relu", "AutoEncoderNew": "relu", "AutoEncoderTopK": "topk", "BatchTopKSAE": "threshold",
+    "MatryoshkaBatchTopKSAE": "threshold", "JumpReluAutoEncoder": "threshold", "GatedAutoEncoder": "gated",
+}  # fmt: skip
+
+
+def write(sae: SAE, flag: str, metadata: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a TopK SAE."""
+    torch = module("torch", "hf")
+    n, d = sae.W_enc.shape
+    config = {
+        "trainer": {
+            "trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "activation_dim": d, "dict_size": n,
+            "k": sae.k, "layer": metadata.get("layer"), "lm_name": metadata.get("model_name"),
+            "submodule_name": metadata.get("hook_name"),
+        },
+        "buffer": {"ctx_len": metadata.get("context_size")},
+        "metadata": metadata,
+    }  # fmt: skip
+    state = {
+        "encoder.weight": torch.tensor(sae.W_enc), "encoder.bias": torch.tensor(sae.b_enc),
+        "decoder.weight": torch.tensor(sae.W_dec.T.copy()), "b_dec": torch.tensor(sae.b_dec),
+        "k": torch.tensor(sae.k, dtype=torch.int), "threshold": torch.tensor(-1.0),  # −1: not set
+    }  # fmt: skip
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return {WEIGHTS: buffer.getvalue(), "config.json": arrays_lib.to_json(config)}
+
+
+def read(path: epath.Path) -> Opened:
+    """The dictionary of a folder, by its weights' path."""
+    where = path.parent / "config.json"
+    config = read_json("--sae", where) if where.exists() else {}
+    trainer, buffer = arrays_lib.of(config, "trainer", where), arrays_lib.of(config, "buffer", where)
+    arrays, _ = arrays_lib.read_arrays(path)
+    kind = trainer.get("dict_class") or told_by_keys(arrays, path)
+    if kind not in RULES:
+        raise Refused(f"{where}: trainer.dict_class", kind, "one of " + ", ".join(RULES) + ": others are not supported")
+    names = {"model_name": (trainer, "lm_name"), "layer": (trainer, "layer"), "hook_name": (trainer, "submodule_name"),
+             "context_size": (buffer, "ctx_len")}  # fmt: skip
+    known = {name: part[key] for name, (part, key) in names.items() if part.get(key) is not None}
+    encoder, notes = of_class(kind, arrays, trainer, path)
+    return Opened(encoder, arrays_lib.of(config, "metadata", where) or known, "dictionary_learning", notes)
+
+
+def told_by_keys(arrays: Arrays, path: epath.Path) -> str:
+    """The class whose keys these are."""
+    keys = arrays.keys()
+    if "gate_bias" in keys:
+        return "GatedAutoEncoder"
+    if "W_enc" in keys:
+        return "MatryoshkaBatchTopKSAE" if "group_sizes" in keys else "JumpReluAutoEncoder"
+    if "b_dec" in keys:
+        raise Refused(str(path), "no config.json beside it", "one whose trainer.dict_class says AutoEncoderTopK or "
+                      "BatchTopKSAE: their files look alike")  # fmt: skip
+    return "AutoEncoderNew" if "decoder.bias" in keys else "AutoEncoder"
+
+
+def of_class(
+    kind: str, arrays: Arrays, trainer: dict[str, Any], path: epath.Path
+) -> tuple[Encoder, tuple[str, ...]]:
+    """The encoder of a class, and what there is to say of it."""
+    turned = kind in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")  # with the features as columns
+    n, d = arrays_lib.matrix(arrays, "W_enc" if turned else "encoder.weight", path)
+    n, d = (d, n) if turned else (n, d)
+    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
+    wanted: dict[str, tuple[int, ...]] = (
+        {"W_enc": (d, n), "W_dec": (n, d)} if turned else {"encoder.weight": (n, d), "decoder.weight": (d, n)}
+    )
+    wanted |= {bias.get(kind, "b_dec"): (d,)}
+    gates = ("gate_bias", "r_mag", "mag_bias") if kind == "GatedAutoEncoder" else ()
+    wanted |= {key: (n,) for key in gates or (("b_enc",) if turned else ("encoder.bias",))}
+    W_enc, W_dec, b_dec, b_enc, *gated = arrays_lib.take(arrays, wanted, path)
+    W_enc, W_dec = (W_enc.T, W_dec) if turned else (W_enc, W_dec.T)
+    threshold: Any = None
+    notes: tuple[str, ...] = ()
+    if RULES[kind] == "threshold":
+        one = kind != "JumpReluAutoEncoder"
+        (threshold,) = arrays_lib.take(arrays, {"threshold": () if one else (n,)}, path)
+        if one and threshold < 0:
+            notes = ("Its threshold was never set, so every positive feature fires, as in dictionary_learning.",)
+        threshold = np.full(n, threshold, np.float32) if one else threshold
+    subtracts = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    encoder = Encoder(
+        W_enc=np.ascontiguousarray(W_enc), b_enc=b_enc, W_dec=np.ascontiguousarray(W_dec), b_dec=b_dec,
+        b_in=b_dec if subtracts else np.zeros_like(b_dec), threshold=threshold,
+        r_mag=gated[0] if gated else None, b_mag=gated[1] if gated else None,
+        rule=RULES[kind], k=_k(arrays, trainer, path) if kind == "AutoEncoderTopK" else None,
+    )  # fmt: skip
+    return encoder, notes
+
+
+def _k(arrays: Arrays, trainer: dict[str, Any], path: epath.Path) -> int:
+    """k of the file or of its configuration: until December 2024 it was in the latter alone."""
+    if "k" not in arrays:
+        return arrays_lib.integer(trainer, "k", path.parent / "config.json")
+    (k,) = arrays_lib.take(arrays, {"k": ()}, path)
+    if trainer.get("k", int(k)) != int(k):
+        raise Refused(f"{path}: k", int(k), f"the k of config.json, {trainer['k']}")
+    return int(k)

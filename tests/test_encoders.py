@@ -1,0 +1,200 @@
+"""Anybody's SAE: what each library's own `encode` fires, counted by the autopsy; FVE and the centred twin in NumPy."""
+
+import itertools
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from etils import epath
+
+from sae_jax.diagnosis import autopsy
+from sae_jax.exchange import encoders, registry
+
+D, N, K, TOKENS = 12, 48, 5, 1200
+
+
+@pytest.fixture(scope="module")
+def x():
+    """Activations whose mean is three times as long as they vary."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(TOKENS, D)) * np.geomspace(1, 0.3, D)
+    mean = rng.normal(size=D)
+    return np.float32(x + 3 * np.linalg.norm(x.std(axis=0)) * mean / np.linalg.norm(mean))
+
+
+@pytest.fixture(scope="module")
+def sae_lens():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sae_lens
+    return sae_lens
+
+
+def weights(shapes, seed=1):
+    """Random, with features of every fate: some far below zero, some barely above, the others around."""
+    rng = np.random.default_rng(seed)
+    found = {key: rng.normal(size=shape) / np.sqrt(D if "W" in key or "weight" in key else 1)
+             for key, shape in shapes.items()}  # fmt: skip
+    for key in found:
+        if key in ("b_enc", "b_gate", "encoder.bias", "gate_bias"):
+            found[key][: N // 4] -= 12
+            found[key][-4:] += 9
+        if key == "threshold":
+            found[key] = np.abs(found[key]) * 2
+            if found[key].ndim:
+                found[key][: N // 8 * 3] += 4
+        if "r_mag" in key:
+            found[key] *= 0.3
+    return {key: torch.tensor(np.asarray(value, np.float32)) for key, value in found.items()}
+
+
+def expected(acts, x, W_dec, b_dec, transcodes=False):
+    """(fired counts, FVE) from a library's activations, in float64."""
+    acts, x = acts.astype(np.float64), x.astype(np.float64)
+    error = np.sum((x - acts @ np.float64(W_dec) - b_dec) ** 2) if not transcodes else np.nan
+    return (acts != 0).sum(axis=0), 1 - error / np.sum((x - x.mean(axis=0)) ** 2)
+
+
+def check(folder, x, acts, z_pre, moved, W_dec, b_dec, transcodes=False, moved_b_dec=None):
+    """The autopsy of a folder against counts from activations `acts`, and of the SAE with its bias moved `moved`.
+
+    `x` is what the decoder is compared with: the normed tokens; the autopsy gets `folder` and the tokens as they are.
+    """
+    path, tokens = folder
+    found = autopsy.dissect(str(path), tokens, str(path.parent / "report"), n_probes=16)
+    n_fired, fve = expected(acts, x, W_dec, b_dec, transcodes)
+    lines = (path.parent / "report/features.csv").read_text().splitlines()
+    columns = dict(zip(lines[0].split(","), zip(*(line.split(",") for line in lines[1:]), strict=True), strict=True))
+    np.testing.assert_array_equal(np.array(columns["n_fired"], int), n_fired)
+    positive = (z_pre > 0).any(axis=0)
+    assert found["dead_features"]["dead_by_relu"] == np.flatnonzero(~positive).tolist()
+    assert found["dead_features"]["dead_by_topk"] == np.flatnonzero(positive & (n_fired == 0)).tolist()
+    assert 0 < len(found["dead_features"]["dead_by_relu"]) < N or "Abs" in found["architecture"]
+    then, then_fve = expected(moved, x, W_dec, x.mean(axis=0, dtype=np.float64), transcodes)
+    assert found["if_centred"]["dead_total"] == (then == 0).mean()
+    assert found["if_centred"]["l0"] == pytest.approx(then.sum() / len(x))
+    assert found["if_centred"]["revived"] == ((n_fired == 0) & (then > 0)).sum()
+    if transcodes:
+        assert found["fve"] is None
+        assert found["if_centred"]["fve"] is None
+        assert "FVE is not known" in found["advice"]
+    else:
+        assert found["fve"] == pytest.approx(fve, abs=1e-4 * max(1, abs(fve)))
+        assert found["if_centred"]["fve"] == pytest.approx(then_fve, abs=1e-4 * max(1, abs(then_fve)))
+        assert f"{then_fve:.3f}" in found["advice"]  # beside what was revived
+    return found
+
+
+# -- SAELens ---------------------------------------------------------------------------------------------------------
+
+NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
+SAELENS = [
+    *(("standard", {"apply_b_dec_to_input": applied, "normalize_activations": norm})
+      for applied, norm in itertools.product((True, False), NORMS)),
+    *(("topk", {"k": K, "apply_b_dec_to_input": applied, "rescale_acts_by_decoder_norm": rescaled,
+                "normalize_activations": norm})
+      for applied, rescaled, norm in itertools.product((True, False), (True, False), NORMS[:3])),
+    *(("abstopk", {"k": K, "apply_b_dec_to_input": applied, "rescale_acts_by_decoder_norm": rescaled})
+      for applied, rescaled in itertools.product((True, False), (True, False))),
+    *((architecture, {"apply_b_dec_to_input": applied, "normalize_activations": norm})
+      for architecture, applied, norm in itertools.product(("jumprelu", "gated"), (True, False), NORMS[:2])),
+    *((architecture, {"d_out": D + 3, "apply_b_dec_to_input": False})
+      for architecture in ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")),
+]  # fmt: skip
+
+
+def saelens_of(sae_lens, architecture, options):
+    """SAELens' own SAE with weights of ours."""
+    from sae_lens.registry import get_sae_class
+
+    cls, config = get_sae_class(architecture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sae = cls(config(d_in=D, d_sae=N, **options))
+    state = sae.state_dict()
+    sae.load_state_dict(weights({key: tuple(value.shape) for key, value in state.items()}))
+    return sae
+
+
+def with_its_bias_at(sae, mean):
+    """Acts of the same SAE whose encoder subtracts the mean of what it sees."""
+    process = sae.process_sae_in
+
+    def moved(t):
+        bias = sae.b_dec if sae.cfg.apply_b_dec_to_input else 0
+        return process(t) + bias - torch.from_numpy(mean).to(t.dtype)
+
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"), SAELENS, ids=[f"{a}-{'-'.join(map(str, o.values()))}" for a, o in SAELENS]
+)
+def test_saelens_of_every_architecture_and_option(sae_lens, x, tmp_path, architecture, options):
+    sae = saelens_of(sae_lens, architecture, options)
+    sae.save_model(tmp_path / "sae")
+    t = torch.from_numpy(x)
+    with torch.no_grad():
+        acts = sae.encode(t).numpy()  # in float32, its own arithmetic
+        sees = sae.process_sae_in(t) + (sae.b_dec if options["apply_b_dec_to_input"] else 0)
+        b_enc = sae.b_gate if architecture == "gated" else sae.b_enc
+        z_pre = (sae.process_sae_in(t) @ sae.W_enc + b_enc).numpy()
+        if architecture == "abstopk":
+            z_pre = np.abs(z_pre)
+        mean = sees.double().mean(dim=0).numpy()
+        sae.process_sae_in = with_its_bias_at(sae, mean)
+        moved = sae.encode(t).numpy()
+    W_dec = sae.W_dec.detach().numpy()
+    if options.get("rescale_acts_by_decoder_norm"):
+        W_dec = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
+    y = sees.detach().numpy()
+    found = check((tmp_path / "sae", x), y, acts, z_pre, moved, W_dec, sae.b_dec.detach().numpy(),
+                  transcodes="transcoder" in architecture)  # fmt: skip
+    assert found["subtracts_b_dec"] == options["apply_b_dec_to_input"]
+    b_in = sae.b_dec.detach().numpy() if options["apply_b_dec_to_input"] else 0
+    sigma = np.linalg.norm(y.std(axis=0, dtype=np.float64))
+    assert found["gamma_left"] == pytest.approx(np.linalg.norm(mean - b_in) / sigma, rel=1e-4)
+    assert ("not apply" in found["advice"]) == (options.get("normalize_activations") == "expected_average_only_in")
+
+
+def test_encode_is_the_librarys_value_by_value(sae_lens, x, tmp_path):
+    for number, (architecture, options) in enumerate(SAELENS):
+        sae = saelens_of(sae_lens, architecture, options)
+        sae.save_model(tmp_path / str(number))
+        encoder = registry.read(epath.Path(tmp_path / str(number))).encoder
+        with torch.no_grad():
+            theirs = sae.encode(torch.from_numpy(x)).numpy()
+        ours = np.asarray(encoders.encode(jax.tree.map(jnp.asarray, encoder), jnp.asarray(x)))
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), err_msg=f"{architecture} {options}")
+
+
+@pytest.mark.parametrize("version", [None, "5.11.0", "4.0.0"])
+def test_saelens_before_version_6(sae_lens, x, tmp_path, version):
+    """Flat configurations: no architecture at all, `standard` that is TopK with its k elsewhere."""
+    cases = {
+        "relu": ({}, "relu", None),
+        "standard": ({"architecture": "standard", "activation_fn_str": "relu"}, "relu", None),
+        "topk": ({"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}, "topk",
+                 K),
+        "new key": ({"activation_fn": "topk", "activation_fn_kwargs": {"k": K}}, "topk", K),
+    }
+    for name, (config, rule, k) in cases.items():
+        sae = saelens_of(sae_lens, "topk" if k else "standard", {"k": k} if k else {})
+        sae.save_model(tmp_path / name)
+        config = {"d_in": D, "d_sae": N, "dtype": "torch.float32", "hook_point": "blocks.1.hook_resid_pre",
+                  "normalize_activations": None, "model_name": "gpt2-small", **config}  # fmt: skip
+        if version:
+            config["sae_lens_version"] = version
+        (tmp_path / name / "cfg.json").write_text(json.dumps(config))
+        opened = registry.read(epath.Path(tmp_path / name))
+        assert (opened.encoder.rule, opened.encoder.k) == (rule, k)
+        assert opened.metadata["hook_name"] == "blocks.1.hook_resid_pre"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = sae_lens.SAE.load_from_disk(tmp_path / name).encode(torch.from_numpy(x)).detach().numpy()
+        ours = np.asarray(encoders.encode(jax.tree.map(jnp.asarray, opened.encoder), jnp.asarray(x)))
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())

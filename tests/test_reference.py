@@ -1,0 +1,190 @@
+"""The training step against `reference.py`, sizes at which other branches are taken, counts of what is on the edge."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from ml_collections import ConfigDict
+
+import sae_jax
+from sae_jax import config as config_lib
+from sae_jax.autoencoder import death, kept
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.runtime import checkpoint
+from sae_jax.training import evaluation
+from sae_jax.training import step as step_lib
+
+STEPS = 8  # of which the schedule's factors are exact in float32, as optax computes them
+CLIP = {"none": 10.0, "openai": 2.0, "dictionary_learning": 10.0, "saelens": 20.0, "sparsify": 10.0}
+
+
+def configured(preset, unit_decoder=True, freeze_bias=False, n=700, k=3):
+    return config_lib.base({
+        "sae.n_features": n, "sae.k": k, "sae.unit_decoder": unit_decoder, "sae.freeze_bias": freeze_bias,
+        "auxk.preset": preset, "auxk.dead_after_tokens": 40, "train.steps": STEPS, "train.learning_rate": 0.01,
+        "train.warmup_steps": 1, "train.decay_fraction": 0.5, "train.beta1": 0.8, "train.beta2": 0.95,
+        "train.clip_norm": CLIP[preset], "data.signal": "gaussian",
+    })  # fmt: skip
+
+
+def rules_of(config):
+    """The same settings under the reference's own names."""
+    return reference.Rules(
+        preset=config.auxk.preset, k=config.sae.k, dead_after=40, learning_rate=0.01, steps=STEPS, warmup=1, decay=0.5,
+        betas=(0.8, 0.95), clip=CLIP[config.auxk.preset], unit_decoder=config.sae.unit_decoder,
+        learn_bias=not config.sae.freeze_bias,
+    )  # fmt: skip
+
+
+def beginnings(rng, config, d, silent):
+    """The same state for both: every parameter away from a special value."""
+    n, static = config.sae.n_features, step_lib.Static.of(config)
+    rows = rng.normal(size=(2, n, d)) / np.sqrt(d)
+    if config.sae.unit_decoder:
+        rows[1] /= np.linalg.norm(rows[1], axis=1)[:, None]
+    p = {"W_enc": rows[0], "b_enc": 0.02 * rng.normal(size=n), "W_dec": rows[1], "b_dec": 0.02 * rng.normal(size=d)}
+    state = step_lib.init_state(jax.random.key(0), static, step_lib.hyper(config), jnp.zeros(d))
+    state = state.replace(
+        sae=state.sae.replace(**jax.tree.map(jnp.asarray, p)), tokens_since_fired=jnp.asarray(silent, jnp.int32)
+    )
+    return state, reference.State(p, silent)
+
+
+@functools.cache
+def compiled(static):
+    return jax.jit(functools.partial(step_lib.train_step, static=static))
+
+
+def assert_alike(config, state, known, batches):
+    """Metrics, parameters, moments and counters of every step; returns what the reference reported."""
+    step, rules = compiled(step_lib.Static.of(config)), rules_of(config)
+    reports = []
+    for x in batches:
+        state, metrics = step(state, jnp.asarray(x))
+        known, expected = reference.train_step(known, x, rules)
+        for key, value in expected.items():
+            np.testing.assert_allclose(metrics[key], value, rtol=1e-9, err_msg=f"{key} of step {known.step}")
+        np.testing.assert_array_equal(state.tokens_since_fired, known.silent)
+        for name in reference.PARAMETERS:
+            for mine, theirs in ((state.sae, known.parameters), (state.moments.mean, known.mean),
+                                 (state.moments.square, known.square)):  # fmt: skip
+                np.testing.assert_allclose(
+                    getattr(mine, name), theirs[name], rtol=1e-7, atol=1e-10, err_msg=f"{name} of step {known.step}"
+                )
+        reports.append(expected)
+    return reports
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("unit_decoder", [True, False])
+@pytest.mark.parametrize("preset", reference.LIBRARIES)
+def test_steps_are_those_of_the_reference(rng, preset, unit_decoder):
+    """Clipped and not, counters on both sides of the limit and on it, more dead features than any k_aux, or two."""
+    d = 6
+    most = np.array([0, 32, 39, 40, 48, *13 * [400]])[rng.integers(18, size=700)]
+    two = np.where(np.arange(700) < 2, 40, np.arange(700) % 8)
+    # The norm of the gradient follows that of the tokens, from one side of the clip to the other.
+    batches = [s * rng.normal(size=(8, d)) for s in np.geomspace(0.05, 4, STEPS)]
+    for silent in (most, two):
+        for freeze_bias in (False, True):
+            config = configured(preset, unit_decoder, freeze_bias)
+            state, known = beginnings(rng, config, d, silent)
+            reports = assert_alike(config, state, known, batches)
+            norms = [report["grad_norm"] for report in reports]
+            assert min(norms) < 0.9 * CLIP[preset]
+            assert max(norms) > 1.1 * CLIP[preset]
+
+
+@pytest.mark.usefixtures("x64")
+def test_steps_of_a_large_sae_are_those_of_the_reference(rng):
+    """n · d = 2^20: compressed rows, tokens in pieces, the update in blocks."""
+    n, d = 4096, 256
+    assert (kept.form(8, n, d), kept.form(d // 2, n, d)) == ("compressed", "compressed")
+    config = configured("dictionary_learning", n=n, k=8)
+    silent = np.where(rng.random(n) < 0.5, 400, 0)
+    state, known = beginnings(rng, config, d, silent)
+    assert_alike(config, state, known, [s * rng.normal(size=(256, d)) for s in (0.5, 2.0)])
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2**15, 2**15 + 1, 2**16])  # a key of 32 bits holds the first and not the others
+def test_kept_entries_are_sorted_and_summed_right_where_one_key_would_not_hold_them(rng, n):
+    batch, k, d = 2048, 64, 2**20 // n + 1
+    assert kept.form(k, n, d) == "compressed"
+    indices = rng.integers(n, size=(batch, k)).astype(np.int32)
+    indices[:2] = n - 1 - np.arange(2 * k).reshape(2, k)
+    features, order = jax.jit(lambda i: kept._sorted(i, n))(indices.ravel())
+    expected = np.argsort(indices.ravel(), kind="stable")
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(features, indices.ravel()[expected])
+
+    values = rng.integers(-3, 4, size=(batch, k)).astype(np.float32)  # sums of small integers are exact in any order
+    tokens = rng.integers(-3, 4, size=(batch, d)).astype(np.float32)
+    (found,) = jax.jit(lambda v, i, t: kept.scatter((v,), i, (t,), n))(values, indices, tokens)
+    sums = np.zeros((n, d))
+    np.add.at(sums, indices.ravel(), (values[:, :, None] * tokens[:, None]).reshape(-1, d))
+    np.testing.assert_array_equal(found, sums)
+
+
+def test_counters_go_on_past_ten_million_and_stop_at_the_largest_integer():
+    silent = jnp.asarray([9_999_990, 10_000_000, 2_147_483_600, 2_147_483_640, 2_147_483_647], jnp.int32)
+    after = death.count_tokens(silent, jnp.zeros(5, bool), 20)
+    np.testing.assert_array_equal(after, [10_000_010, 10_000_020, 2_147_483_620, 2_147_483_647, 2_147_483_647])
+
+
+# -- on the edge -------------------------------------------------------------------------------------------------------
+
+
+def untrained(n, d, W_enc):
+    config = configured("none", n=n)
+    state = step_lib.init_state(
+        jax.random.key(0), step_lib.Static.of(config), step_lib.hyper(config), jnp.zeros(d)
+    )
+    return state.sae.replace(W_enc=jnp.asarray(W_enc, jnp.float32))
+
+
+def test_a_zero_token_revives_nobody(rng):
+    """On a token equal to b_dec all pre-activations are 0: no feature is positive, and none fires."""
+    W = rng.normal(size=(12, 4))
+    W[:5, 0] = -np.abs(W[:5]).sum(axis=1) - 1  # negative wherever the first coordinate leads
+    x = np.clip(rng.normal(size=(30, 4)), -1, 1).astype(np.float32)
+    x[:, 0] = 1 + np.abs(x[:, 0])
+    x[7] = 0
+    seen, codes = death.sight(untrained(12, 4, W), jnp.asarray(x), jnp.ones(30, bool))
+    np.testing.assert_array_equal(seen.positive, (x @ W.T > 0).any(axis=0))
+    assert not np.asarray(seen.positive)[:5].any()
+    assert not np.asarray(codes.values)[7].any()
+
+
+def test_the_figure_of_shifts_leaves_padding_out(rng):
+    W, x = rng.normal(size=(12, 4)), rng.normal(size=(50, 4)).astype(np.float32)
+    W[:3, 0], x[:, 0] = -9, np.abs(x[:, 0]) + 1
+    padded = np.concatenate([x, np.full((14, 4), -50, np.float32)])  # where those are positive that never are else
+    valid = np.arange(64) < 50
+    group = jax.tree.map(lambda a: a[None], untrained(12, 4, W))
+    batches = iter([(padded[:32], valid[:32]), (padded[32:], valid[32:])])
+    (found,) = evaluation.shifts(group, jnp.asarray, batches)
+    z = x @ W.T
+    np.testing.assert_allclose(found.mean, z.mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.std, z.std(axis=0), rtol=1e-4)
+    np.testing.assert_array_equal(found.dead_by_relu, (z <= 0).all(axis=0))
+    assert found.dead_by_relu[:3].all()
+    assert found.n_tokens == 50
+
+
+def test_fates_have_the_cosine_with_the_mean_at_both_ends(tiny, tmp_path):
+    tiny.train.steps, tiny.train.learning_rate, tiny.members = 4, 0.05, ConfigDict()
+    sae_jax.train(tiny, str(tmp_path))
+    mu = checkpoint.saved(str(tmp_path)).statistics["mu"]
+    first = sae_lib.init(jax.random.key(tiny.seed), 64, 4, jnp.zeros(16)).W_enc
+    last = sae_jax.load(str(tmp_path)).sae.W_enc
+    table = np.genfromtxt(tmp_path / "fates.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
+    for end, rows in (("init", np.asarray(first)), ("final", np.asarray(last))):
+        cosines = rows @ mu / np.linalg.norm(rows, axis=1) / np.linalg.norm(mu)
+        np.testing.assert_allclose(table[f"mu_cosine_{end}"], cosines, atol=1e-3)
+    assert np.abs(table["mu_cosine_init"] - table["mu_cosine_final"]).max() > 0.05

@@ -1,0 +1,396 @@
+"""Files of every library and release: read as that library reads them, told apart, or refused in plain words."""
+
+import json
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from etils import epath
+from safetensors.torch import save_file
+from test_encoders import D, K, N, check, weights
+
+from sae_jax import cli
+from sae_jax.errors import Refused
+from sae_jax.exchange import encoders, registry
+from sae_jax.exchange.encoders import Opened
+
+relu, linear = torch.relu, torch.nn.functional.linear
+
+
+@pytest.fixture(scope="module")
+def x():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(800, D)) * np.geomspace(1, 0.3, D)
+    return np.float32(x + 2 * rng.normal(size=D))
+
+
+def kept(z, k):
+    """The k largest of each row."""
+    top = z.topk(k, dim=-1)
+    return torch.zeros_like(z).scatter_(-1, top.indices, top.values)
+
+
+def acts_of(opened: Opened, x):
+    return np.asarray(encoders.encode(jax.tree.map(jnp.asarray, opened.encoder), jnp.asarray(x)))
+
+
+def same(opened, x, theirs):
+    theirs = theirs.detach().numpy()
+    assert 0 < (theirs > 0).any(axis=0).sum() < N
+    np.testing.assert_allclose(acts_of(opened, x), theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+# -- dictionary_learning: `encode` of each class, as dictionary.py and trainers/*.py of 0.1.0 have it ---------------
+
+LINEAR = {"encoder.weight": (N, D), "encoder.bias": (N,), "decoder.weight": (D, N)}
+COLUMNS = {"W_enc": (D, N), "b_enc": (N,), "W_dec": (N, D), "b_dec": (D,)}
+CLASSES = {
+    "AutoEncoder": ({**LINEAR, "bias": (D,)}, lambda w, x: relu(linear(x - w["bias"], w["encoder.weight"],
+                                                                        w["encoder.bias"]))),
+    "AutoEncoderNew": ({**LINEAR, "decoder.bias": (D,)}, lambda w, x: relu(linear(x, w["encoder.weight"],
+                                                                                   w["encoder.bias"]))),
+    "AutoEncoderTopK": ({**LINEAR, "b_dec": (D,), "k": (), "threshold": ()}, lambda w, x: kept(relu(linear(
+        x - w["b_dec"], w["encoder.weight"], w["encoder.bias"])), K)),
+    "BatchTopKSAE": ({**LINEAR, "b_dec": (D,), "k": (), "threshold": ()}, lambda w, x: (lambda z: z * (
+        z > w["threshold"]))(relu(linear(x - w["b_dec"], w["encoder.weight"], w["encoder.bias"])))),
+    "MatryoshkaBatchTopKSAE": ({**COLUMNS, "k": (), "threshold": (), "group_sizes": (2,)}, lambda w, x: (lambda z: z * (
+        z > w["threshold"]))(relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]))),
+    "JumpReluAutoEncoder": ({**COLUMNS, "threshold": (N,)}, lambda w, x: (lambda z: relu(z * (
+        z > w["threshold"])))(x @ w["W_enc"] + w["b_enc"])),
+    "GatedAutoEncoder": (
+        {"encoder.weight": (N, D), "decoder.weight": (D, N), "decoder_bias": (D,), "r_mag": (N,), "gate_bias": (N,),
+         "mag_bias": (N,)},
+        lambda w, x: (lambda u: (u + w["gate_bias"] > 0) * relu(w["r_mag"].exp() * u + w["mag_bias"]))(
+            linear(x - w["decoder_bias"], w["encoder.weight"])),
+    ),
+}  # fmt: skip
+
+
+def dictionary(folder, kind, config=True, k_in_file=True, **more):
+    state = weights(CLASSES[kind][0])
+    if "k" in state:
+        state["k"] = torch.tensor(K, dtype=torch.int)
+    if not k_in_file:
+        del state["k"]
+    if "group_sizes" in state:
+        state["group_sizes"] = torch.tensor([N // 4, N - N // 4])
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "ae.pt")
+    trainer = {"dict_class": kind, "activation_dim": D, "dict_size": N, "layer": 3, "lm_name": "a/b", **more}
+    if config:
+        (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
+    return state
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_class_of_dictionary_learning(x, tmp_path, kind):
+    state = dictionary(tmp_path / "d", kind, k=K)
+    encode = CLASSES[kind][1]
+    opened = registry.read(epath.Path(tmp_path / "d"))
+    same(opened, x, encode(state, torch.from_numpy(x)))
+    assert opened.metadata == {"model_name": "a/b", "layer": 3, "context_size": 128}
+    bias = next(key for key in ("bias", "b_dec", "decoder_bias", "decoder.bias") if key in state)
+    subtracted = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    b_dec, mean = state[bias].numpy(), x.mean(axis=0, dtype=np.float64)
+    tokens = torch.from_numpy(x)
+    acts = encode(state, tokens).numpy()
+    moved = encode(state, tokens - torch.from_numpy(np.float32(mean - b_dec * subtracted))).numpy()
+    W_enc = state["W_enc"] if "W_enc" in state else state["encoder.weight"].T
+    b_enc = next(state[key] for key in ("encoder.bias", "b_enc", "gate_bias") if key in state)
+    z_pre = ((tokens - torch.from_numpy(b_dec) * subtracted) @ W_enc + b_enc).numpy()
+    W_dec = state["W_dec"] if "W_dec" in state else state["decoder.weight"].T
+    check((tmp_path / "d", x), x, acts, z_pre, moved, W_dec.numpy(), b_dec)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_without_a_config_a_class_is_told_by_its_keys_or_refused(x, tmp_path, kind):
+    state = dictionary(tmp_path / "d", kind, config=False)
+    if kind in ("AutoEncoderTopK", "BatchTopKSAE"):
+        with pytest.raises(Refused, match="AutoEncoderTopK or BatchTopKSAE: their files look alike"):
+            registry.read(epath.Path(tmp_path / "d"))
+        return
+    same(registry.read(epath.Path(tmp_path / "d")), x, CLASSES[kind][1](state, torch.from_numpy(x)))
+
+
+def test_k_in_the_config_alone_and_k_that_disagrees(x, tmp_path):
+    state = dictionary(tmp_path / "old", "AutoEncoderTopK", k_in_file=False, k=K)
+    same(registry.read(epath.Path(tmp_path / "old")), x, CLASSES["AutoEncoderTopK"][1](state, torch.from_numpy(x)))
+    dictionary(tmp_path / "other", "AutoEncoderTopK", k=K + 1)
+    with pytest.raises(Refused, match=f"k = {K}: the k of config.json, {K + 1}"):
+        registry.read(epath.Path(tmp_path / "other"))
+    dictionary(tmp_path / "none", "AutoEncoderTopK", k_in_file=False)
+    with pytest.raises(Refused, match="k = 'missing'"):
+        registry.read(epath.Path(tmp_path / "none"))
+
+
+# -- sparsify --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"activation": "groupmax", "k": 6}, {"transcode": True}, {"skip_connection": True, "transcode": True},
+    {"skip_connection": True}, {"signed": True}, {"num_latents": 0, "expansion_factor": N // D},
+], ids=str)  # fmt: skip
+def test_every_kind_of_sparsify(x, tmp_path, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sparsify import SparseCoder, SparseCoderConfig
+    config = {"num_latents": N, "k": K, "normalize_decoder": False, **options}
+    signed = config.pop("signed", False)
+    coder = SparseCoder(D, SparseCoderConfig(**config))
+    coder.load_state_dict(weights({key: tuple(value.shape) for key, value in coder.state_dict().items()}))
+    coder.save_to_disk(tmp_path / "s")
+    if signed:  # of its first versions: the k largest in absolute value
+        where = tmp_path / "s/cfg.json"
+        where.write_text(json.dumps({**json.loads(where.read_text()), "signed": True}))
+    tokens = torch.from_numpy(x)
+
+    def encode(tokens):
+        z = linear(tokens if coder.cfg.transcode else tokens - coder.b_dec, coder.encoder.weight, coder.encoder.bias)
+        if signed:
+            top = z.abs().topk(K, dim=-1).indices
+            return torch.zeros_like(z).scatter_(-1, top, z.gather(-1, top)), z.abs()
+        out = coder.encode(tokens)
+        return torch.zeros_like(z).scatter_(-1, out.top_indices, out.top_acts), z
+
+    with torch.no_grad():
+        acts, z_pre = encode(tokens)
+        b_in = torch.zeros(D) if coder.cfg.transcode else coder.b_dec
+        moved = encode(tokens - tokens.mean(dim=0) + b_in)[0]
+        np.testing.assert_allclose(acts_of(registry.read(epath.Path(tmp_path / "s")), x), acts.numpy(), atol=2e-4)
+        skip = 0 if coder.W_skip is None or coder.cfg.transcode else tokens @ coder.W_skip.mT
+    if options == {"skip_connection": True}:
+        return  # what is explained is then x less the skip connection: `check` has another denominator
+    assert skip == 0
+    check((tmp_path / "s", x), x, acts.numpy(), z_pre.numpy(), moved.numpy(), coder.W_dec.detach().numpy(),
+          coder.b_dec.detach().numpy(), transcodes=coder.cfg.transcode)  # fmt: skip
+
+
+# -- releases with layouts of their own ------------------------------------------------------------------------------
+
+
+def arrays_of(shapes):
+    return {key: value.numpy() for key, value in weights(shapes).items()}
+
+
+def gemma_1(folder):
+    folder.mkdir()
+    w = arrays_of({**COLUMNS, "threshold": (N,)})
+    np.savez(folder / "params.npz", **w)
+    return folder, lambda x: jump(x @ w["W_enc"] + w["b_enc"], w["threshold"])
+
+
+def gemma_1_embedding(folder):
+    (folder / "embedding/width_4k").mkdir(parents=True)
+    w = arrays_of({**COLUMNS, "threshold": (N,)})
+    np.savez(folder / "embedding/width_4k/params.npz", **w)
+    return folder / "embedding/width_4k", lambda x: jump(x @ w["W_enc"] / D**0.5 + w["b_enc"], w["threshold"])
+
+
+def gemma_2(folder, dtype=torch.float32, **more):
+    folder.mkdir()
+    shapes = {**{key.lower(): shape for key, shape in COLUMNS.items()}, "threshold": (N,), **more}
+    w = {key: value.to(dtype) for key, value in weights({k: s for k, s in shapes.items() if k != "b"}).items()}
+    save_file(w, folder / "params.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", "hf_hook_point_in": "in"}))
+    w = {key: value.float().numpy() for key, value in w.items()}
+    return folder, lambda x: jump(x @ w["w_enc"] + w["b_enc"], w["threshold"])
+
+
+def qwen(folder):
+    folder = folder / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_5"
+    folder.mkdir(parents=True)
+    w = weights({"W_enc": (N, D), "W_dec": (D, N), "b_enc": (N,), "b_dec": (D,)})
+    torch.save(w, folder / "layer7.sae.pt")
+    return folder / "layer7.sae.pt", lambda x: kept(relu(linear(x, w["W_enc"], w["b_enc"])), 5)
+
+
+def llama(folder):
+    (folder / "checkpoints").mkdir(parents=True)
+    w = weights({**LINEAR, "decoder.bias": (D,)})
+    save_file(w, folder / "checkpoints/final.safetensors")
+    config = {"d_model": D, "d_sae": N, "jump_relu_threshold": 0.5, "hook_point_in": "blocks.0.hook_resid_post",
+              "dataset_average_activation_norm": {"in": 7.0, "out": 7.0}}  # fmt: skip
+    (folder / "hyperparams.json").write_text(json.dumps(config))
+    s = D**0.5 / 7
+    return folder, lambda x: jump((linear(x * s, w["encoder.weight"], w["encoder.bias"])).numpy(), 0.5 * s)
+
+
+def llama_r1(folder):
+    folder.mkdir()
+    w = weights({**LINEAR, "decoder.bias": (D,), "log_jumprelu_threshold": (N,)})
+    save_file(w, folder / "sae_weights.safetensors")
+    config = {"d_model": D, "expansion_factor": N // D, "hook_point_in": "h",
+              "dataset_average_activation_norm": {"in": 7.0}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    threshold = w["log_jumprelu_threshold"].exp().numpy()
+    return folder, lambda x: jump(
+        linear(x * D**0.5 / 7, w["encoder.weight"], w["encoder.bias"]).numpy(), threshold
+    )
+
+
+def openai(folder, activation="TopK"):
+    folder.mkdir()
+    w = weights({"encoder.weight": (N, D), "decoder.weight": (D, N), "latent_bias": (N,), "pre_bias": (D,)})
+    w["latent_bias"][: N // 4] -= 12
+    state = {**w, "stats_last_nonzero": torch.zeros(N, dtype=torch.long), "activation": activation}
+    torch.save(state | ({"activation_state_dict": {"k": K, "postact_fn": "ReLU"}} if activation == "TopK" else {}),
+               folder / "autoencoder.pt")  # fmt: skip
+
+    def encode(x):
+        if activation == "TopK":
+            x = x - x.mean(dim=-1, keepdim=True)
+            x = x / (x.std(dim=-1, keepdim=True) + 1e-5)
+        z = linear(x - w["pre_bias"], w["encoder.weight"], w["latent_bias"])
+        return relu(kept(z, K)) if activation == "TopK" else relu(z)
+
+    return folder, encode
+
+
+def goodfire(folder):
+    folder.mkdir()
+    w = weights({"encoder_linear.weight": (N, D), "encoder_linear.bias": (N,), "decoder_linear.weight": (D, N),
+                 "decoder_linear.bias": (D,)})  # fmt: skip
+    w["encoder_linear.bias"][: N // 4] -= 12
+    torch.save(w, folder / "Llama-SAE-l19.pth")
+    return folder / "Llama-SAE-l19.pth", lambda x: relu(linear(x, w["encoder_linear.weight"], w["encoder_linear.bias"]))
+
+
+def deepseek(folder):
+    folder.mkdir()
+    w = {key: value.bfloat16() for key, value in weights({**LINEAR, "decoder.bias": (D,)}).items()}
+    torch.save(w, folder / "SAE-l19.pt")
+    w = {key: value.float() for key, value in w.items()}
+    return folder / "SAE-l19.pt", lambda x: relu(linear(x, w["encoder.weight"], w["encoder.bias"]))
+
+
+def attention(folder):
+    folder.mkdir()
+    w = weights(COLUMNS)
+    torch.save(w, folder / "gpt2_L0_v9.pt")
+    (folder / "gpt2_L0_v9_cfg.json").write_text(json.dumps({"act_size": D, "dict_size": N, "act_name": "z"}))
+    return folder / "gpt2_L0_v9.pt", lambda x: relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+
+
+def transcoder(folder):
+    folder.mkdir()
+    w = weights({"W_enc": (N, D), "W_dec": (N, D), "b_enc": (N,), "b_dec": (D,)})
+    save_file(w, folder / "layer_3.safetensors")
+    return folder / "layer_3.safetensors", lambda x: relu(linear(x, w["W_enc"], w["b_enc"]))
+
+
+def cross_layer(folder):
+    folder.mkdir()
+    w = weights({"W_enc_2": (N, D), "b_enc": (N,), "b_dec_2": (D,), "W_dec_2": (N, 4, D)})
+    w["b_enc_2"] = w.pop("b_enc")
+    decoders = {"W_dec_2": w.pop("W_dec_2")}
+    save_file(w, folder / "W_enc_2.safetensors")
+    save_file(decoders, folder / "W_dec_2.safetensors")
+    return folder / "W_enc_2.safetensors", lambda x: relu(linear(x, w["W_enc_2"], w["b_enc_2"]))
+
+
+def jump(z, threshold):
+    z = np.asarray(z)
+    return torch.from_numpy(np.maximum(z, 0) * (z > threshold))
+
+
+RELEASES = {
+    "gemma scope 1": gemma_1, "its embeddings": gemma_1_embedding, "gemma scope 2": gemma_2,
+    "in bfloat16": lambda folder: gemma_2(folder, torch.bfloat16),
+    "affine transcoder": lambda folder: gemma_2(folder, affine_skip_connection=(D, D)),
+    "cross-layer of gemma scope 2": lambda folder: gemma_2(folder, w_dec=(N, 3, D)),
+    "qwen scope": qwen, "llama scope": llama, "llama scope r1": llama_r1, "openai topk": openai,
+    "openai relu": lambda folder: openai(folder, "ReLU"), "goodfire": goodfire, "deepseek": deepseek,
+    "attention": attention, "transcoder": transcoder, "cross-layer": cross_layer,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_releases_with_a_layout_of_their_own(x, tmp_path, release):
+    path, encode = RELEASES[release](tmp_path / "r")
+    tokens = torch.from_numpy(x)
+    theirs = encode(x if "gemma" in release or release in ("its embeddings", "in bfloat16", "affine transcoder")
+                    else tokens)  # fmt: skip
+    opened = registry.read(epath.Path(path))
+    same(opened, x, theirs)
+    transcodes = release in ("affine transcoder", "cross-layer of gemma scope 2", "transcoder", "cross-layer")
+    assert opened.encoder.transcodes == transcodes
+    if not path.is_dir():  # the folder of a single file is that file
+        same(registry.read(epath.Path(path.parent)), x, theirs)
+
+
+def test_a_single_file_goes_through_the_command(x, tmp_path, capsys):
+    path, encode = gemma_1(tmp_path / "r")
+    np.save(tmp_path / "x.npy", x)
+    argv = ["diagnose", f"--sae={path}/params.npz", f"--activations={tmp_path}/x.npy", f"--workdir={tmp_path}/w",
+            "--n_probes=16"]  # fmt: skip
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "JumpReLU, n = 48" in said
+    assert "FVE" in said
+    report = json.loads((tmp_path / "w/report.json").read_text())
+    assert report["dead_total"] == (~(encode(x).numpy() > 0).any(axis=0)).mean()
+    assert report["architecture"] == "JumpReLU"
+    assert report["k"] is None
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(path) -> str:
+    with pytest.raises(Refused) as caught:
+        registry.read(epath.Path(path))
+    return str(caught.value)
+
+
+def test_what_is_refused_is_refused_plainly(tmp_path):
+    gemma_2(tmp_path / "g")
+    (tmp_path / "g/config.json").write_text('{"architecture": "crosscoder"}')
+    assert "architecture = 'crosscoder': jump_relu: others are not supported" in refused(tmp_path / "g")
+    path, _ = qwen(tmp_path)
+    path.rename(tmp_path / "layer7.sae.pt")
+    assert "k is there" in refused(tmp_path / "layer7.sae.pt")
+    torch.save({"one": torch.zeros(3), "two": torch.zeros(2)}, tmp_path / "model.pt")
+    assert "this one has one, two" in refused(tmp_path / "model.pt")
+    (tmp_path / "notes.txt").write_text("")
+    assert "or a .safetensors, .npz, .pt or .pth file" in refused(tmp_path / "notes.txt")
+    assert "there is none of that name" in refused(tmp_path / "nowhere")
+    openai(tmp_path / "o")
+    state = torch.load(tmp_path / "o/autoencoder.pt", weights_only=True)
+    torch.save({**state, "activation": "Identity"}, tmp_path / "o/autoencoder.pt")
+    assert "'Identity': TopK or ReLU" in refused(tmp_path / "o")
+    llama_r1(tmp_path / "l")
+    (tmp_path / "l/config.json").write_text(json.dumps({"d_model": D, "hook_point_in": "h"}))
+    assert "saelens:RELEASE/ID knows it" in refused(tmp_path / "l")
+
+
+def test_a_folder_of_several_lists_them(x, tmp_path):
+    for name in ("layer_1/width_16k", "layer_2/width_16k"):
+        (tmp_path / name).parent.mkdir()
+        gemma_1(tmp_path / name)
+    dictionary(tmp_path / "other", "AutoEncoder")
+    assert refused(tmp_path).endswith("one of the 3 SAEs in it: layer_1/width_16k, layer_2/width_16k, other")
+    for number in range(20):
+        torch.save({}, tmp_path / f"layer{number}.sae.pt")
+    assert "(23 in all)" in refused(tmp_path)
+
+
+def test_bfloat16_comes_as_float32(x, tmp_path):
+    folder, _ = gemma_2(tmp_path / "g", torch.bfloat16)
+    encoder = registry.read(epath.Path(folder)).encoder
+    assert {np.asarray(leaf).dtype for leaf in jax.tree.leaves(encoder)} == {np.dtype(np.float32)}
+
+
+def test_an_unknown_release_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((300, 4), np.float32))
+    for name, said in {
+        "saelens:gemma-scope-2b-pt-res/nothing": "one of the 316 SAEs of gemma-scope-2b-pt-res",
+        "saelens:nothing": "saelens:RELEASE/ID, a release of SAELens' list",
+    }.items():
+        argv = ["diagnose", f"--sae={name}", f"--activations={tmp_path}/x.npy", f"--workdir={tmp_path}/w"]
+        assert cli.main(argv) == 2
+        assert said in capsys.readouterr().err
+    assert not Path(tmp_path, "w").exists()
