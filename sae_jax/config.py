@@ -43,9 +43,8 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
     # Where activations come from: `path` if set, else `model.id` if set, else `signal`.
     config.data = data = ConfigDict()
-    # A file, folder or pattern of files of (tokens, d_model), or a dataset that `sae_jax` wrote. PATH::NAME is one of
-    # several arrays, columns or splits; PATH::NAME?without=first,id=3,norm=10 leaves tokens out.
-    data.path = ""
+    # PATH::NAME is one of several arrays, columns or splits; PATH::NAME?without=first,id=3,norm=10 leaves tokens out.
+    data.path = ""  # a file, folder or pattern of files of (tokens, d_model), or a dataset that `sae_jax` wrote
     data.norm = "none"  # of each token, before all else: none | layer_norm | unit
     data.statistics_tokens = 100_000  # training tokens for mu, sigma, gamma and the median
     data.model = model = ConfigDict()

@@ -362,10 +362,10 @@ def test_another_width_than_the_activations(rng, x, tmp_path, capsys):
     (["export", "--workdir=RUN", "--out=o", "--format=onnx"], "--format = 'onnx': one of saelens"),
     (["export", "--workdir=RUN", "--out=full", "--member=wide"], "--out = 'full': a folder that does not exist"),
     (["export", "--workdir=RUN", "--out=full/file/o", "--member=wide"], "--out = 'full/file/o': a folder that can be"),
-    (["export", "--from=nowhere", "--out=o"], "--sae = 'nowhere': a folder or file"),
+    (["export", "--from=nowhere", "--out=o"], "--from = 'nowhere': a folder or file"),
     (["export", "--from=full", "--out=o"], "a folder with one of"),
     (["export", "--workdir=RUN", "--out=o", "--member=wide", "--push=a/b"], "--push = 'a/b': a repository on the hub"),
-    (["export", "--from=hf://a/b/c", "--out=o"], "--sae = 'hf://a/b/c': a repository on the hub"),
+    (["export", "--from=hf://a/b/c", "--out=o"], "--from = 'hf://a/b/c': a repository on the hub"),
     (["export", "--from=hf://a/b/../../full", "--out=o"], "a folder inside the repository"),
     (["diagnose", "--sae=full", "--activations=x.npy", "--workdir=o", "--k=3"], "--k = 3: left out"),
 ])  # fmt: skip

@@ -5,7 +5,8 @@ import pytest
 from test_theory import count_deaths
 
 import sae_jax
-from sae_jax.activations import files, pipeline
+from sae_jax.activations import files
+from sae_jax.activations.chunks import split_chunks
 from sae_jax.exchange import formats
 from sae_jax.outliers import giants, preprocess
 from sae_jax.outliers import moments as moments_lib
@@ -109,7 +110,7 @@ def test_fve_with_and_without_giants_and_deaths_over_tokens_are_those_of_numpy(t
     report = sae_jax.train(tiny, str(tmp_path / "run"))
     final = report["members"][0]["final"]
     chunks = files.open_chunks(str(tmp_path / "x.npy"))
-    _, held_out = pipeline.split_chunks(len(chunks), -(-4096 // chunks.rows))
+    _, held_out = split_chunks(len(chunks), -(-4096 // chunks.rows))
     x = np.concatenate([chunks[int(i)] for i in held_out])[:4096].astype(np.float64)
     packed = sae_jax.load(str(tmp_path / "run"))
     sae = formats.folded(packed)

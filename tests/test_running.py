@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import sae_jax
 from sae_jax import config as config_lib
-from sae_jax.activations import pipeline
+from sae_jax.activations import chunks
 from sae_jax.autoencoder import objective
 from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.models.sources import open_source
@@ -280,7 +280,7 @@ def test_activations_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(ti
     )  # fmt: skip
     x[(x == row).all(axis=1), 5] = bad
     np.save(tmp_path / "x.npy", x)
-    monkeypatch.setattr(pipeline.ArrayChunks, "check", lambda self: None)  # a file that goes bad while it is read
+    monkeypatch.setattr(chunks.ArrayChunks, "check", lambda self: None)  # a file that goes bad while it is read
     kept = 10 * (step // 10)
     said = rf"step {step}, batch {step}: .*dimension 5.*checkpoint is that of step {kept}"
     with pytest.raises(RunFailed, match=said):
@@ -290,7 +290,7 @@ def test_activations_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(ti
 
 
 def test_statistics_that_are_not_finite_are_named(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.ArrayChunks, "check", lambda self: None)
+    monkeypatch.setattr(chunks.ArrayChunks, "check", lambda self: None)
     np.save(tmp_path / "x.npy", np.full((500, 4), np.nan))
     tiny.data.path = str(tmp_path / "x.npy")
     with pytest.raises(RunFailed, match=r"step 0, statistics batch 0"):

@@ -250,7 +250,8 @@ def test_another_sweep_and_a_second_process_are_refused(small, whole, capsys):
     workdir = whole
     assert run(f"--config={small}", f"--workdir={workdir}", "--config.seed=1") == 2
     assert "it holds another (first difference: data_low)" in capsys.readouterr().err
-    script = f"import time\nfrom sae_jax import disk\nwith disk.sole_user({str(workdir / 'shards/all')!r}, 'x'):\n" \
+    held = str(workdir / "shards/all")
+    script = f"import time\nfrom sae_jax.runtime import disk\nwith disk.sole_user({held!r}, 'x'):\n" \
              "    print('in', flush=True)\n    time.sleep(60)"  # fmt: skip
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment())
     assert other.stdout.readline() == b"in\n"
@@ -358,7 +359,7 @@ def test_a_layer_that_cannot_be_extracted_leaves_the_others_alone(monkeypatch, t
             raise RunFailed("token 7: activations not finite")
         return dict.fromkeys(layers, str(tmp_path / "x.npy"))
 
-    monkeypatch.setattr(jobs_lib.models, "extract", extract)
+    monkeypatch.setattr(jobs_lib.extraction, "extract", extract)
     every = combinations.selected(jobs("sweep", "sae.n_features=32", "sae.k=4"), ["model=gpt2", "layer=1-3"])
     jobs_lib.local(str(tmp_path), combinations.grouped(every))
     rows = jobs_lib.merge(str(tmp_path), every)

@@ -42,11 +42,10 @@ import numpy as np
 from etils import epath
 
 from sae_jax import cli
-from sae_jax.__main__ import _stop
 from sae_jax.activations import store, stored
 from sae_jax.errors import Preempted
 from sae_jax.reports import tables
-from sae_jax.runtime import checkpoint, disk, optional
+from sae_jax.runtime import checkpoint, disk, optional, stopping
 
 KILLS = 5  # of one try
 Row = dict[str, Any]
@@ -218,7 +217,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[*ACTIVITIES, *OTHERS], help="activities and other faults to do")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, _stop)  # children have it from their first moment, not only once they have begun
+    signal.signal(signal.SIGTERM, stopping.end)  # children have it from their first moment
     root: Path = given.workdir.absolute()
     (root / "work").mkdir(parents=True, exist_ok=True)
     (root / "c.py").write_text(SETTINGS)

@@ -48,6 +48,11 @@ def read(path: epath.Path) -> Opened:
     return opened
 
 
+def is_sae(folder: epath.Path) -> bool:
+    """Whether a folder is that of one SAE, by its files."""
+    return any((folder / name).exists() for name in FOLDERS)
+
+
 def _folder(path: epath.Path) -> Opened:
     for name, reader in FOLDERS.items():
         if (path / name).exists():

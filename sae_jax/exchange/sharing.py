@@ -63,7 +63,7 @@ def _read(path: str, member: str | None) -> Packed | Opened:
         path = hub.fetch(path)
     disk.check_reachable("--sae", path)
     folder = epath.Path(path)
-    if not (folder / checkpoint.FOLDER).is_dir():
+    if not (folder / checkpoint.FOLDER).is_dir() or registry.is_sae(folder):  # Llama Scope has checkpoints too
         return registry.read(folder)
     saved = checkpoint.saved(str(folder))
     return _unpacked(saved, config_lib.from_identity(saved.identity), member, _facts(folder))

@@ -43,7 +43,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            caught = ENDS if signal.getsignal(signal.SIGINT) is _end else (signal.SIGTERM,)
+            caught = ENDS if signal.getsignal(signal.SIGINT) is end else (signal.SIGTERM,)
             self._before = {number: signal.signal(number, self._note) for number in caught}
         self.active.append(self)
         return self
@@ -93,7 +93,7 @@ def end_when_asked() -> None:
     os.set_blocking(told, False)
     for number in ENDS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _end)
+            signal.signal(number, end)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(watched,), daemon=True).start()
     os.register_at_fork(after_in_child=_as_elsewhere)
@@ -111,13 +111,14 @@ def _watch(watched: int) -> None:
     while signals := os.read(watched, 16):
         for number in signals:
             if number in ENDS and not any(request.takes(number) for request in StopRequest.active):
-                _end(number)
+                end(number)
 
 
 _ended = threading.Lock()
 
 
-def _end(number: int, *_: object) -> None:
+def end(number: int, *_: object) -> None:
+    """The handler: one line, and the exit code of the signal."""
     kind = ENDS[number]
     if not _ended.acquire(blocking=False):  # the other of handler and watching thread is at it
         return
