@@ -86,17 +86,24 @@ def test_a_large_sae_on_a_cpu_chooses_alike(monkeypatch, drawn, large):
     assert float(square) == pytest.approx(8 * float(wanted), rel=1e-9)
 
 
-def reference(beta, since, patience, pace):
-    return [max(0.0, b + (pace if s >= patience else -pace)) for b, s in zip(beta, since, strict=True)]
+def reference(beta, fired, since, tokens, patience, pace):
+    """Feature by feature, in words of its own: once in `patience` tokens is enough."""
+    found = []
+    for b, f, s in zip(beta, fired, since, strict=True):
+        starved = s >= patience if tokens < patience else f / tokens < 1 / patience
+        found.append(max(0.0, b + (pace if starved else -pace)))
+    return found
 
 
-def test_beta_rises_while_silent_and_falls_otherwise(rng):
-    beta, since = rng.exponential(size=50), rng.integers(0, 200, 50)
+@pytest.mark.parametrize("tokens", [16, 20, 90])
+def test_beta_rises_while_a_feature_starves_and_falls_otherwise(rng, tokens):
+    beta, fired, since = rng.exponential(size=50), rng.integers(0, 9, 50), rng.integers(0, 60, 50)
     found = balance.update(
-        jnp.asarray(beta), jnp.asarray(since), n_features=50, k=5, d_model=16, rate=jnp.asarray(0.01)
+        *map(jnp.asarray, (beta, fired, since, tokens)), n_features=50, k=5, d_model=16, rate=jnp.asarray(0.01)
     )
-    wanted = reference(beta, since, 10 * balance.PATIENCE, 4 * 0.01 * balance.PACE)
+    wanted = reference(beta, fired, since, tokens, 2 * 10, 4.0 * 4 * 0.01)  # typed: twice n/k, four times √d
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert 0 < (np.asarray(found) > beta).sum() < 50
 
 
 def test_it_is_gone_at_the_last_step():
@@ -118,8 +125,9 @@ def test_a_step_moves_beta_by_the_formula(x64):
     step = jax.jit(lambda s, x: step_lib.group_step(s, x, static=static, allsum=lambda tree: tree)[0])
     after = step(state, x)
     pace = balance.PACE * np.sqrt(D) * 1e-2 / 5  # of the first of five steps of warm-up
-    silent = np.asarray(after.tokens_since_fired[0])
-    np.testing.assert_allclose(after.beta[0], reference(np.zeros(N), silent, balance.PATIENCE * N / K, pace), rtol=1e-6)
+    fired = np.asarray(sae_lib.fired(sae_lib.encode(jax.tree.map(lambda a: a[0], state.sae), x), N))
+    wanted = reference(np.zeros(N), fired, np.asarray(after.tokens_since_fired[0]), B, 2 * N / K, pace)
+    np.testing.assert_allclose(after.beta[0], wanted, rtol=1e-6)
     assert 0 < (np.asarray(after.beta[0]) > 0).sum() < N
 
 

@@ -176,7 +176,9 @@ def train_step(
     beta = state.beta
     if beta is not None:
         rate = state.hyper.learning_rate * schedule(static, state.step)
-        beta = balance.update(beta, silent, n_features=static.n_features, k=static.k, d_model=x.shape[1], rate=rate)
+        beta = balance.update(
+            beta, n_fired, silent, n_tokens, n_features=static.n_features, k=static.k, d_model=x.shape[1], rate=rate
+        )
     state = state.replace(step=state.step + 1, sae=sae, moments=moments, tokens_since_fired=silent, beta=beta)
     return state, metrics
 
