@@ -37,6 +37,7 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     sae.k = 64  # features kept per token
     sae.center = "none"  # where b_dec starts: none (zeros) | mean | geometric_median
     sae.whiten = False  # trained behind PCA whitening, which is part of the SAE: held-out metrics are of x itself
+    sae.balance = False  # features that starve get a head start in the choice of the k, gone at the end: few die
     sae.freeze_bias = False  # b_dec stays where it starts
     sae.unit_decoder = True  # decoder rows kept at unit norm: gradient projected, rows renormalised
 

@@ -43,6 +43,7 @@ def rows(path):
     ("death.remedies_compared", ["remedies_compared"], []),
     ("death.bias_timescales", ["bias_timescales", "bias_interventions"], []),
     ("death.auxk_idle", ["auxk_idle"], []),
+    ("death.balanced_selection", ["balanced_selection"], []),
     ("trust.concept_f1", ["concept_f1"], []),
     ("death.one_dimension", ["one_dimension"], []),
     ("speed.bench_ensemble", ["bench_ensemble"], []),

@@ -17,10 +17,11 @@ from sae_jax.training import step as step_lib
 B, D = 16, 6
 
 
-@pytest.fixture
-def group():
+@pytest.fixture(params=[False, True], ids=["plain", "balanced"])
+def group(request):
     """(static part, state of two members): features that miss one batch count as dead, so AuxK is at work."""
     config = base()
+    config.sae.balance = request.param
     config.sae.n_features, config.sae.k, config.train.steps, config.data.signal = 24, 2, 40, "gaussian"
     config.auxk.dead_after_tokens = B
     config.members = {"one": {"seed": 1}, "other": {"seed": 2, "train": {"learning_rate": 1e-2}}}
@@ -133,12 +134,12 @@ def test_the_same_step_is_exported_for_every_platform(platform):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("mesh", ["member=2", "feature=2"])
 def test_a_run_on_a_mesh_cut_short_and_continued_equals_one_device(tiny, tmp_path, monkeypatch, mesh):
-    """Two programs of two members each: one with gammas of their own, one behind whitening."""
+    """Two programs of two members each: one with gammas of their own, one behind whitening and balanced."""
     tiny.train.steps, tiny.train.steps_per_dispatch = 50, 5
     tiny.auxk.dead_after_tokens = 64  # AuxK is at work from the third step
     tiny.members = ConfigDict({
-        "centred": {"sae": {"center": "mean"}}, "white": {"sae": {"whiten": True}},
-        "far": {"data": {"gamma": 9.0}}, "white_too": {"sae": {"whiten": True}, "seed": 1},
+        "centred": {"sae": {"center": "mean"}}, "white": {"sae": {"whiten": True, "balance": True}},
+        "far": {"data": {"gamma": 9.0}}, "white_too": {"sae": {"whiten": True, "balance": True}, "seed": 1},
     })  # fmt: skip
     one = sae_jax.train(tiny, str(tmp_path / "one"))
     tiny.train.devices, tiny.train.mesh = 2, mesh

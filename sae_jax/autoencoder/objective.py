@@ -66,6 +66,7 @@ def loss(
     allsum: AllSum = lambda tree: tree,
     shards: str | None = None,
     precision: str = "float32",
+    lift: Float[Array, "n"] | None = None,
 ) -> tuple[Float[Array, ""], Batch]:
     """This device's share of the loss (the shares add up to the loss of the whole batch), and what the batch tells.
 
@@ -79,9 +80,10 @@ def loss(
       allsum: adds a pytree up over the devices that share the batch.
       shards: the mesh axis over which the features are split, where they are.
       precision: of the encoder's matmul: float32 | bfloat16.
+      lift: what positive pre-activations have more in the choice of the k, see `balance`.
     """
     d = x.shape[1]
-    square, e, codes = sae_lib.square_error(sae, x, shards, precision)
+    square, e, codes = sae_lib.square_error(sae, x, shards, precision, lift)
     fixed_e = jax.lax.stop_gradient(e)
 
     n_tokens = allsum(jnp.asarray(x.shape[0], x.dtype))
@@ -115,7 +117,7 @@ def _auxiliary_square(
     """Σ(W_decᵀa − e)² over this device's tokens. Its pre-activations are those of the main term: computed once."""
     k_aux = min(preset.k_aux or _half(x.shape[1]), sae.W_enc.shape[0] * topk.n_shards(shards))
     way = topk.Way(k_aux, rectified=preset.rectified, shards=shards, precision=precision)
-    square, *_ = topk.square_error(x, e, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, way)
+    square, *_ = topk.square_error(x, e, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, None, way)
     return square
 
 

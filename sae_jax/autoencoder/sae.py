@@ -91,15 +91,16 @@ def reconstruct(sae: SAE, x: Float[Array | np.ndarray, "B d"]) -> tuple[Float[Ar
 
 
 def square_error(
-    sae: SAE, x: Float[Array, "B d"], shards: str | None = None, precision: str = "float32"
-) -> tuple[Float[Array, ""], Float[Array, "B d"], Kept]:
+    sae: SAE, x: Float[Array, "B d"], shards: str | None = None, precision: str = "float32",
+    lift: Float[Array, "n"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "B d"], Kept]:  # fmt: skip
     """Σ‖x − x̂‖², with a gradient that goes through the kept entries only; x − x̂ and the codes, without one.
 
     Where features are split over a mesh axis `shards`, x̂ is that of all of them, the codes are this shard's;
-    `precision` as in `topk.Way`.
+    `precision` as in `topk.Way`, `lift` as in `topk.square_error`.
     """
     way = topk.Way(sae.k, shards=shards, precision=precision)
-    return topk.square_error(x, x - sae.b_dec, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, None, way)
+    return topk.square_error(x, x - sae.b_dec, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, None, lift, way)
 
 
 def fired(codes: Kept, n_features: int) -> Int[Array, "n"]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax.autoencoder import death, kept, objective, optimizer, topk
+from sae_jax.autoencoder import balance, death, kept, objective, optimizer, topk
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.objective import AllSum
 from sae_jax.autoencoder.sae import SAE
@@ -25,6 +25,7 @@ class Static(NamedTuple):
     k: int
     unit_decoder: bool
     whiten: bool
+    balance: bool
     preset: str
     steps: int
     warmup_steps: int
@@ -39,8 +40,8 @@ class Static(NamedTuple):
         """The static part of one member's configuration."""
         s, t = config.sae, config.train
         return cls(
-            s.n_features, s.k, s.unit_decoder, s.whiten, config.auxk.preset, t.steps, t.warmup_steps, t.decay_fraction,
-            t.beta1, t.beta2, t.clip_norm, t.precision,
+            s.n_features, s.k, s.unit_decoder, s.whiten, s.balance, config.auxk.preset, t.steps, t.warmup_steps,
+            t.decay_fraction, t.beta1, t.beta2, t.clip_norm, t.precision,
         )  # fmt: skip
 
 
@@ -62,12 +63,14 @@ class TrainState(struct.PyTreeNode):
     moments: optimizer.Moments
     tokens_since_fired: Any  # (n,) int32
     hyper: Hyper
+    beta: Any = None  # (n,), see `balance`; None: not balanced
 
     def spread(self) -> "TrainState":
         """How a group's state may be spread over devices: the leading axes of every leaf, by name."""
         sae, one = self.sae.spread(), sae_lib.MEMBERS
         hyper = jax.tree.map(lambda _: one, self.hyper)
-        return TrainState(one, sae, optimizer.Moments(sae, sae), sae_lib.FEATURES, hyper)
+        beta = None if self.beta is None else sae_lib.FEATURES
+        return TrainState(one, sae, optimizer.Moments(sae, sae), sae_lib.FEATURES, hyper, beta)
 
 
 def hyper(config: ConfigDict) -> Hyper:
@@ -103,6 +106,7 @@ def init_state(key: PRNGKeyArray, static: Static, hyper: Hyper, center: Float[Ar
         moments=optimizer.init(sae),
         tokens_since_fired=jnp.zeros(static.n_features, jnp.int32),
         hyper=hyper,
+        beta=jnp.zeros(static.n_features, center.dtype) if static.balance else None,
     )
 
 
@@ -141,11 +145,13 @@ def train_step(
     dead = state.tokens_since_fired >= state.hyper.dead_after_tokens
     n_dead = topk.over_shards(dead.sum(), shards)
 
+    lift = None if state.beta is None else state.beta * balance.fading(state.step, static.steps)
+
     def gradients(auxk: bool) -> Any:
         def share(sae: SAE) -> tuple[jax.Array, objective.Batch]:
             return objective.loss(
                 sae, x, dead, state.hyper.auxk_weight, preset=static.preset, auxk=auxk, allsum=allsum, shards=shards,
-                precision=static.precision,
+                precision=static.precision, lift=lift,
             )  # fmt: skip
 
         (loss, batch), grads = jax.value_and_grad(share, has_aux=True)(state.sae)
@@ -167,7 +173,14 @@ def train_step(
         "loss": loss, "fve": fve, "l0": l0, "dead": n_silent.astype(loss.dtype) / static.n_features,
         "grad_norm": grad_norm,
     }  # fmt: skip
-    return state.replace(step=state.step + 1, sae=sae, moments=moments, tokens_since_fired=silent), metrics
+    beta = state.beta
+    if beta is not None:
+        rate = state.hyper.learning_rate * schedule(static, state.step)
+        beta = balance.update(
+            beta, n_fired, silent, n_tokens, n_features=static.n_features, k=static.k, d_model=x.shape[1], rate=rate
+        )
+    state = state.replace(step=state.step + 1, sae=sae, moments=moments, tokens_since_fired=silent, beta=beta)
+    return state, metrics
 
 
 class Group(NamedTuple):
