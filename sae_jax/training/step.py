@@ -63,14 +63,23 @@ class TrainState(struct.PyTreeNode):
     moments: optimizer.Moments
     tokens_since_fired: Any  # (n,) int32
     hyper: Hyper
-    beta: Any = None  # (n,), see `balance`; None: not balanced
 
     def spread(self) -> "TrainState":
         """How a group's state may be spread over devices: the leading axes of every leaf, by name."""
         sae, one = self.sae.spread(), sae_lib.MEMBERS
         hyper = jax.tree.map(lambda _: one, self.hyper)
-        beta = None if self.beta is None else sae_lib.FEATURES
-        return TrainState(one, sae, optimizer.Moments(sae, sae), sae_lib.FEATURES, hyper, beta)
+        return TrainState(one, sae, optimizer.Moments(sae, sae), sae_lib.FEATURES, hyper)
+
+
+class BalancedState(TrainState):
+    """With balanced selection; a class of its own, so that checkpoints of all others stay readable."""
+
+    beta: Any = None  # (n,), see `balance`
+
+    def spread(self) -> "BalancedState":
+        """As above."""
+        laid = TrainState(self.step, self.sae, self.moments, self.tokens_since_fired, self.hyper).spread()
+        return BalancedState(laid.step, laid.sae, laid.moments, laid.tokens_since_fired, laid.hyper, sae_lib.FEATURES)
 
 
 def hyper(config: ConfigDict) -> Hyper:
@@ -100,14 +109,13 @@ def schedule(static: Static, step: Int[Array, ""]) -> Float[Array, ""]:
 def init_state(key: PRNGKeyArray, static: Static, hyper: Hyper, center: Float[Array, "d"]) -> TrainState:
     """A fresh SAE whose b_dec starts at `center`, nothing yet counted as silent."""
     sae = sae_lib.init(key, static.n_features, static.k, center)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        sae=sae,
-        moments=optimizer.init(sae),
-        tokens_since_fired=jnp.zeros(static.n_features, jnp.int32),
-        hyper=hyper,
-        beta=jnp.zeros(static.n_features, center.dtype) if static.balance else None,
-    )
+    fresh: dict[str, Any] = {
+        "step": jnp.zeros((), jnp.int32), "sae": sae, "moments": optimizer.init(sae),
+        "tokens_since_fired": jnp.zeros(static.n_features, jnp.int32), "hyper": hyper,
+    }  # fmt: skip
+    if static.balance:
+        return BalancedState(**fresh, beta=jnp.zeros(static.n_features, center.dtype))
+    return TrainState(**fresh)
 
 
 def descend(
@@ -145,7 +153,7 @@ def train_step(
     dead = state.tokens_since_fired >= state.hyper.dead_after_tokens
     n_dead = topk.over_shards(dead.sum(), shards)
 
-    lift = None if state.beta is None else state.beta * balance.fading(state.step, static.steps)
+    lift = state.beta * balance.fading(state.step, static.steps) if isinstance(state, BalancedState) else None
 
     def gradients(auxk: bool) -> Any:
         def share(sae: SAE) -> tuple[jax.Array, objective.Batch]:
@@ -173,13 +181,13 @@ def train_step(
         "loss": loss, "fve": fve, "l0": l0, "dead": n_silent.astype(loss.dtype) / static.n_features,
         "grad_norm": grad_norm,
     }  # fmt: skip
-    beta = state.beta
-    if beta is not None:
+    if isinstance(state, BalancedState):
         rate = state.hyper.learning_rate * schedule(static, state.step)
-        beta = balance.update(
-            beta, n_fired, silent, n_tokens, n_features=static.n_features, k=static.k, d_model=x.shape[1], rate=rate
-        )
-    state = state.replace(step=state.step + 1, sae=sae, moments=moments, tokens_since_fired=silent, beta=beta)
+        state = state.replace(beta=balance.update(
+            state.beta, n_fired, silent, n_tokens, n_features=static.n_features, k=static.k, d_model=x.shape[1],
+            rate=rate,
+        ))  # fmt: skip
+    state = state.replace(step=state.step + 1, sae=sae, moments=moments, tokens_since_fired=silent)
     return state, metrics
 
 
