@@ -102,7 +102,8 @@ class Run:
     ) -> tuple[Any, Any]:
         """`count` training steps of all groups on the first `count` of the given inputs; metrics of each step."""
 
-        def step(states: Any, given: Array) -> tuple[Any, Any]:
+        @partial(jax.jit, inline=True)  # traced once: for the shapes of its metrics, and again from memory in the loop
+        def step(states: Any, given: Array, device: Int[Array, ""]) -> tuple[Any, Any]:
             x = self._tokens("train", given, device, self.config.train.batch_size // self.devices.shares)
             done = [
                 step_lib.group_step(state, x, static=group.static, allsum=allsum, shards=self.devices.shards)
@@ -112,10 +113,10 @@ class Run:
 
         def body(t: Array, carry: Any) -> Any:
             states, metrics = carry
-            states, new = step(states, inputs[t])
+            states, new = step(states, inputs[t], device)
             return states, jax.tree.map(lambda all_steps, one: all_steps.at[t].set(one), metrics, new)
 
-        shapes = jax.eval_shape(step, states, inputs[0])[1]
+        shapes = jax.eval_shape(step, states, inputs[0], device)[1]
         metrics = jax.tree.map(lambda s: jnp.zeros((inputs.shape[0], *s.shape), s.dtype), shapes)
         # The number of steps is an argument, so one program serves full dispatches and the rest before a checkpoint.
         return jax.lax.fori_loop(0, count, body, (states, metrics))
