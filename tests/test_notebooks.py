@@ -29,7 +29,7 @@ def test_a_notebook_and_its_text_are_the_same(name):
 @pytest.mark.parametrize("name", list(SMALL))
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(COLAB.parent))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     notebook = jupytext.read(COLAB / f"{name}.py")
     notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
