@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Float
 from matplotlib import ticker
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sae_jax.autoencoder.death import Shift
@@ -39,7 +40,7 @@ FLOOR = -0.5  # of FVE: an untrained SAE far below would flatten the rest
 def png(figure: Figure) -> bytes:
     """The figure as a PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    FigureCanvasAgg(figure).print_png(buffer)  # savefig draws twice
     return buffer.getvalue()
 
 
