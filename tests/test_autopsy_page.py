@@ -1,4 +1,4 @@
-"""The page of an autopsy: complete in itself, numbers as in features.csv, a table that sorts and filters as NumPy does."""
+"""The page of an autopsy: complete in itself, numbers as in features.csv, a table that NumPy agrees with."""
 
 import csv
 import json

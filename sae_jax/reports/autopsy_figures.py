@@ -50,7 +50,7 @@ def dead_over_tokens(curve: list[list[float]], narrow: bool = False) -> Figure:
             axis.set_xlim(tokens[0] / 2, 2 * tokens[0])
         apart = (tokens[-1] / tokens[0]) ** (0.25 if narrow else 0.12)  # the factor that labels need between them
         ticks = [tokens[-1]]
-        for count in tokens[::-1]:
+        for count in tokens[-2::-1]:
             ticks += [count] if count * apart <= ticks[-1] else []
         axis.set_xticks(ticks, [f"{count:,.0f}" for count in ticks])
         axis.minorticks_off()
