@@ -14,12 +14,13 @@ from sae_jax import config as config_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused, RunFailed, first_line
 from sae_jax.exchange import encoders as encoders_lib
-from sae_jax.exchange import formats, hub, registry, saelens
+from sae_jax.exchange import formats, hub, origin, registry, saelens
 from sae_jax.exchange.encoders import Opened
 from sae_jax.exchange.formats import Packed
 from sae_jax.outliers.preprocess import Preprocessing, fold
 from sae_jax.reports import tables
 from sae_jax.runtime import checkpoint, disk
+from sae_jax.runtime import workdir as workdir_lib
 from sae_jax.training import step as step_lib
 
 PICTURES = {
@@ -86,16 +87,22 @@ def packed_of(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = N
 
 
 def export(
-    sae: str | SAE | Packed, out: str, format: str = "saelens", *, member: str | None = None, push: str | None = None
-) -> Packed:
+    sae: str | SAE | Packed, out: str, format: str = "saelens", *, member: str | None = None, push: str | None = None,
+    model_name: str | None = None, hook_name: str | None = None, layer: int | None = None,
+    context_size: int | None = None,
+) -> Packed:  # fmt: skip
     """Writes an SAE in the format of another library, with a model card; `out` appears once it is complete.
+
+    Names of files and folders of this machine are left out of all that is written.
 
     Args:
       sae: what `load` takes, with `member`, or returns; or an SAE.
-      out: a new or empty folder.
+      out: a new or empty folder, or one that holds this very export, which is left as it is.
       format: saelens | dictionary_learning | sparsify.
       push: OWNER/NAME of a repository on the Hugging Face hub that gets the folder too, under its own name, in one
         commit. Needs the extra `hub`, and a token as huggingface_hub finds it.
+      model_name, hook_name, layer, context_size: what the SAE is of, where its metadata do not say or say otherwise. A
+        hook point may be given as any library spells it; each gets its own spelling, and the layer is read off it.
 
     Returns:
       What was written, as `load` returns it.
@@ -107,15 +114,22 @@ def export(
     if format not in formats.FORMATS:
         raise Refused("--format", format, "one of " + ", ".join(formats.FORMATS))
     target = epath.Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not target.is_dir():
         raise Refused("--out", out, "a folder that does not exist yet, or is empty")
     packed = packed_of(sae, member)
+    said = {"model_name": model_name, "hook_name": hook_name, "layer": layer, "context_size": context_size}
+    packed = packed._replace(metadata=origin.described(packed.metadata, said))
     files = formats.encode(packed, format)
     run = epath.Path(sae) if isinstance(sae, str) and not sae.startswith((hub.HUB, saelens.HUB)) else None
     pictures = {name: (run / name).read_bytes() for name in PICTURES if run and (run / name).exists()}
-    card = model_card(packed, format, target.name, pictures)
+    files |= pictures | {"README.md": model_card(packed, format, target.name, pictures).encode()}
+    there = {path.name: path.read_bytes() if path.is_file() else None
+             for path in (target.iterdir() if target.exists() else ())}  # fmt: skip
+    if there and there != files:
+        raise Refused("--out", out, "a folder that does not exist yet, is empty, or holds this very export")
     api = _repository(push) if push else None
-    _write(target, files | pictures | {"README.md": card.encode()})
+    if not there:
+        _write(target, files)
     if push:
         _commit(api, push, target)
     return packed
@@ -162,7 +176,7 @@ def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: d
     final = saved.history[-1]["members"][name]
     versions = tables.versions()
     metadata = {
-        **_origin(config, facts),
+        **origin.of_run(config, facts),
         **gammas,
         "mu": np.float32(mu).tolist(),
         "member": name,
@@ -181,27 +195,10 @@ def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: d
 
 
 def _facts(folder: epath.Path) -> dict[str, Any]:
-    """What the report of a finished run says of its data."""
-    path = folder / "report.json"
-    return disk.read_json("--workdir", path).get("data", {}) if path.exists() else {}
-
-
-def _origin(config: Any, facts: dict[str, Any]) -> dict[str, Any]:
-    """Which model and layer the activations are of, under the names that SAELens uses; nothing where unknown."""
-    model = {**config.data.model.to_dict(), **facts} if config.data.model.id and not config.data.path else facts
-    if not model.get("id"):
-        return {"dataset_path": config.data.path} if config.data.path else {}
-    layer = int(model["layer"])
-    return {
-        "model_name": model["id"],
-        # The residual stream after `layer` blocks.
-        "hook_name": f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre",
-        "layer": layer,
-        "context_size": model.get("context"),
-        "prepend_bos": True,  # where the tokenizer has one
-        "exclude_special_tokens": not model.get("keep_special_tokens", False),
-        "dataset_path": model.get("text") or model.get("text_identity", ""),
-    }
+    """What a run says of its data: in its report, or, before it is finished, where it began."""
+    if (folder / "report.json").exists():
+        return disk.read_json("--workdir", folder / "report.json").get("data", {})
+    return disk.read_json("--workdir", folder / workdir_lib.DATA) if (folder / workdir_lib.DATA).exists() else {}
 
 
 # -- the card --------------------------------------------------------------------------------------------------------
@@ -264,7 +261,7 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
         lines += ["", f"## The run it comes from\n\nAll SAEs that were trained side by side.{member}"]
         lines += [f"\n![]({picture})\n\n*{PICTURES[picture]}*" for picture in pictures]
     if known.get("config"):
-        settings = ", ".join(f"`{key}={value}`" for key, value in known["config"].items() if value not in ("", None))
+        settings = ", ".join(f"`{key}={value}`" for key, value in origin.applied(known["config"]).items())
         lines += ["", "## Settings", "", f"{known['trained_with']}, {known['tokens']} tokens. {settings}"]
     return "\n".join(lines) + "\n"
 
