@@ -8,14 +8,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import FULL_DPI
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from experiments.trust import page_in_browser
+from sae_jax.activations import store
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.diagnosis import autopsy, columns
+from sae_jax.diagnosis import texts as texts_lib
+from sae_jax.exchange.sightings import Best
+from sae_jax.models import words
 from sae_jax.reports import feature_table, figures
 
 D, N, K = 16, 300, 2
 in_browser = pytest.mark.skipif(page_in_browser.browser() is None, reason="needs a browser: apt-get install chromium")
+
+DRIVE = """
+const rows = () => [...document.querySelectorAll("tr[data-feature]")].map(row => Number(row.dataset.feature));
+const count = () => document.getElementById("count").textContent;
+const press = name => document.querySelector(`th[data-name=${name}] button`).click();
+const set = (id, value, event) => {
+  const one = document.getElementById(id); one.value = value; one.dispatchEvent(new Event(event));
+};
+"""
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +125,70 @@ def test_twins_of_blocks_that_do_not_divide(rng, monkeypatch, n):
     np.testing.assert_allclose(expected[np.arange(n), twin], expected.max(axis=1), atol=1e-6)
 
 
+# -- tokens in their context -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_text(dissected, tmp_path_factory):
+    """The same autopsy on a dataset that knows its tokens: 30 sequences of 100, token i being number i of 3,000."""
+    root, (_, x, sae, _) = tmp_path_factory.mktemp("text"), dissected
+    names = [f"word{i}" for i in range(len(x))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="word0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / "tokenizer")
+    folder = store.folder_of(str(root), "d")
+    rows = np.arange(len(x), dtype=np.int32)
+    stored = store.Rows(x, rows, rows // 100, rows % 100)
+    writer = store.Writer(folder, D, {"id": str(root / "tokenizer"), "layer": 1}, chunk=100)
+    store.write({0: writer}, lambda start: [(0, {0: stored})])
+    autopsy.dissect(sae, str(folder), str(root / "out"), n_probes=16)
+    return root / "out"
+
+
+def test_best_tokens_are_those_of_numpy(dissected, table, of_text):
+    _, x, sae, _ = dissected
+    texts = embedded(of_text)["texts"]
+    assert [texts["vocabulary"][i] for i in texts["tokens"]] == [f"word{i}" for i in range(len(x))]
+    assert texts["breaks"] == list(range(100, len(x), 100))
+    W, stretches = np.float64(sae.W_enc), range(0, len(x), 256)
+    for name, bias in (("alive", sae.b_dec), ("revived", x.mean(axis=0, dtype=np.float64))):
+        z = (np.float64(x) - bias) @ W.T + sae.b_enc
+        bar = np.maximum(np.sort(z, axis=1)[:, -K], 1e-300)
+        acts = np.where(z >= bar[:, None], z, 0)
+        revived = table["revived_if_centred"] == "True"
+        for i in np.flatnonzero(revived if name == "revived" else table["fate"] == "alive"):
+            tops = sorted((acts[s : s + 256, i].max(), s + acts[s : s + 256, i].argmax()) for s in stretches)[::-1]
+            expected = [row for value, row in tops if value > 0][:5]
+            assert texts["best"][i] == expected
+    left = (table["fate"] != "alive") & (table["revived_if_centred"] == "False")
+    assert all(len(texts["best"][i]) == 5 for i in np.flatnonzero(left))  # where it comes nearest
+
+
+@in_browser
+def test_a_feature_opens_with_its_tokens_in_context(of_text):
+    texts = embedded(of_text)["texts"]
+    feature = next(i for i, rows in enumerate(texts["best"]) if len(rows) == 5)
+    found = page_in_browser.ask(of_text / "report.html", DRIVE + f"""
+        set("find", "{feature}", "input");
+        document.querySelector("tr[data-feature]").click();
+        return [...document.querySelectorAll("#one li")].map(one =>
+          [one.textContent, one.querySelector("mark").textContent]);
+    """)  # fmt: skip
+    for (text, marked), row in zip(found, texts["best"][feature], strict=True):
+        begin = row // 100 * 100
+        around = range(max(begin, row - 12), min(begin + 100, row + 6))
+        assert (text, marked) == ("".join(f"word{i}" for i in around), f"word{row}")
+
+
+def test_without_a_tokenizer_ids_are_shown(rng, tmp_path):
+    assert words.words("nobody/has-this", [1, 2]) is None
+    found = texts_lib.Texts(np.array([5, 7, 5]), np.array([-1, -1, -1]), "nobody/has-this")
+    found.add(0, (Best(np.ones((1, 2)), np.array([[2, 0]])),) * 2)
+    assert found.found(np.zeros(2, bool)) == {
+        "vocabulary": [" 5", " 7"], "tokens": [0, 1, 0], "breaks": [], "best": [[2], [0]],
+    }  # fmt: skip
+
+
 # -- in a browser ----------------------------------------------------------------------------------------------------
-
-DRIVE = """
-const rows = () => [...document.querySelectorAll("tr[data-feature]")].map(row => Number(row.dataset.feature));
-const count = () => document.getElementById("count").textContent;
-const press = name => document.querySelector(`th[data-name=${name}] button`).click();
-const set = (id, value, event) => {
-  const one = document.getElementById(id); one.value = value; one.dispatchEvent(new Event(event));
-};
-"""
-
 
 @in_browser
 def test_headings_sort_and_conditions_filter_as_numpy_does(dissected, table):

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from sae_jax.autoencoder import death
 from sae_jax.autoencoder.sae import SAE
-from sae_jax.diagnosis import columns, diagnosis, remedies
+from sae_jax.diagnosis import columns, diagnosis, remedies, texts
 from sae_jax.diagnosis.diagnosis import Report
 from sae_jax.errors import Refused
 from sae_jax.exchange import encoders, sharing, sightings
@@ -73,7 +73,8 @@ def dissect(
     severity, sample, counts = diagnosis.first_pass(tokens)
     ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     mu = severity.raw.mean / scale
-    here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm)
+    read = texts.opened(activations, tokens.identity, opened.metadata) if workdir else None
+    here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm, read)
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = {key: choice for key, choice in remedies.preprocessings(severity, median).items() if key in CENTRINGS}
     forecast = remedies.forecast(tokens, choices, severity.raw.mean, n_probes, seed)
@@ -123,7 +124,7 @@ def dissect(
         tables.write_csv(epath.Path(workdir) / "features.csv", rows)
         pictures = {name: page.Picture(figures.png(result.figures[name]), figures.png(one(narrow=True)))
                     for name, one in draw.items()}  # fmt: skip
-        autopsy_page.write(workdir, result, pictures, found)
+        autopsy_page.write(workdir, result, pictures, found, read.found(revived) if read else None)
         tables.write_json(workdir, result)
     return result
 
@@ -147,8 +148,9 @@ class Look(NamedTuple):
 
 
 def _looks(
-    encoder: Encoder, severity: Severity, ordinary: Severity, tokens: Tokens, giant_norm: float
-) -> tuple[Look, Look, list[list[float]]]:
+    encoder: Encoder, severity: Severity, ordinary: Severity, tokens: Tokens, giant_norm: float,
+    read: texts.Texts | None,
+) -> tuple[Look, Look, list[list[float]]]:  # fmt: skip
     """All tokens through the encoder as it is, and with its bias at the mean; its deaths over tokens seen."""
     mean = severity.raw.mean
     places = tuple(sightings.place(encoder, mean, moved) for moved in (False, True))
@@ -157,7 +159,11 @@ def _looks(
     total: list[Seen] = []
     count, curve = 0, evaluation.DeathCurve()
     for x, valid in remedies.padded(tokens, "autopsy"):
-        part, _ = jax.device_get(sightings.see(on_device, places, point, x, valid, jnp.float32(giant_norm)))
+        best = read is not None and read.wants(count)
+        found = sightings.see(on_device, places, point, x, valid, jnp.float32(giant_norm), best=best)
+        part, tops = jax.device_get(found)
+        if read is not None and best:
+            read.add(count, tops)
         part = [one._replace(n_fired=np.asarray(one.n_fired, np.int64), error_square=np.float64(one.error_square),
                              ordinary_error=np.float64(one.ordinary_error)) for one in part]  # fmt: skip
         total = [a | b for a, b in zip(total, part, strict=True)] if total else part

@@ -58,6 +58,7 @@ def place(encoder: Encoder, point: np.ndarray, moved: bool) -> Place:
 
 
 PIECE = 2**25  # pre-activations at a time
+STRETCH = 256  # tokens, of which a feature has one best
 
 
 @partial(jax.jit, static_argnames="best")
@@ -84,7 +85,7 @@ def see(
             x, valid, row = batch
             u = (x - point) @ encoder.W_enc.T
             found = tuple(_see(encoder, place, b_mag, u, x, valid, giant_norm, best) for place in places)
-            tops = tuple(Best(score.max(axis=0), row[score.argmax(axis=0)]) for _, score in found if score is not None)
+            tops = tuple(_best(score, row) for _, score in found if score is not None)
             return tuple(_join(a, b) for a, (b, _) in zip(total, found, strict=True)), tops
 
         zero = jnp.zeros(())
@@ -92,7 +93,14 @@ def see(
         batches = (split(x), split(valid), split(jnp.arange(len(x))))
         total: tuple[Seen, ...]
         total, tops = jax.lax.scan(one, (start,) * len(places), batches)
-        return total, tops
+        return total, jax.tree.map(lambda a: a.reshape(-1, n), tops)
+
+
+def _best(score: Float[Array, "B n"], row: Array) -> Best:
+    """Of each stretch of rows."""
+    size = STRETCH if len(row) % STRETCH == 0 else len(row)
+    parts = score.reshape(-1, size, score.shape[1])
+    return Best(parts.max(axis=1), row[0] + parts.argmax(axis=1) + size * jnp.arange(len(parts))[:, None])
 
 
 def _see(
