@@ -96,7 +96,7 @@ def diagnose(words: list[str]) -> int:
                 seed=given["seed"],
             )  # fmt: skip
             print(tables.autopsy_table(found))
-            print(f"report, features.csv, figures: {given['workdir']}")
+            print(f"report, page, features.csv, figures: {given['workdir']}")
             return 0
         from sae_jax import config as config_lib
         from sae_jax.diagnosis import diagnosis

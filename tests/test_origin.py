@@ -1,5 +1,6 @@
 """What an export says of where its activations come from, and what of this machine never leaves."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from sae_jax import cli
 from sae_jax.activations import store
 from sae_jax.config import base
+from sae_jax.diagnosis import autopsy
 from sae_jax.errors import Refused
 from sae_jax.exchange import formats, origin, sharing
+from sae_jax.runtime import checkpoint
 from sae_jax.training.run import train
 
 SECRET = "hidden_away"  # in the name of every folder and file that the run was of
@@ -140,3 +143,13 @@ def test_a_card_lists_what_applied(run, tmp_path):
                            "data.rank": 0, "data.gamma": 2.0, "train.steps": 5, "train.batch_size": 8})  # fmt: skip
     assert none == {"auxk.preset": "none", "data.signal": "sparse", "data.gamma": 2.0, "train.steps": 5,
                     "train.batch_size": 8}  # fmt: skip
+
+
+def test_the_autopsy_of_a_run_says_when_a_feature_last_fired(run, tmp_path):
+    x = np.load(Path(run["file"]).parent / f"{SECRET}.npy")
+    autopsy.dissect(run["file"], x, str(tmp_path), n_probes=16)
+    with open(tmp_path / "features.csv") as file:
+        found = [int(row["tokens_since_fired"]) for row in csv.DictReader(file)]
+    assert found == checkpoint.saved(run["file"]).groups[0]["tokens_since_fired"][0].tolist()
+    assert set(found) <= {0, 32, 64}
+    assert "tokens since fired" in (tmp_path / "report.html").read_text()

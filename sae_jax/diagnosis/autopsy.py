@@ -119,7 +119,7 @@ def dissect(
     }  # fmt: skip
     result.figures = {name: one() for name, one in draw.items()}
     if workdir:
-        found = columns.of(encoder, here, revived, cosines, scale)
+        found = columns.of(opened, here, revived, cosines, scale)
         rows = [{"feature": i, **{key: column[i] for key, column in found.items()}} for i in range(n_features)]
         tables.write_csv(epath.Path(workdir) / "features.csv", rows)
         pictures = {name: page.Picture(figures.png(result.figures[name]), figures.png(one(narrow=True)))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sae_jax.autoencoder import topk
-from sae_jax.exchange.encoders import Encoder
+from sae_jax.exchange.encoders import Opened
 
 BLOCK = 1024  # rows whose cosines with all others are looked at together
 
@@ -39,12 +39,13 @@ def _nearest(units: Float[Array, "n d"], start: Int[Array, ""], block: int) -> t
     return cosines.argmax(axis=1), cosines.max(axis=1)
 
 
-def of(encoder: Encoder, here: Any, revived: np.ndarray, cosines: np.ndarray, scale: float) -> dict[str, np.ndarray]:
+def of(opened: Opened, here: Any, revived: np.ndarray, cosines: np.ndarray, scale: float) -> dict[str, np.ndarray]:
     """Column → value of each feature; `here` is the autopsy's look at the SAE as it is.
 
     `distance_to_threshold` is the largest margin (`sightings.py`): what a dead feature lacked where it came nearest to
     firing, below 0, and how far the others rise above their bar. The twin is of decoder rows.
     """
+    encoder, silent = opened.encoder, opened.tokens_since_fired
     twin, twin_cosine = nearest_twins(encoder.W_dec)
     return {
         "fate": here.fates, "n_fired": here.n_fired, "cosine_with_mean": cosines,
@@ -52,4 +53,5 @@ def of(encoder: Encoder, here: Any, revived: np.ndarray, cosines: np.ndarray, sc
         "largest_activation": here.largest / scale, "decoder_norm": np.linalg.norm(encoder.W_dec, axis=1),
         "revived_if_centred": revived, "frequency": here.n_fired / here.shift.n_tokens,
         "distance_to_threshold": here.margin / scale, "nearest_twin": twin, "twin_cosine": twin_cosine,
+        **({} if silent is None else {"tokens_since_fired": silent}),
     }  # fmt: skip

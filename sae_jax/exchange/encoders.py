@@ -96,6 +96,7 @@ class Opened(NamedTuple):
     library: str  # whose arithmetic it is
     notes: tuple[str, ...] = ()  # what a reader of the report has to know
     stays: str = ""  # why the formats that are written cannot hold it, where the encoder alone does not tell
+    tokens_since_fired: Any = None  # (n,), in training, where it is known
 
 
 def of_sae(sae: SAE, norm: str = "none") -> Encoder:

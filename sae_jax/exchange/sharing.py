@@ -51,31 +51,32 @@ def load(path: str | os.PathLike[str], member: str | None = None) -> Packed:
     Raises:
       Refused: there is nothing like that; see `formats.decode`.
     """
-    found = _read(os.fspath(path), member)
+    found, _ = _read(os.fspath(path), member)
     packed = found if isinstance(found, Packed) else formats.as_topk(found, os.fspath(path))
     return packed._replace(sae=jax.tree.map(jnp.asarray, packed.sae))
 
 
-def _read(path: str, member: str | None) -> Packed | Opened:
-    """A member of a run as we pack it, or somebody else's SAE as it is."""
+def _read(path: str, member: str | None) -> tuple[Packed | Opened, np.ndarray | None]:
+    """A member of a run as we pack it and how long its features were silent, or somebody else's SAE as it is."""
     if path.startswith(saelens.HUB):
-        return saelens.from_release(path)
+        return saelens.from_release(path), None
     if path.startswith(hub.HUB):
         path = hub.fetch(path)
     disk.check_reachable("--sae", path)
     folder = epath.Path(path)
     if not (folder / checkpoint.FOLDER).is_dir() or registry.is_sae(folder):  # Llama Scope has checkpoints too
-        return registry.read(folder)
+        return registry.read(folder), None
     saved = checkpoint.saved(str(folder))
     return _unpacked(saved, config_lib.from_identity(saved.identity), member, _facts(folder))
 
 
 def opened(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Opened:
     """Anybody's SAE of any kind that is supported, in its own arithmetic; ours with its preprocessing folded in."""
-    found = _read(os.fspath(sae), member) if isinstance(sae, str | os.PathLike) else packed_of(sae)
+    found, silent = _read(os.fspath(sae), member) if isinstance(sae, str | os.PathLike) else (packed_of(sae), None)
     if isinstance(found, Opened):
         return found
-    return Opened(encoders_lib.of_sae(formats.folded(found), found.before.norm), found.metadata, "sae_jax")
+    encoder = encoders_lib.of_sae(formats.folded(found), found.before.norm)
+    return Opened(encoder, found.metadata, "sae_jax", tokens_since_fired=silent)
 
 
 def packed_of(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Packed:
@@ -123,12 +124,11 @@ def export(
     run = epath.Path(sae) if isinstance(sae, str) and not sae.startswith((hub.HUB, saelens.HUB)) else None
     pictures = {name: (run / name).read_bytes() for name in PICTURES if run and (run / name).exists()}
     files |= pictures | {"README.md": model_card(packed, format, target.name, pictures).encode()}
-    there = {path.name: path.read_bytes() if path.is_file() else None
-             for path in (target.iterdir() if target.exists() else ())}  # fmt: skip
-    if there and there != files:
+    inside = list(target.iterdir()) if target.exists() else []
+    if inside and files != {path.name: path.read_bytes() if path.is_file() else None for path in inside}:
         raise Refused("--out", out, "a folder that does not exist yet, is empty, or holds this very export")
     api = _repository(push) if push else None
-    if not there:
+    if not inside:
         _write(target, files)
     if push:
         _commit(api, push, target)
@@ -153,7 +153,9 @@ def _write(target: epath.Path, files: dict[str, bytes]) -> None:
 # -- out of a run ----------------------------------------------------------------------------------------------------
 
 
-def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: dict[str, Any]) -> Packed:
+def _unpacked(
+    saved: checkpoint.Saved, config: Any, member: str | None, facts: dict[str, Any]
+) -> tuple[Packed, np.ndarray]:
     """One member of a checkpoint, with what all tokens went through (a norm, a scalar) as preprocessing."""
     members = config_lib.members(config)
     name = next(iter(members)) if member is None and len(members) == 1 else member
@@ -191,7 +193,8 @@ def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: d
         "trained_with": f"sae-jax {versions.get('sae-jax', '')}",
         "config": {key: v for key, v in config_lib.identity(members[name]).items() if not key.startswith("members.")},
     }
-    return Packed(sae, before, json.loads(json.dumps(tables.finite(metadata))))
+    packed = Packed(sae, before, json.loads(json.dumps(tables.finite(metadata))))
+    return packed, np.asarray(group["tokens_since_fired"][place])
 
 
 def _facts(folder: epath.Path) -> dict[str, Any]:

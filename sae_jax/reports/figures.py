@@ -278,8 +278,9 @@ def landscape(
             extent=(-0.5, columns * width - 0.5, len(tokens), 0), interpolation="nearest",
         )  # fmt: skip
         axis.set(xlabel="dimension", ylabel="token", xlim=(-0.5, tokens.shape[1] - 0.5))
-        axis.plot(marked, [0] * len(marked), "v", ms=6 if len(marked) <= 20 else 4, mew=0, color=RELU,
-                  clip_on=False, zorder=5, label="marked")  # fmt: skip
+        if marked:  # a line of no points would take room all the same
+            axis.plot(marked, [0] * len(marked), "v", ms=6 if len(marked) <= 20 else 4, mew=0, color=RELU,
+                      clip_on=False, zorder=5, label="marked")  # fmt: skip
         axis.set_title(title, pad=8)
         beside: dict[str, Any] = {"location": "bottom"} if narrow else {"pad": 0.01}
         bar = figure.colorbar(image, ax=axis, label="|activation| after LayerNorm", **beside)
