@@ -96,7 +96,7 @@ def diagnose(words: list[str]) -> int:
                 seed=given["seed"],
             )  # fmt: skip
             print(tables.autopsy_table(found))
-            print(f"report, features.csv, figures: {given['workdir']}")
+            print(f"report, page, features.csv, figures: {given['workdir']}")
             return 0
         from sae_jax import config as config_lib
         from sae_jax.diagnosis import diagnosis
@@ -118,18 +118,22 @@ def export(words: list[str]) -> int:
     given = _read("export", words, "out")
     _one_of(given, "workdir", "from", "the folder of a run")
     source = "from" if given["from"] is not None else "workdir"
+    from etils import epath
+
     from sae_jax.exchange import hub, saelens, sharing
     from sae_jax.runtime import checkpoint
 
     _quiet()
-    if given["member"] is not None and not given[source].startswith((hub.HUB, saelens.HUB)):
-        from etils import epath
-
-        if not (epath.Path(given[source]) / checkpoint.FOLDER).is_dir():
-            raise Refused("--member", given["member"], f"left out: {given[source]} is no run, and has no members")
+    local = not given[source].startswith((hub.HUB, saelens.HUB))
+    if given["member"] is not None and local and not (epath.Path(given[source]) / checkpoint.FOLDER).is_dir():
+        raise Refused("--member", given["member"], f"left out: {given[source]} is no run, and has no members")
+    out = epath.Path(given["out"])
+    held = out.is_dir() and any(out.iterdir())
     with _named({"--sae": f"--{source}"}):
-        sharing.export(given[source], given["out"], given["format"], member=given["member"], push=given["push"])
-    print(f"{given['format']}: {given['out']}" + (f", pushed to {given['push']}" if given["push"] else ""))
+        of = {name: given[name] for name in ("member", "push", "model_name", "hook_name", "layer", "context_size")}
+        sharing.export(given[source], given["out"], given["format"], **of)
+    there = " is there already, as it would be written" if held else ""
+    print(f"{given['format']}: {given['out']}{there}" + (f", pushed to {given['push']}" if given["push"] else ""))
     return 0
 
 

@@ -70,6 +70,11 @@ def check(folder, x, acts, z_pre, moved, W_dec, b_dec, transcodes=False, moved_b
     lines = (path.parent / "report/features.csv").read_text().splitlines()
     columns = dict(zip(lines[0].split(","), zip(*(line.split(",") for line in lines[1:]), strict=True), strict=True))
     np.testing.assert_array_equal(np.array(columns["n_fired"], int), n_fired)
+    if "gated" not in found["architecture"]:  # whose gate may open where its magnitude is 0
+        margin = np.array(columns["distance_to_threshold"], float)
+        assert (margin[n_fired > 0] >= -1e-4).all()
+        assert (margin[n_fired == 0] <= 1e-4).all()
+        assert (margin[n_fired == 0] < 0).any() or (n_fired > 0).all()
     positive = (z_pre > 0).any(axis=0)
     assert found["dead_features"]["dead_by_relu"] == np.flatnonzero(~positive).tolist()
     assert found["dead_features"]["dead_by_topk"] == np.flatnonzero(positive & (n_fired == 0)).tolist()

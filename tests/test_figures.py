@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from sae_jax.autoencoder.death import Shift
 from sae_jax.outliers.probes import Band
-from sae_jax.reports import diagnosis_figures, figures, page
+from sae_jax.reports import autopsy_figures, diagnosis_figures, figures, page
 
 LONG = "learning rate of three thousandths, centred on the geometric median of AuxK_of_dictionary_learning"
 CASES = {
@@ -79,7 +79,17 @@ def of_diagnoses(rng):
         shift, signal = scale * rng.standard_normal(300), 1 + 0.1 * rng.standard_normal(300)
         yield f"shift_signal, {scale}", diagnosis_figures.shift_signal(shift, signal, shift + 4 * signal, 1.0, 4.0)
     yield "spectrum", diagnosis_figures.spectrum({"as they are": 1 / share[::-1], "after LayerNorm": 1 / share[::-1]})
-    yield "alignment", figures.alignment(rng.standard_normal(400) / 20, shift_of(rng, 20.0))
+
+
+def of_autopsies(rng):
+    for narrow, scale, n_tokens in itertools.product((False, True), (0.3, 20.0), (60, 20_000, 3_000_000)):
+        shift, case = shift_of(rng, scale)._replace(n_tokens=n_tokens), f"{narrow}, {scale}, {n_tokens}"
+        n_fired = np.where(shift.dead_by_relu | shift.dead_by_topk, 0, rng.integers(1, n_tokens, len(shift.mean)))
+        yield f"density, {case}", autopsy_figures.density(n_fired, shift, narrow)
+        yield f"alignment, {case}", autopsy_figures.alignment(rng.standard_normal(len(shift.mean)) / 20, shift, narrow)
+        seen = [*(n for n in 1024 * 2 ** np.arange(12) if n < n_tokens), n_tokens]
+        curve = [[int(n), 0.3, 0.3 + 0.6 / (1 + i)] for i, n in enumerate(seen)]
+        yield f"dead_over_tokens, {case}", autopsy_figures.dead_over_tokens(curve, narrow)
 
 
 def texts(figure, monkeypatch):
@@ -98,7 +108,7 @@ def texts(figure, monkeypatch):
     return list(latest.values())
 
 
-@pytest.mark.parametrize("kind", [of_runs, of_diagnoses])
+@pytest.mark.parametrize("kind", [of_runs, of_diagnoses, of_autopsies])
 def test_no_text_lies_on_another_or_outside_or_is_too_small(kind, rng, monkeypatch):
     wrong = []
     for name, figure in kind(rng):

@@ -293,8 +293,13 @@ def test_a_file_and_the_dataset_imported_from_it_train_alike(tmp_path, rng, tiny
         tiny.data.signal, tiny.data.path = "", path
         reports.append(sae_jax.train(tiny, str(tmp_path / f"run{number}")))
     assert reports[0]["members"] == reports[1]["members"]
+    before = {path: path.read_bytes() for path in Path(folder).iterdir()}
+    assert cli.main(["extract", f"--from={tmp_path}/mine.npy", f"--out={tmp_path}/data"]) == 0
+    assert capsys.readouterr().out.strip() == folder
+    np.save(tmp_path / "mine.npy", x + 1)
     assert cli.main(["extract", f"--from={tmp_path}/mine.npy", f"--out={tmp_path}/data"]) == 2
     assert "not there yet" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path(folder).iterdir()} == before
 
 
 def test_a_run_is_not_gone_on_with_on_other_data(tmp_path, rng, tiny):

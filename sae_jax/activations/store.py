@@ -62,7 +62,7 @@ class Writer:
         self._features = features_of(d_model, dtype, chunk)
         self._serialise = tfds.core.example_serializer.ExampleSerializer(self._features.get_serialized_info())
         self._chunks_per_shard = max(1, SHARD_BYTES // (chunk * d_model * np.dtype(STORED[dtype]).itemsize))
-        self._facts = json.loads(json.dumps({**facts, "d_model": d_model, "dtype": dtype, "chunk": chunk}))
+        self._facts = _as_kept(facts, d_model, dtype, chunk)
         self._severity: Severity | None = None
         self._manifest: dict[str, Any] = {"facts": self._facts, "shards": []}
         self._buffer: list[Rows] = []
@@ -186,6 +186,11 @@ class Writer:
         return str(self.folder)
 
 
+def _as_kept(facts: dict[str, Any], d_model: int, dtype: str, chunk: int) -> dict[str, Any]:
+    kept: dict[str, Any] = json.loads(json.dumps({**facts, "d_model": d_model, "dtype": dtype, "chunk": chunk}))
+    return kept
+
+
 def _severity_to(severity: Severity) -> dict[str, Any]:
     return {
         view: {"n_tokens": m.n_tokens, "mean": m.mean.tolist(), "square": m.square.tolist()}
@@ -232,6 +237,7 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     """A dataset from a file of activations, in the same chunks in which the file itself would be read.
 
     Where the file does not tell where rows come from, token_id and sequence_id are −1, position the number of the row.
+    What was imported before, of the same file, is left as it is.
     """
     from sae_jax.activations import files
 
@@ -244,7 +250,13 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     name = re.sub(r"[^\w.-]+", "_", "_".join(filter(None, (epath.Path(where).stem, *parts)))) or "activations"
     folder = folder_of(data_dir, name)
     if find(data_dir, name):
-        raise Refused("--out", str(folder), "a dataset that is not there yet")
+        held = read_manifest("--out", folder)["facts"]
+        wanted = _as_kept(facts, array.d_model, dtype, array.rows)
+        for imported in (held.get("imported", {}), wanted["imported"]):
+            imported.pop("path", None)  # which may be written in several ways
+        if held != wanted:
+            raise Refused("--out", str(folder), "a dataset that is not there yet, or this very one")
+        return str(folder)
 
     def rows(start: int) -> Iterator[tuple[int, dict[int, Rows]]]:
         for first in range(start, array.n_tokens, 4096):

@@ -6,6 +6,7 @@ b_enc, and its standard deviation, √(w·Σ·w), follow from the moments. b_in 
 zero; moving the bias puts both at the mean (a transcoder's b_dec is of other activations, and stays).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,17 +17,18 @@ from ml_collections import ConfigDict
 
 from sae_jax.autoencoder import death
 from sae_jax.autoencoder.sae import SAE
-from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.diagnosis import columns, diagnosis, remedies, texts
 from sae_jax.diagnosis.diagnosis import Report
 from sae_jax.errors import Refused
-from sae_jax.exchange import encoders, sharing
-from sae_jax.exchange.encoders import Encoder, Opened, Seen
+from sae_jax.exchange import encoders, sharing, sightings
+from sae_jax.exchange.encoders import Encoder, Opened
 from sae_jax.exchange.formats import Packed
+from sae_jax.exchange.sightings import Seen
 from sae_jax.models.sources import Tokens, open_tokens
 from sae_jax.outliers import giants
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
-from sae_jax.reports import figures, tables
+from sae_jax.reports import autopsy_figures, autopsy_page, figures, page, tables
 from sae_jax.training import evaluation, fates
 
 FATES = ("alive", "dead_by_topk", "dead_by_relu")
@@ -48,7 +50,7 @@ def dissect(
       sae: a run; the folder or file of an SAE of any kind that `exchange.registry` reads; hf://OWNER/NAME/PLACE;
         saelens:RELEASE/ID; an SAE, or what `sae_jax.load` returns.
       activations: as for `sae_jax.diagnose`; of the same width, and as the SAE takes them.
-      workdir: where report.json, features.csv and the figures go; None writes nothing.
+      workdir: where report.json, report.html, features.csv and the figures go; None writes nothing.
       member: which SAE of a run.
       n_probes, seed: of the forecast for an untrained SAE.
 
@@ -71,7 +73,8 @@ def dissect(
     severity, sample, counts = diagnosis.first_pass(tokens)
     ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     mu = severity.raw.mean / scale
-    here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm)
+    read = texts.opened(activations, tokens.identity, opened.metadata) if workdir else None
+    here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm, read)
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = {key: choice for key, choice in remedies.preprocessings(severity, median).items() if key in CENTRINGS}
     forecast = remedies.forecast(tokens, choices, severity.raw.mean, n_probes, seed)
@@ -105,22 +108,23 @@ def dissect(
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
     result |= {"sae_metadata": opened.metadata, "versions": tables.versions()}
-    result.figures = {
-        "shifts": figures.shifts({"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}),
-        "alignment": figures.alignment(cosines, here.shift),
-        "landscape": diagnosis.landscape(sample, result),
-    }
+    draw = {
+        "density": partial(autopsy_figures.density, here.n_fired, here.shift),
+        "dead_over_tokens": partial(autopsy_figures.dead_over_tokens, curve),
+        "shifts": partial(
+            figures.shifts, {"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}
+        ),
+        "alignment": partial(autopsy_figures.alignment, cosines, here.shift),
+        "landscape": partial(diagnosis.landscape, sample, result),
+    }  # fmt: skip
+    result.figures = {name: one() for name, one in draw.items()}
     if workdir:
-        columns = {
-            "fate": here.fates, "n_fired": here.n_fired, "cosine_with_mean": cosines,
-            "mean_preactivation": here.shift.mean / scale, "std_preactivation": here.shift.std / scale,
-            "largest_activation": here.largest / scale, "decoder_norm": np.linalg.norm(encoder.W_dec, axis=1),
-            "revived_if_centred": revived,
-        }  # fmt: skip
-        rows = [{"feature": i, **{key: column[i] for key, column in columns.items()}} for i in range(n_features)]
+        found = columns.of(opened, here, revived, cosines, scale)
+        rows = [{"feature": i, **{key: column[i] for key, column in found.items()}} for i in range(n_features)]
         tables.write_csv(epath.Path(workdir) / "features.csv", rows)
-        for key, figure in result.figures.items():
-            figures.save(figure, epath.Path(workdir) / f"{key}.png")
+        pictures = {name: page.Picture(figures.png(result.figures[name]), figures.png(one(narrow=True)))
+                    for name, one in draw.items()}  # fmt: skip
+        autopsy_page.write(workdir, result, pictures, found, read.found(revived) if read else None)
         tables.write_json(workdir, result)
     return result
 
@@ -138,22 +142,28 @@ class Look(NamedTuple):
     fates: np.ndarray  # (n,) of FATES
     n_fired: np.ndarray
     largest: np.ndarray
+    margin: np.ndarray
     shift: evaluation.Shift
     numbers: dict[str, Any]
 
 
 def _looks(
-    encoder: Encoder, severity: Severity, ordinary: Severity, tokens: Tokens, giant_norm: float
-) -> tuple[Look, Look, list[list[float]]]:
+    encoder: Encoder, severity: Severity, ordinary: Severity, tokens: Tokens, giant_norm: float,
+    read: texts.Texts | None,
+) -> tuple[Look, Look, list[list[float]]]:  # fmt: skip
     """All tokens through the encoder as it is, and with its bias at the mean; its deaths over tokens seen."""
     mean = severity.raw.mean
-    places = tuple(encoders.place(encoder, mean, moved) for moved in (False, True))
+    places = tuple(sightings.place(encoder, mean, moved) for moved in (False, True))
     on_device = jax.tree.map(jnp.asarray, encoder)
     point = jnp.asarray(mean, jnp.float32)
     total: list[Seen] = []
     count, curve = 0, evaluation.DeathCurve()
     for x, valid in remedies.padded(tokens, "autopsy"):
-        part = jax.device_get(encoders.see(on_device, places, point, x, valid, jnp.float32(giant_norm)))
+        best = read is not None and read.wants(count)
+        found = sightings.see(on_device, places, point, x, valid, jnp.float32(giant_norm), best=best)
+        part, tops = jax.device_get(found)
+        if read is not None and best:
+            read.add(count, tops)
         part = [one._replace(n_fired=np.asarray(one.n_fired, np.int64), error_square=np.float64(one.error_square),
                              ordinary_error=np.float64(one.ordinary_error)) for one in part]  # fmt: skip
         total = [a | b for a, b in zip(total, part, strict=True)] if total else part
@@ -187,7 +197,7 @@ def _look(
         "l0": float(seen.n_fired.sum()) / moments.n_tokens,
     }  # fmt: skip
     shift = evaluation.Shift(mean, std, relu, ~relu & ~fired, moments.n_tokens)
-    return Look(found, seen.n_fired, seen.largest, shift, numbers)
+    return Look(found, seen.n_fired, seen.largest, seen.margin, shift, numbers)
 
 
 def _quartiles(values: np.ndarray) -> list[float] | None:

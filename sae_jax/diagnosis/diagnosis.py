@@ -271,10 +271,10 @@ def predictions(severity: Severity, sample: Float[np.ndarray, "m d"], n_features
     }
 
 
-def landscape(sample: Float[np.ndarray, "m d"], result: dict[str, Any]) -> Figure:
+def landscape(sample: Float[np.ndarray, "m d"], result: dict[str, Any], narrow: bool = False) -> Figure:
     """The picture of some of the tokens, with the outlier dimensions of a report marked."""
     shown = moments_lib.layer_norm(sample[np.linspace(0, len(sample) - 1, 200).astype(int)].astype(np.float64))
-    return figures.landscape(shown, result["outlier_dimensions"], result["n_outlier_dimensions"])
+    return figures.landscape(shown, result["outlier_dimensions"], result["n_outlier_dimensions"], narrow)
 
 
 def _figures(

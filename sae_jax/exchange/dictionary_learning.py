@@ -21,6 +21,7 @@ from etils import epath
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused
 from sae_jax.exchange import arrays as arrays_lib
+from sae_jax.exchange import origin
 from sae_jax.exchange.arrays import Arrays
 from sae_jax.exchange.encoders import Encoder, Opened
 from sae_jax.runtime.disk import read_json
@@ -41,7 +42,7 @@ def write(sae: SAE, flag: str, metadata: dict[str, Any]) -> dict[str, bytes]:
         "trainer": {
             "trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "activation_dim": d, "dict_size": n,
             "k": sae.k, "layer": metadata.get("layer"), "lm_name": metadata.get("model_name"),
-            "submodule_name": metadata.get("hook_name"),
+            "submodule_name": origin.spelled(metadata.get("hook_name"), "dictionary_learning"),
         },
         "buffer": {"ctx_len": metadata.get("context_size")},
         "metadata": metadata,

@@ -96,6 +96,7 @@ class Opened(NamedTuple):
     library: str  # whose arithmetic it is
     notes: tuple[str, ...] = ()  # what a reader of the report has to know
     stays: str = ""  # why the formats that are written cannot hold it, where the encoder alone does not tell
+    tokens_since_fired: Any = None  # (n,), in training, where it is known
 
 
 def of_sae(sae: SAE, norm: str = "none") -> Encoder:
@@ -193,102 +194,7 @@ def _over(values: Any, factors: Array) -> Array:
     return values / jnp.where(factors > 0, factors, 1)
 
 
-# -- what a batch shows of every feature -----------------------------------------------------------------------------
-
-
-class Seen(NamedTuple):
-    """What some tokens showed of every feature."""
-
-    positive: Any  # (n,) bool: z_pre > 0 on some token
-    n_fired: Any  # (n,) tokens each feature fired on
-    largest: Any  # (n,) its largest activation, in absolute value
-    error_square: Any  # Σ ‖x − x̂‖²; of a transcoder nothing that means anything
-    ordinary_error: Any  # the same over tokens that are no giants
-
-    def __or__(self, other: "Seen") -> "Seen":
-        return Seen(
-            self.positive | other.positive, self.n_fired + other.n_fired, np.maximum(self.largest, other.largest),
-            self.error_square + other.error_square, self.ordinary_error + other.ordinary_error,
-        )  # fmt: skip
-
-
-class Place(NamedTuple):
-    """Where an encoder stands against a point that tokens are measured from: a bias moved is another place."""
-
-    offset: Any  # (n,): W_enc (point − b_in), in float64 before it is rounded
-    b_dec: Any  # (d_out,)
-
-
-def place(encoder: Encoder, point: np.ndarray, moved: bool) -> Place:
-    """As the encoder is, or with its bias `moved` to the point (a transcoder's bias of its output stays)."""
-    if moved:
-        b_dec = encoder.b_dec if encoder.transcodes else np.float32(point)
-        return Place(np.zeros(len(encoder.b_enc), np.float32), b_dec)
-    left = np.asarray(point, np.float64) - np.asarray(encoder.b_in, np.float64)
-    return Place(np.float32(in_rows(encoder.W_enc, lambda W: W @ left)), encoder.b_dec)
-
-
 def in_rows(W: np.ndarray, fn: Callable[[np.ndarray], np.ndarray], rows: int = 4096) -> np.ndarray:
     """fn of the rows in float64, some at a time: a wide matrix is not copied."""
     parts = [fn(np.asarray(W[i : i + rows], np.float64)) for i in range(0, len(W), rows)]
     return np.concatenate(parts)
-
-
-PIECE = 2**25  # pre-activations at a time
-
-
-@jax.jit
-def see(
-    encoder: Encoder, places: tuple[Place, ...], point: Float[Array, "d"], x: Float[Array, "B d"],
-    valid: Bool[Array, "B"], giant_norm: Float[Array, ""],
-) -> tuple[Seen, ...]:  # fmt: skip
-    """One batch of normed tokens through the encoder at several places, with one product for all of them.
-
-    W_enc (x − b_in) = W_enc (x − point) + W_enc (point − b_in): with the mean as the point neither term cancels.
-    """
-    with topk.exact():
-        n = len(encoder.b_enc)
-        rows = max(1, min(len(x), 2 ** ((PIECE // n).bit_length() - 1) if n < PIECE else 1))
-        pad = -len(x) % rows
-        x, valid = jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(valid, (0, pad))
-        split = lambda a: a.reshape(-1, rows, *a.shape[1:])  # noqa: E731
-        b_mag = magnitude_bias(encoder)
-
-        def one(total: tuple[Seen, ...], batch: tuple[Array, Array]) -> tuple[tuple[Seen, ...], None]:
-            x, valid = batch
-            u = (x - point) @ encoder.W_enc.T
-            found = tuple(_see(encoder, place, b_mag, u, x, valid, giant_norm) for place in places)
-            return tuple(_join(a, b) for a, b in zip(total, found, strict=True)), None
-
-        start = Seen(jnp.zeros(n, bool), jnp.zeros(n, jnp.int32), jnp.zeros(n), jnp.zeros(()), jnp.zeros(()))
-        total: tuple[Seen, ...] = jax.lax.scan(one, (start,) * len(places), (split(x), split(valid)))[0]
-        return total
-
-
-def _see(
-    encoder: Encoder, place: Place, b_mag: Array | None, u: Array, x: Array, valid: Array, giant_norm: Array
-) -> Seen:
-    z_pre = jnp.where(valid[:, None], u + (place.offset + encoder.b_enc), 0.0)
-    positive, (kept, dense) = select(encoder, z_pre, b_mag)
-    error = jnp.zeros(len(x))
-    if not encoder.transcodes:
-        error = jnp.sum((x - decode(encoder, Acts(kept, dense), x, place.b_dec)) ** 2, axis=1)
-    ordinary = valid & (jnp.linalg.norm(x, axis=1) <= giant_norm)
-    sums = tuple(jnp.sum(jnp.where(rows, error, 0.0)) for rows in (valid, ordinary))
-    if kept is not None:
-        size = jnp.where(valid[:, None], jnp.abs(kept.values), 0.0)
-        none = jnp.zeros(len(encoder.b_enc))
-        n_fired = none.astype(jnp.int32).at[kept.indices].add((size > 0).astype(jnp.int32))
-        largest = none.at[kept.indices].max(size)
-    else:
-        assert dense is not None
-        size = jnp.where(valid[:, None], dense, 0.0)
-        n_fired, largest = (size > 0).sum(axis=0, dtype=jnp.int32), size.max(axis=0)
-    return Seen((positive & valid[:, None]).any(axis=0), n_fired, largest, *sums)
-
-
-def _join(a: Seen, b: Seen) -> Seen:
-    return Seen(
-        a.positive | b.positive, a.n_fired + b.n_fired, jnp.maximum(a.largest, b.largest),
-        a.error_square + b.error_square, a.ordinary_error + b.ordinary_error,
-    )  # fmt: skip

@@ -14,12 +14,13 @@ from sae_jax import config as config_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused, RunFailed, first_line
 from sae_jax.exchange import encoders as encoders_lib
-from sae_jax.exchange import formats, hub, registry, saelens
+from sae_jax.exchange import formats, hub, origin, registry, saelens
 from sae_jax.exchange.encoders import Opened
 from sae_jax.exchange.formats import Packed
 from sae_jax.outliers.preprocess import Preprocessing, fold
 from sae_jax.reports import tables
 from sae_jax.runtime import checkpoint, disk
+from sae_jax.runtime import workdir as workdir_lib
 from sae_jax.training import step as step_lib
 
 PICTURES = {
@@ -50,31 +51,32 @@ def load(path: str | os.PathLike[str], member: str | None = None) -> Packed:
     Raises:
       Refused: there is nothing like that; see `formats.decode`.
     """
-    found = _read(os.fspath(path), member)
+    found, _ = _read(os.fspath(path), member)
     packed = found if isinstance(found, Packed) else formats.as_topk(found, os.fspath(path))
     return packed._replace(sae=jax.tree.map(jnp.asarray, packed.sae))
 
 
-def _read(path: str, member: str | None) -> Packed | Opened:
-    """A member of a run as we pack it, or somebody else's SAE as it is."""
+def _read(path: str, member: str | None) -> tuple[Packed | Opened, np.ndarray | None]:
+    """A member of a run as we pack it and how long its features were silent, or somebody else's SAE as it is."""
     if path.startswith(saelens.HUB):
-        return saelens.from_release(path)
+        return saelens.from_release(path), None
     if path.startswith(hub.HUB):
         path = hub.fetch(path)
     disk.check_reachable("--sae", path)
     folder = epath.Path(path)
     if not (folder / checkpoint.FOLDER).is_dir() or registry.is_sae(folder):  # Llama Scope has checkpoints too
-        return registry.read(folder)
+        return registry.read(folder), None
     saved = checkpoint.saved(str(folder))
     return _unpacked(saved, config_lib.from_identity(saved.identity), member, _facts(folder))
 
 
 def opened(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Opened:
     """Anybody's SAE of any kind that is supported, in its own arithmetic; ours with its preprocessing folded in."""
-    found = _read(os.fspath(sae), member) if isinstance(sae, str | os.PathLike) else packed_of(sae)
+    found, silent = _read(os.fspath(sae), member) if isinstance(sae, str | os.PathLike) else (packed_of(sae), None)
     if isinstance(found, Opened):
         return found
-    return Opened(encoders_lib.of_sae(formats.folded(found), found.before.norm), found.metadata, "sae_jax")
+    encoder = encoders_lib.of_sae(formats.folded(found), found.before.norm)
+    return Opened(encoder, found.metadata, "sae_jax", tokens_since_fired=silent)
 
 
 def packed_of(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Packed:
@@ -86,16 +88,22 @@ def packed_of(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = N
 
 
 def export(
-    sae: str | SAE | Packed, out: str, format: str = "saelens", *, member: str | None = None, push: str | None = None
-) -> Packed:
+    sae: str | SAE | Packed, out: str, format: str = "saelens", *, member: str | None = None, push: str | None = None,
+    model_name: str | None = None, hook_name: str | None = None, layer: int | None = None,
+    context_size: int | None = None,
+) -> Packed:  # fmt: skip
     """Writes an SAE in the format of another library, with a model card; `out` appears once it is complete.
+
+    Names of files and folders of this machine are left out of all that is written.
 
     Args:
       sae: what `load` takes, with `member`, or returns; or an SAE.
-      out: a new or empty folder.
+      out: a new or empty folder, or one that holds this very export, which is left as it is.
       format: saelens | dictionary_learning | sparsify.
       push: OWNER/NAME of a repository on the Hugging Face hub that gets the folder too, under its own name, in one
         commit. Needs the extra `hub`, and a token as huggingface_hub finds it.
+      model_name, hook_name, layer, context_size: what the SAE is of, where its metadata do not say or say otherwise. A
+        hook point may be given as any library spells it; each gets its own spelling, and the layer is read off it.
 
     Returns:
       What was written, as `load` returns it.
@@ -107,15 +115,21 @@ def export(
     if format not in formats.FORMATS:
         raise Refused("--format", format, "one of " + ", ".join(formats.FORMATS))
     target = epath.Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not target.is_dir():
         raise Refused("--out", out, "a folder that does not exist yet, or is empty")
     packed = packed_of(sae, member)
+    said = {"model_name": model_name, "hook_name": hook_name, "layer": layer, "context_size": context_size}
+    packed = packed._replace(metadata=origin.described(packed.metadata, said))
     files = formats.encode(packed, format)
     run = epath.Path(sae) if isinstance(sae, str) and not sae.startswith((hub.HUB, saelens.HUB)) else None
     pictures = {name: (run / name).read_bytes() for name in PICTURES if run and (run / name).exists()}
-    card = model_card(packed, format, target.name, pictures)
+    files |= pictures | {"README.md": model_card(packed, format, target.name, pictures).encode()}
+    inside = list(target.iterdir()) if target.exists() else []
+    if inside and files != {path.name: path.read_bytes() if path.is_file() else None for path in inside}:
+        raise Refused("--out", out, "a folder that does not exist yet, is empty, or holds this very export")
     api = _repository(push) if push else None
-    _write(target, files | pictures | {"README.md": card.encode()})
+    if not inside:
+        _write(target, files)
     if push:
         _commit(api, push, target)
     return packed
@@ -139,7 +153,9 @@ def _write(target: epath.Path, files: dict[str, bytes]) -> None:
 # -- out of a run ----------------------------------------------------------------------------------------------------
 
 
-def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: dict[str, Any]) -> Packed:
+def _unpacked(
+    saved: checkpoint.Saved, config: Any, member: str | None, facts: dict[str, Any]
+) -> tuple[Packed, np.ndarray]:
     """One member of a checkpoint, with what all tokens went through (a norm, a scalar) as preprocessing."""
     members = config_lib.members(config)
     name = next(iter(members)) if member is None and len(members) == 1 else member
@@ -162,7 +178,7 @@ def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: d
     final = saved.history[-1]["members"][name]
     versions = tables.versions()
     metadata = {
-        **_origin(config, facts),
+        **origin.of_run(config, facts),
         **gammas,
         "mu": np.float32(mu).tolist(),
         "member": name,
@@ -177,31 +193,15 @@ def _unpacked(saved: checkpoint.Saved, config: Any, member: str | None, facts: d
         "trained_with": f"sae-jax {versions.get('sae-jax', '')}",
         "config": {key: v for key, v in config_lib.identity(members[name]).items() if not key.startswith("members.")},
     }
-    return Packed(sae, before, json.loads(json.dumps(tables.finite(metadata))))
+    packed = Packed(sae, before, json.loads(json.dumps(tables.finite(metadata))))
+    return packed, np.asarray(group["tokens_since_fired"][place])
 
 
 def _facts(folder: epath.Path) -> dict[str, Any]:
-    """What the report of a finished run says of its data."""
-    path = folder / "report.json"
-    return disk.read_json("--workdir", path).get("data", {}) if path.exists() else {}
-
-
-def _origin(config: Any, facts: dict[str, Any]) -> dict[str, Any]:
-    """Which model and layer the activations are of, under the names that SAELens uses; nothing where unknown."""
-    model = {**config.data.model.to_dict(), **facts} if config.data.model.id and not config.data.path else facts
-    if not model.get("id"):
-        return {"dataset_path": config.data.path} if config.data.path else {}
-    layer = int(model["layer"])
-    return {
-        "model_name": model["id"],
-        # The residual stream after `layer` blocks.
-        "hook_name": f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre",
-        "layer": layer,
-        "context_size": model.get("context"),
-        "prepend_bos": True,  # where the tokenizer has one
-        "exclude_special_tokens": not model.get("keep_special_tokens", False),
-        "dataset_path": model.get("text") or model.get("text_identity", ""),
-    }
+    """What a run says of its data: in its report, or, before it is finished, where it began."""
+    if (folder / "report.json").exists():
+        return disk.read_json("--workdir", folder / "report.json").get("data", {})
+    return disk.read_json("--workdir", folder / workdir_lib.DATA) if (folder / workdir_lib.DATA).exists() else {}
 
 
 # -- the card --------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
         lines += ["", f"## The run it comes from\n\nAll SAEs that were trained side by side.{member}"]
         lines += [f"\n![]({picture})\n\n*{PICTURES[picture]}*" for picture in pictures]
     if known.get("config"):
-        settings = ", ".join(f"`{key}={value}`" for key, value in known["config"].items() if value not in ("", None))
+        settings = ", ".join(f"`{key}={value}`" for key, value in origin.applied(known["config"]).items())
         lines += ["", "## Settings", "", f"{known['trained_with']}, {known['tokens']} tokens. {settings}"]
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ from etils import epath
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused
 from sae_jax.exchange import arrays as arrays_lib
+from sae_jax.exchange import origin
 from sae_jax.exchange.encoders import Encoder, Opened
 from sae_jax.runtime.disk import read_json
 
@@ -32,9 +33,10 @@ def write(sae: SAE, flag: str, metadata: dict[str, Any]) -> dict[str, bytes]:
         "multi_topk": False, "skip_connection": False, "transcode": False,
     }  # fmt: skip
     arrays = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    hookpoint = {"hookpoint": origin.spelled(metadata["hook_name"], "sparsify")} if metadata.get("hook_name") else {}
     # Metadata lie beside: sparsify warns of every key in its configuration that it does not know.
     return {WEIGHTS: to_bytes(arrays), "cfg.json": arrays_lib.to_json(config),
-            "metadata.json": arrays_lib.to_json(metadata)}  # fmt: skip
+            "metadata.json": arrays_lib.to_json(metadata | hookpoint)}  # fmt: skip
 
 
 def read(path: epath.Path) -> Opened:
@@ -59,4 +61,6 @@ def read(path: epath.Path) -> Opened:
         W_skip=rest[0] if rest else None, rule="abstopk" if config.get("signed") else activation, k=k,
         transcodes=transcodes,
     )  # fmt: skip
-    return Opened(encoder, read_json("--sae", beside) if beside.exists() else {}, "sparsify")
+    metadata = read_json("--sae", beside) if beside.exists() else {}
+    hookpoint = metadata.pop("hookpoint", None)
+    return Opened(encoder, {"hook_name": hookpoint} | metadata if hookpoint else metadata, "sparsify")

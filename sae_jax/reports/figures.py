@@ -61,7 +61,7 @@ def plain(axis: Axis, subs: tuple[int, ...] = (1,)) -> None:
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _panels(count: int, across: int, height: float, narrow: bool, **shared: Any) -> tuple[Figure, list[Any]]:
+def panels(count: int, across: int, height: float, narrow: bool, **shared: Any) -> tuple[Figure, list[Any]]:
     """A figure of `count` axes, each `height` inches tall, `across` of them side by side, and a legend below."""
     rows = -(-count // across)
     figure = Figure(figsize=(NARROW if narrow else WIDE, height * rows + 0.4), layout="constrained")
@@ -104,7 +104,7 @@ def deaths(history: list[dict[str, Any]], narrow: bool = False) -> Figure:
     names = list(history[0]["members"])
     across = 1 if narrow else min(len(names), 3)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(len(names), across, 1.7 if narrow else 2.1, narrow, sharex=True, sharey=True)
+        figure, axes = panels(len(names), across, 1.7 if narrow else 2.1, narrow, sharex=True, sharey=True)
         steps = [entry["step"] for entry in history]
         for axis, name in zip(axes, names, strict=True):
             relu, topk = (100 * _series(history, name, key) for key in ("dead_by_relu", "dead_by_topk"))
@@ -141,7 +141,7 @@ def bias_convergence(history: list[dict[str, Any]], narrow: bool = False) -> Fig
     Where all projections stay close to 1 that axis shows their neighbourhood alone; distances are on a logarithmic one.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(3, 1 if narrow else 3, 2.0 if narrow else 2.2, narrow)
+        figure, axes = panels(3, 1 if narrow else 3, 2.0 if narrow else 2.2, narrow)
         steps = [entry["step"] for entry in history]
         shares, distances, dead = [], [], []
         for i, name in enumerate(history[0]["members"]):
@@ -174,7 +174,7 @@ def comparison(members: list[dict[str, Any]], narrow: bool = False) -> Figure:
     names = [wrapped(member["name"], 1.4 if narrow else 2.6) for member in members]
     with matplotlib.rc_context(STYLE):
         tall = max(0.5, *(0.16 * (1 + name.count("\n")) for name in names))
-        figure, (axis,) = _panels(1, 1, 0.6 + tall * len(members), narrow)
+        figure, (axis,) = panels(1, 1, 0.6 + tall * len(members), narrow)
         y = np.arange(len(members))[::-1]
         for when, offset, alpha in (("init", 0.2, 0.45), ("final", -0.2, 1.0)):
             relu, topk = (np.array([100 * m[when][key] for m in members]) for key in ("dead_by_relu", "dead_by_topk"))
@@ -194,7 +194,7 @@ def comparison(members: list[dict[str, Any]], narrow: bool = False) -> Figure:
 def curves(history: list[dict[str, Any]], narrow: bool = False) -> Figure:
     """Reconstruction and sparsity on the held-out tokens over steps."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(2, 1 if narrow else 2, 2.0 if narrow else 2.2, narrow)
+        figure, axes = panels(2, 1 if narrow else 2, 2.0 if narrow else 2.2, narrow)
         steps = [entry["step"] for entry in history]
         for axis, key, label in ((axes[0], "fve", "FVE about the mean"), (axes[1], "l0", "features active per token")):
             for i, name in enumerate(history[0]["members"]):
@@ -209,7 +209,7 @@ def curves(history: list[dict[str, Any]], narrow: bool = False) -> Figure:
     return figure
 
 
-def _by_fate(axis: Any, values: Float[np.ndarray, "n"], shift: Shift, bins: Float[np.ndarray, "b"]) -> None:
+def by_fate(axis: Any, values: Float[np.ndarray, "n"], shift: Shift, bins: Float[np.ndarray, "b"]) -> None:
     """A stacked histogram of features, coloured by their fates; what lies outside counts in the outermost bins."""
     alive = ~(shift.dead_by_relu | shift.dead_by_topk)
     inside = np.clip(values, bins[0], bins[-1])
@@ -226,13 +226,13 @@ def shifts(members: dict[str, list[tuple[str, Shift]]], narrow: bool = False) ->
     """
     across = 1 if narrow else 2
     with matplotlib.rc_context(STYLE):
-        panels = [(name, when, shift) for name, moments in members.items() for when, shift in moments]
-        figure, axes = _panels(len(panels), across, 1.7, narrow, sharex=True)
-        ratios = [shift.mean / np.where(shift.std > 0, shift.std, np.nan) for _, _, shift in panels]
+        drawn = [(name, when, shift) for name, moments in members.items() for when, shift in moments]
+        figure, axes = panels(len(drawn), across, 1.7, narrow, sharex=True)
+        ratios = [shift.mean / np.where(shift.std > 0, shift.std, np.nan) for _, _, shift in drawn]
         ends = [np.percentile(r[np.isfinite(r)], (0.25, 99.75)) for r in ratios if np.isfinite(r).any()]
         bins = np.linspace(min([-1.0, *(low for low, _ in ends)]), max([1.0, *(high for _, high in ends)]), 81)
-        for axis, ratio, (name, when, shift) in zip(axes, ratios, panels, strict=True):
-            _by_fate(axis, ratio, shift, bins)
+        for axis, ratio, (name, when, shift) in zip(axes, ratios, drawn, strict=True):
+            by_fate(axis, ratio, shift, bins)
             dead = 100 * np.mean(shift.dead_by_relu | shift.dead_by_topk)
             title = f"{name}, {when}: {dead:.1f}\u00a0%\u00a0dead"
             axis.set(title=wrapped(title, figure.get_figwidth() / across - 0.4), xlim=(bins[0], bins[-1]))
@@ -240,20 +240,8 @@ def shifts(members: dict[str, list[tuple[str, Shift]]], narrow: bool = False) ->
         for axis in axes[::across]:
             axis.set_ylabel("features")
         for axis in axes[-across:]:
-            axis.set_xlabel(f"mean of z_pre / its standard deviation\nover {panels[0][2].n_tokens:,d} tokens")
+            axis.set_xlabel(f"mean of z_pre / its standard deviation\nover {drawn[0][2].n_tokens:,d} tokens")
         legend_below(figure, axes[0], reverse=True)  # stacked outlines come last first
-    return figure
-
-
-def alignment(cosines: Float[np.ndarray, "n"], shift: Shift) -> Figure:
-    """Cosine of every feature's encoder row with the mean, coloured by fate."""
-    limit = max(0.05, 1.05 * float(np.abs(cosines).max()))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
-        axis = figure.subplots()
-        _by_fate(axis, cosines, shift, np.linspace(-limit, limit, 62))
-        axis.set(xlabel="cosine of the encoder row with the mean", ylabel="features")
-        legend_below(figure, axis, reverse=True)
     return figure
 
 
@@ -279,7 +267,7 @@ def landscape(
     """
     marked, title = _standing(outlier_dimensions, count)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure, (axis,) = _panels(1, 1, 3.0, narrow)
+        figure, (axis,) = panels(1, 1, 3.0, narrow)
         # A dimension is narrower than a pixel where there are many, so the largest of neighbours is shown.
         width = max(1, tokens.shape[1] // 640)
         columns = -(-tokens.shape[1] // width)
@@ -291,8 +279,9 @@ def landscape(
             extent=(-0.5, columns * width - 0.5, len(tokens), 0), interpolation="nearest",
         )  # fmt: skip
         axis.set(xlabel="dimension", ylabel="token", xlim=(-0.5, tokens.shape[1] - 0.5))
-        axis.plot(marked, [0] * len(marked), "v", ms=6 if len(marked) <= 20 else 4, mew=0, color=RELU,
-                  clip_on=False, zorder=5, label="marked")  # fmt: skip
+        if marked:  # a line of no points would take room all the same
+            axis.plot(marked, [0] * len(marked), "v", ms=6 if len(marked) <= 20 else 4, mew=0, color=RELU,
+                      clip_on=False, zorder=5, label="marked")  # fmt: skip
         axis.set_title(title, pad=8)
         beside: dict[str, Any] = {"location": "bottom"} if narrow else {"pad": 0.01}
         bar = figure.colorbar(image, ax=axis, label="|activation| after LayerNorm", **beside)

@@ -1,4 +1,7 @@
-"""A run on one page: report.html, complete in itself (pictures inside, no script, nothing fetched)."""
+"""A run on one page: report.html, complete in itself (pictures inside, no script, nothing fetched).
+
+What a page of anything is made of is here too: its look, cards, tables, figures.
+"""
 
 import base64
 from html import escape
@@ -118,29 +121,34 @@ def render(report: dict[str, Any], pictures: dict[str, Picture]) -> str:
         '<b class="key relu"></b>by ReLU where the pre-activation is never above 0, <b class="key topk"></b>by TopK '
         'where it is, but never among the k largest. <b class="key alive"></b>Alive.</p>',
         "<h2>Before and after training</h2>",
-        _table(["member", "step", *(COLUMNS[key] for key in shown)], rows, "results"),
+        table(["member", "step", *(COLUMNS[key] for key in shown)], rows, "results"),
         '<p class="soft">FVE is about the mean. b·mu/‖mu‖² is the share of the mean that the bias has learned.</p>',
     ]
     if len(report["members"]) > DRAWN:
         body.append(f'<p class="soft">Of the {len(report["members"])} members the first {DRAWN} are drawn.</p>')
     for heading, those in SECTIONS.items():
-        body += [f"<h2>{escape(heading)}</h2>", *(_figure(pictures[name], caption) for name, caption in those.items())]
+        body += [f"<h2>{escape(heading)}</h2>", *(figure(pictures[name], caption) for name, caption in those.items())]
     settings = [[key, str(value)] for key, value in report["config"].items()]
     on = f"{report['devices']} device" + ("s" if report["devices"] > 1 else "")
     facts = [[key, str(value)] for key, value in {**report["data"], **report["versions"]}.items()]
     body += [
         "<h2>Settings</h2>",
-        f"<details><summary>Configuration</summary>{_table(['key', 'value'], settings, 'settings')}</details>",
-        f"<details><summary>Data and versions</summary>{_table(['what', ''], facts, 'settings')}</details>",
+        f"<details><summary>Configuration</summary>{table(['key', 'value'], settings, 'settings')}</details>",
+        f"<details><summary>Data and versions</summary>{table(['what', ''], facts, 'settings')}</details>",
         f"<footer><p>Data scaled by {report['scale']:.6g}; seed {report['seed']}; {on}. "
         "Definitions: Simon, Adams and Zou, arXiv:2605.31518. The numbers are in report.json beside this page.</p>"
         "</footer>",
     ]
+    return document(f"Feature death, {_source(report['data'])}", body)
+
+
+def document(title: str, body: list[str], style: str = "") -> str:
+    """A page of its own, from its parts."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>Feature death, {escape(_source(report["data"]))}</title>'
-        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n'
+        f"<title>{escape(title)}</title>"
+        f'<link rel="icon" href="data:,"><style>{STYLE}{style}</style></head>\n'
         "<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
@@ -153,19 +161,25 @@ def _source(data: dict[str, Any]) -> str:
 
 def _card(member: dict[str, Any]) -> str:
     final = member["final"]
-    relu, topk, total, fve = (cell(key, final[key]) for key in ("dead_by_relu", "dead_by_topk", "dead_total", "fve"))
+    relu, topk, fve = (cell(key, final[key]) for key in ("dead_by_relu", "dead_by_topk", "fve"))
+    start = cell("dead_total", member["init"]["dead_total"])
+    return card(member["name"], final, f"{relu} by ReLU, {topk} by TopK; {start} at the start. FVE\u00a0{fve}")
+
+
+def card(name: str, found: dict[str, Any], said: str) -> str:
+    """The dead share of an SAE as a number and a bar, with a few words below."""
     bar = "".join(
-        f'<i class="{name}" style="width:{100 * final[key]:.2f}%"></i>'
-        for name, key in (("relu", "dead_by_relu"), ("topk", "dead_by_topk"))
+        f'<i class="{of}" style="width:{100 * found[key]:.2f}%"></i>'
+        for of, key in (("relu", "dead_by_relu"), ("topk", "dead_by_topk"))
     )
     return (
-        f'<div class="card">{escape(member["name"])}<b>{total} dead</b><div class="bar">{bar}</div>'
-        f'<span class="soft">{relu} by ReLU, {topk} by TopK; {cell("dead_total", member["init"]["dead_total"])} at the '
-        f"start. FVE\u00a0{fve}</span></div>"
+        f'<div class="card">{escape(name)}<b>{cell("dead_total", found["dead_total"])} dead</b>'
+        f'<div class="bar">{bar}</div><span class="soft">{escape(said)}</span></div>'
     )
 
 
-def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
+def table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
+    """A table of text; `kind` is its class."""
     def line(row: list[str]) -> str:
         cells = (f'<td data-label="{escape(name)}">{escape(text)}</td>' for name, text in zip(head, row, strict=True))
         return f"<tr>{''.join(cells)}</tr>"
@@ -175,7 +189,8 @@ def _table(head: list[str], rows: list[list[str]], kind: str = "") -> str:
     return f'<table class="{kind}">{inside}</table>'
 
 
-def _figure(picture: Picture, caption: str) -> str:
+def figure(picture: Picture, caption: str) -> str:
+    """A picture, for a desk and for a phone, and what it shows."""
     wide, narrow = (f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in picture)
     return (
         f'<figure><picture><source media="(max-width: 40rem)" srcset="{narrow}">'
