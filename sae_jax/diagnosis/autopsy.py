@@ -34,7 +34,7 @@ CENTRINGS = ("none", "mean", "geometric_median")
 
 
 def dissect(
-    sae: str | SAE | Packed,
+    sae: str | SAE | Packed | Opened,
     activations: np.ndarray | str | ConfigDict,
     workdir: str | None = None,
     *,
@@ -46,7 +46,7 @@ def dissect(
 
     Args:
       sae: a run; the folder or file of an SAE of any kind that `exchange.registry` reads; hf://OWNER/NAME/PLACE;
-        saelens:RELEASE/ID; an SAE, or what `sae_jax.load` returns.
+        saelens:RELEASE/ID; an SAE, or what `sae_jax.load` or `sharing.opened` returns.
       activations: as for `sae_jax.diagnose`; of the same width, and as the SAE takes them.
       workdir: where report.json, features.csv and the figures go; None writes nothing.
       member: which SAE of a run.
@@ -68,8 +68,8 @@ def dissect(
     tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations), encoder.norm))
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
-    severity, sample, counts = diagnosis.first_pass(tokens)
-    ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
+    severity, sample, counts = diagnosis.first_pass(tokens, of_directions=False)
+    ordinary = giants.without(tokens.batches, counts.giant_norm) if counts.any_giant else severity
     mu = severity.raw.mean / scale
     here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm)
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)

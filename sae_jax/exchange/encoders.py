@@ -28,7 +28,7 @@ than 0. Reports keep the key `dead_by_topk` for the second.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +38,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from sae_jax.autoencoder import topk
-from sae_jax.autoencoder.kept import Kept, combine
+from sae_jax.autoencoder.kept import Kept, combine, is_large, on_cpu
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.outliers import preprocess
 
@@ -184,9 +184,20 @@ def decode(encoder: Encoder, acts: Acts, x: Float[Array, "B d"], b_dec: Array) -
         found = combine(kept, encoder.W_dec)
     else:
         dense: Any = acts.dense if encoder.ranked_by is None else _over(acts.dense, encoder.ranked_by)
-        found = dense @ encoder.W_dec
+        found = on_cpu(_sparse_product, jnp.matmul, dense, encoder.W_dec)
     found = found + b_dec
     return found if encoder.W_skip is None else found + x @ encoder.W_skip.T
+
+
+def _sparse_product(dense: Float[Array, "B n"], rows: Float[Array, "n d"]) -> Float[Array, "B d"]:
+    """dense @ rows, where all tokens have few entries by those alone: a matmul costs as much as that of the encoder."""
+    few = rows.shape[0] // 64
+    if not is_large(*rows.shape):
+        return dense @ rows
+    product: Array = jax.lax.cond(
+        (dense > 0).sum(axis=1).max() <= few, lambda: combine(topk.top_k(dense, few), rows), lambda: dense @ rows
+    )
+    return product
 
 
 def _over(values: Any, factors: Array) -> Array:
@@ -254,11 +265,15 @@ def see(
         split = lambda a: a.reshape(-1, rows, *a.shape[1:])  # noqa: E731
         b_mag = magnitude_bias(encoder)
 
+        def look(x: Array, valid: Array, W_enc: Array) -> tuple[Array, ...]:
+            u = (x - point) @ W_enc.T
+            return tuple(a for place in places for a in _see(encoder, place, b_mag, u, x, valid, giant_norm))
+
         def one(total: tuple[Seen, ...], batch: tuple[Array, Array]) -> tuple[tuple[Seen, ...], None]:
-            x, valid = batch
-            u = (x - point) @ encoder.W_enc.T
-            found = tuple(_see(encoder, place, b_mag, u, x, valid, giant_norm) for place in places)
-            return tuple(_join(a, b) for a, b in zip(total, found, strict=True)), None
+            found = topk.in_pieces(look, (partial(reduce, jnp.logical_or), sum, partial(reduce, jnp.maximum), sum, sum)
+                                   * len(places), batch, encoder.W_enc)  # fmt: skip
+            each = (Seen(*found[i : i + 5]) for i in range(0, len(found), 5))
+            return tuple(_join(a, b) for a, b in zip(total, each, strict=True)), None
 
         start = Seen(jnp.zeros(n, bool), jnp.zeros(n, jnp.int32), jnp.zeros(n), jnp.zeros(()), jnp.zeros(()))
         total: tuple[Seen, ...] = jax.lax.scan(one, (start,) * len(places), (split(x), split(valid)))[0]

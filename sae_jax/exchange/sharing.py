@@ -69,8 +69,10 @@ def _read(path: str, member: str | None) -> Packed | Opened:
     return _unpacked(saved, config_lib.from_identity(saved.identity), member, _facts(folder))
 
 
-def opened(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Opened:
+def opened(sae: str | os.PathLike[str] | SAE | Packed | Opened, member: str | None = None) -> Opened:
     """Anybody's SAE of any kind that is supported, in its own arithmetic; ours with its preprocessing folded in."""
+    if isinstance(sae, Opened):
+        return sae
     found = _read(os.fspath(sae), member) if isinstance(sae, str | os.PathLike) else packed_of(sae)
     if isinstance(found, Opened):
         return found
