@@ -59,17 +59,15 @@ def expected(acts, x, W_dec, b_dec, transcodes=False):
     return (acts != 0).sum(axis=0), 1 - error / np.sum((x - x.mean(axis=0)) ** 2)
 
 
-def check(folder, x, acts, z_pre, moved, W_dec, b_dec, transcodes=False, moved_b_dec=None):
+def check(folder, x, acts, z_pre, moved, W_dec, b_dec, b_in, transcodes=False):
     """The autopsy of a folder against counts from activations `acts`, and of the SAE with its bias moved `moved`.
 
     `x` is what the decoder is compared with: the normed tokens; the autopsy gets `folder` and the tokens as they are.
     """
     path, tokens = folder
-    found = autopsy.dissect(str(path), tokens, str(path.parent / "report"), n_probes=16)
+    found = autopsy.dissect(str(path), tokens, n_probes=16)
     n_fired, fve = expected(acts, x, W_dec, b_dec, transcodes)
-    lines = (path.parent / "report/features.csv").read_text().splitlines()
-    columns = dict(zip(lines[0].split(","), zip(*(line.split(",") for line in lines[1:]), strict=True), strict=True))
-    np.testing.assert_array_equal(np.array(columns["n_fired"], int), n_fired)
+    np.testing.assert_array_equal(found.features["n_fired"], n_fired)
     positive = (z_pre > 0).any(axis=0)
     assert found["dead_features"]["dead_by_relu"] == np.flatnonzero(~positive).tolist()
     assert found["dead_features"]["dead_by_topk"] == np.flatnonzero(positive & (n_fired == 0)).tolist()
@@ -78,6 +76,8 @@ def check(folder, x, acts, z_pre, moved, W_dec, b_dec, transcodes=False, moved_b
     assert found["if_centred"]["dead_total"] == (then == 0).mean()
     assert found["if_centred"]["l0"] == pytest.approx(then.sum() / len(x))
     assert found["if_centred"]["revived"] == ((n_fired == 0) & (then > 0)).sum()
+    mean, sigma = x.mean(axis=0, dtype=np.float64), np.linalg.norm(x.std(axis=0, dtype=np.float64))
+    assert found["gamma_left"] == pytest.approx(np.linalg.norm(mean - b_in) / sigma, rel=1e-4)
     if transcodes:
         assert found["fve"] is None
         assert found["if_centred"]["fve"] is None
@@ -151,13 +151,11 @@ def test_saelens_of_every_architecture_and_option(sae_lens, x, tmp_path, archite
     W_dec = sae.W_dec.detach().numpy()
     if options.get("rescale_acts_by_decoder_norm"):
         W_dec = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
-    y = sees.detach().numpy()
-    found = check((tmp_path / "sae", x), y, acts, z_pre, moved, W_dec, sae.b_dec.detach().numpy(),
+    b_dec = sae.b_dec.detach().numpy()
+    b_in = b_dec if options["apply_b_dec_to_input"] else 0
+    found = check((tmp_path / "sae", x), sees.numpy(), acts, z_pre, moved, W_dec, b_dec, b_in,
                   transcodes="transcoder" in architecture)  # fmt: skip
     assert found["subtracts_b_dec"] == options["apply_b_dec_to_input"]
-    b_in = sae.b_dec.detach().numpy() if options["apply_b_dec_to_input"] else 0
-    sigma = np.linalg.norm(y.std(axis=0, dtype=np.float64))
-    assert found["gamma_left"] == pytest.approx(np.linalg.norm(mean - b_in) / sigma, rel=1e-4)
     assert ("not apply" in found["advice"]) == (options.get("normalize_activations") == "expected_average_only_in")
 
 

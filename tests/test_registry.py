@@ -103,7 +103,7 @@ def test_every_class_of_dictionary_learning(x, tmp_path, kind):
     b_enc = next(state[key] for key in ("encoder.bias", "b_enc", "gate_bias") if key in state)
     z_pre = ((tokens - torch.from_numpy(b_dec) * subtracted) @ W_enc + b_enc).numpy()
     W_dec = state["W_dec"] if "W_dec" in state else state["decoder.weight"].T
-    check((tmp_path / "d", x), x, acts, z_pre, moved, W_dec.numpy(), b_dec)
+    check((tmp_path / "d", x), x, acts, z_pre, moved, W_dec.numpy(), b_dec, b_dec * subtracted)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -166,7 +166,7 @@ def test_every_kind_of_sparsify(x, tmp_path, options):
         return  # what is explained is then x less the skip connection: `check` has another denominator
     assert skip == 0
     check((tmp_path / "s", x), x, acts.numpy(), z_pre.numpy(), moved.numpy(), coder.W_dec.detach().numpy(),
-          coder.b_dec.detach().numpy(), transcodes=coder.cfg.transcode)  # fmt: skip
+          coder.b_dec.detach().numpy(), b_in.detach().numpy(), transcodes=coder.cfg.transcode)  # fmt: skip
 
 
 # -- releases with layouts of their own ------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # everything here is on the CPU, wh
 import torch  # noqa: E402
 
 import sae_jax  # noqa: E402
-from sae_jax.reports import figures, tables  # noqa: E402
+from sae_jax.reports import tables  # noqa: E402
 
 D, N, K, BATCH, GAMMA = 32, 128, 8, 256, 3.0
 NUDGE, TRIES = 2.0**-20, 8
@@ -233,7 +233,7 @@ def _dictionary_learning(name: str, options: dict[str, Any]) -> Case:
         else:
             given |= {"sparsity_warmup_steps": 50, "decay_start": None}
         given |= {"group_fractions": [0.25, 0.25, 0.5]} if "Matryoshka" in name else {}
-        given |= {"anneal_start": 100} if "Anneal" in name else {}
+        given |= {"anneal_start": 100, "p_end": 0.2} if "Anneal" in name else {}
         trainer = known[name](**given, **{key: known[value] for key, value in options.items()})
         for step, x in enumerate(itertools.islice(batches(t), steps)):
             trainer.update(step, x)
@@ -274,12 +274,10 @@ def fates(n_fired: np.ndarray, positive: np.ndarray) -> np.ndarray:
     return np.where(n_fired > 0, "alive", np.where(positive, "dead_by_topk", "dead_by_relu"))
 
 
-def compare(case: Case, folder: str, x: np.ndarray, scratch: str) -> dict[str, Any]:
+def compare(case: Case, folder: str, x: np.ndarray) -> dict[str, Any]:
     """Numbers of one SAE; `faults` are features whose count or fate differs by more than ties."""
-    report = sae_jax.dissect(folder, x, scratch, n_probes=16)
-    lines = Path(scratch, "features.csv").read_text().splitlines()
-    columns = dict(zip(lines[0].split(","), zip(*(line.split(",") for line in lines[1:]), strict=True), strict=True))
-    ours, our_fates = np.array(columns["n_fired"], int), np.array(columns["fate"])
+    report = sae_jax.dissect(folder, x, n_probes=16)
+    ours, our_fates = report.features["n_fired"], report.features["fate"]
     t = torch.from_numpy(x)
     with torch.no_grad():
         acts, positive = case.open(folder, torch.float32)(t)
@@ -314,7 +312,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default="")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    figures.STYLE["figure.dpi"] = 20  # nobody looks at them
     x, rows, start = activations(given.tokens), [], time.process_time()
     for case in (case for peer in given.peers.split(",") for case in OF[peer]() if given.only in case.architecture):
         for steps in (0, given.steps):
@@ -324,7 +321,7 @@ def main(argv: list[str]) -> int:
                    "weights": f"trained {steps} steps" if steps else "random"}  # fmt: skip
             with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):  # progress bars
                 case.write(f"{scratch}/sae", torch.from_numpy(x), steps)
-                rows.append(row | compare(case, f"{scratch}/sae", x, f"{scratch}/report"))
+                rows.append(row | compare(case, f"{scratch}/sae", x))
             print(tables.one_line({key: str(value) for key, value in rows[-1].items()}), flush=True)
     differing, faults = (sum(row[key] > 0 for row in rows) for key in ("features_that_differ", "faults"))
     print(f"{len(rows)} SAEs, {len(rows) - differing} alike in every feature, {differing - faults} but for ties, {faults} "

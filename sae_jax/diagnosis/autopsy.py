@@ -105,6 +105,7 @@ def dissect(
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
     result |= {"sae_metadata": opened.metadata, "versions": tables.versions()}
+    result.features = {"fate": here.fates, "n_fired": here.n_fired}
     result.figures = {
         "shifts": figures.shifts({"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}),
         "alignment": figures.alignment(cosines, here.shift),
