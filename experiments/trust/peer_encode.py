@@ -131,7 +131,7 @@ def _saelens(name: str, options: dict[str, Any]) -> Case:
     transcodes = "transcoder" in name
     sizes = {"d_in": D, "d_sae": N, **({"k": K} if "topk" in name else {})}
     sizes |= {"matryoshka_widths": [N // 4, N // 2, N]} if "matryoshka" in name else {}
-    weight = {"standard": {"l1_coefficient": 0.1}, "gated": {"l1_coefficient": 0.1}, "jumprelu": {"l0_coefficient": 0.1}}
+    weight = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
 
     def write(folder: str, t: torch.Tensor, steps: int) -> None:
         if transcodes:
@@ -142,7 +142,7 @@ def _saelens(name: str, options: dict[str, Any]) -> Case:
             sae.save_model(folder)
             return
         cls, config = get_sae_training_class(name)
-        sae = cls(config(**sizes, **options, **(weight.get(name, {}) if steps else {})))
+        sae = cls(config(**sizes, **options, **({weight[name]: 0.1} if name in weight else {})))
         if steps:
             settings = SAETrainerConfig(total_training_samples=steps * BATCH, train_batch_size_samples=BATCH, lr=3e-3,
                                         lr_end=3e-3, n_batches_for_norm_estimate=10)  # fmt: skip
@@ -324,8 +324,8 @@ def main(argv: list[str]) -> int:
                 rows.append(row | compare(case, f"{scratch}/sae", x))
             print(tables.one_line({key: str(value) for key, value in rows[-1].items()}), flush=True)
     differing, faults = (sum(row[key] > 0 for row in rows) for key in ("features_that_differ", "faults"))
-    print(f"{len(rows)} SAEs, {len(rows) - differing} alike in every feature, {differing - faults} but for ties, {faults} "
-          f"otherwise; {time.process_time() - start:.0f} s of processor time")  # fmt: skip
+    print(f"{len(rows)} SAEs, {len(rows) - differing} alike in every feature, {differing - faults} but for ties, "
+          f"{faults} otherwise; {time.process_time() - start:.0f} s of processor time")  # fmt: skip
     if given.out:
         tables.write_csv(given.out, rows)
     return 1 if faults else 0
