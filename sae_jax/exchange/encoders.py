@@ -28,7 +28,7 @@ than 0. Reports keep the key `dead_by_topk` for the second.
 """
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -245,7 +245,9 @@ def in_rows(W: np.ndarray, fn: Callable[[np.ndarray], np.ndarray], rows: int = 4
     return np.concatenate(parts)
 
 
-PIECE = 2**25  # pre-activations at a time
+# Pre-activations at a time, and pieces side by side: top-k has one thread on a CPU, so it works on one piece while the
+# other cores multiply the next.
+PIECE, ABREAST = 2**23, 4
 
 
 @jax.jit
@@ -265,18 +267,14 @@ def see(
         split = lambda a: a.reshape(-1, rows, *a.shape[1:])  # noqa: E731
         b_mag = magnitude_bias(encoder)
 
-        def look(x: Array, valid: Array, W_enc: Array) -> tuple[Array, ...]:
-            u = (x - point) @ W_enc.T
-            return tuple(a for place in places for a in _see(encoder, place, b_mag, u, x, valid, giant_norm))
-
         def one(total: tuple[Seen, ...], batch: tuple[Array, Array]) -> tuple[tuple[Seen, ...], None]:
-            found = topk.in_pieces(look, (partial(reduce, jnp.logical_or), sum, partial(reduce, jnp.maximum), sum, sum)
-                                   * len(places), batch, encoder.W_enc)  # fmt: skip
-            each = (Seen(*found[i : i + 5]) for i in range(0, len(found), 5))
-            return tuple(_join(a, b) for a, b in zip(total, each, strict=True)), None
+            x, valid = batch
+            u = (x - point) @ encoder.W_enc.T
+            found = tuple(_see(encoder, place, b_mag, u, x, valid, giant_norm) for place in places)
+            return tuple(_join(a, b) for a, b in zip(total, found, strict=True)), None
 
         start = Seen(jnp.zeros(n, bool), jnp.zeros(n, jnp.int32), jnp.zeros(n), jnp.zeros(()), jnp.zeros(()))
-        total: tuple[Seen, ...] = jax.lax.scan(one, (start,) * len(places), (split(x), split(valid)))[0]
+        total: tuple[Seen, ...] = jax.lax.scan(one, (start,) * len(places), (split(x), split(valid)), unroll=ABREAST)[0]
         return total
 
 
