@@ -39,6 +39,7 @@ os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # everything here is on the CPU, wh
 import torch  # noqa: E402
 
 import sae_jax  # noqa: E402
+from sae_jax.errors import first_line  # noqa: E402
 from sae_jax.reports import tables  # noqa: E402
 
 D, N, K, BATCH, GAMMA = 32, 128, 8, 256, 3.0
@@ -320,7 +321,11 @@ def main(argv: list[str]) -> int:
             row = {"library": case.library, "architecture": case.architecture, "options": options,
                    "weights": f"trained {steps} steps" if steps else "random"}  # fmt: skip
             with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):  # progress bars
-                case.write(f"{scratch}/sae", torch.from_numpy(x), steps)
+                try:
+                    case.write(f"{scratch}/sae", torch.from_numpy(x), steps)
+                except Exception as error:
+                    print(f"{' '.join(row.values())}: the library cannot make it ({first_line(error)})")
+                    continue
                 rows.append(row | compare(case, f"{scratch}/sae", x))
             print(tables.one_line({key: str(value) for key, value in rows[-1].items()}), flush=True)
     differing, faults = (sum(row[key] > 0 for row in rows) for key in ("features_that_differ", "faults"))
