@@ -73,7 +73,7 @@ def dissect(
     mu = severity.raw.mean / scale
     here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm)
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
-    choices = {key: choice for key, choice in remedies.preprocessings(severity, median).items() if key in CENTRINGS}
+    choices = remedies.preprocessings(severity, median, only=CENTRINGS)
     forecast = remedies.forecast(tokens, choices, severity.raw.mean, n_probes, seed)
     cosines = encoders.in_rows(encoder.W_enc, lambda W: fates.alignment(W, mu))
     b_in = np.asarray(encoder.b_in, np.float64)

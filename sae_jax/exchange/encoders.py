@@ -184,7 +184,8 @@ def decode(encoder: Encoder, acts: Acts, x: Float[Array, "B d"], b_dec: Array) -
         found = combine(kept, encoder.W_dec)
     else:
         dense: Any = acts.dense if encoder.ranked_by is None else _over(acts.dense, encoder.ranked_by)
-        found = on_cpu(_sparse_product, jnp.matmul, dense, encoder.W_dec)
+        sparse = _sparse_product if is_large(*encoder.W_dec.shape) else jnp.matmul
+        found = on_cpu(sparse, jnp.matmul, dense, encoder.W_dec)
     found = found + b_dec
     return found if encoder.W_skip is None else found + x @ encoder.W_skip.T
 
@@ -192,11 +193,8 @@ def decode(encoder: Encoder, acts: Acts, x: Float[Array, "B d"], b_dec: Array) -
 def _sparse_product(dense: Float[Array, "B n"], rows: Float[Array, "n d"]) -> Float[Array, "B d"]:
     """dense @ rows, where all tokens have few entries by those alone: a matmul costs as much as that of the encoder."""
     few = rows.shape[0] // 64
-    if not is_large(*rows.shape):
-        return dense @ rows
-    product: Array = jax.lax.cond(
-        (dense > 0).sum(axis=1).max() <= few, lambda: combine(topk.top_k(dense, few), rows), lambda: dense @ rows
-    )
+    are_few = (dense > 0).sum(axis=1).max() <= few
+    product: Array = jax.lax.cond(are_few, lambda: combine(topk.top_k(dense, few), rows), lambda: dense @ rows)
     return product
 
 
