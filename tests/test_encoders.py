@@ -12,7 +12,8 @@ import torch
 from etils import epath
 
 from sae_jax.diagnosis import autopsy
-from sae_jax.exchange import encoders, registry
+from sae_jax.exchange import encoders, registry, sharing
+from sae_jax.exchange.encoders import Encoder, Opened
 
 D, N, K, TOKENS = 12, 48, 5, 1200
 
@@ -59,19 +60,17 @@ def expected(acts, x, W_dec, b_dec, transcodes=False):
     return (acts != 0).sum(axis=0), 1 - error / np.sum((x - x.mean(axis=0)) ** 2)
 
 
-def check(folder, x, acts, z_pre, moved, W_dec, b_dec, transcodes=False, moved_b_dec=None):
+def check(folder, x, acts, z_pre, moved, W_dec, b_dec, b_in, transcodes=False):
     """The autopsy of a folder against counts from activations `acts`, and of the SAE with its bias moved `moved`.
 
     `x` is what the decoder is compared with: the normed tokens; the autopsy gets `folder` and the tokens as they are.
     """
     path, tokens = folder
-    found = autopsy.dissect(str(path), tokens, str(path.parent / "report"), n_probes=16)
+    found = autopsy.dissect(str(path), tokens, n_probes=16)
     n_fired, fve = expected(acts, x, W_dec, b_dec, transcodes)
-    lines = (path.parent / "report/features.csv").read_text().splitlines()
-    columns = dict(zip(lines[0].split(","), zip(*(line.split(",") for line in lines[1:]), strict=True), strict=True))
-    np.testing.assert_array_equal(np.array(columns["n_fired"], int), n_fired)
+    np.testing.assert_array_equal(found.features["n_fired"], n_fired)
     if "gated" not in found["architecture"]:  # whose gate may open where its magnitude is 0
-        margin = np.array(columns["distance_to_threshold"], float)
+        margin = found.features["distance_to_threshold"]
         assert (margin[n_fired > 0] >= -1e-4).all()
         assert (margin[n_fired == 0] <= 1e-4).all()
         assert (margin[n_fired == 0] < 0).any() or (n_fired > 0).all()
@@ -83,6 +82,8 @@ def check(folder, x, acts, z_pre, moved, W_dec, b_dec, transcodes=False, moved_b
     assert found["if_centred"]["dead_total"] == (then == 0).mean()
     assert found["if_centred"]["l0"] == pytest.approx(then.sum() / len(x))
     assert found["if_centred"]["revived"] == ((n_fired == 0) & (then > 0)).sum()
+    mean, sigma = x.mean(axis=0, dtype=np.float64), np.linalg.norm(x.std(axis=0, dtype=np.float64))
+    assert found["gamma_left"] == pytest.approx(np.linalg.norm(mean - b_in) / sigma, rel=1e-4)
     if transcodes:
         assert found["fve"] is None
         assert found["if_centred"]["fve"] is None
@@ -156,13 +157,11 @@ def test_saelens_of_every_architecture_and_option(sae_lens, x, tmp_path, archite
     W_dec = sae.W_dec.detach().numpy()
     if options.get("rescale_acts_by_decoder_norm"):
         W_dec = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
-    y = sees.detach().numpy()
-    found = check((tmp_path / "sae", x), y, acts, z_pre, moved, W_dec, sae.b_dec.detach().numpy(),
+    b_dec = sae.b_dec.detach().numpy()
+    b_in = b_dec if options["apply_b_dec_to_input"] else 0
+    found = check((tmp_path / "sae", x), sees.numpy(), acts, z_pre, moved, W_dec, b_dec, b_in,
                   transcodes="transcoder" in architecture)  # fmt: skip
     assert found["subtracts_b_dec"] == options["apply_b_dec_to_input"]
-    b_in = sae.b_dec.detach().numpy() if options["apply_b_dec_to_input"] else 0
-    sigma = np.linalg.norm(y.std(axis=0, dtype=np.float64))
-    assert found["gamma_left"] == pytest.approx(np.linalg.norm(mean - b_in) / sigma, rel=1e-4)
     assert ("not apply" in found["advice"]) == (options.get("normalize_activations") == "expected_average_only_in")
 
 
@@ -175,6 +174,23 @@ def test_encode_is_the_librarys_value_by_value(sae_lens, x, tmp_path):
             theirs = sae.encode(torch.from_numpy(x)).numpy()
         ours = np.asarray(encoders.encode(jax.tree.map(jnp.asarray, encoder), jnp.asarray(x)))
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), err_msg=f"{architecture} {options}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_saelens_wrote_come_back_to_the_byte(sae_lens, tmp_path, dtype):
+    sae = saelens_of(sae_lens, "topk", {"k": K, "dtype": dtype})
+    sae.save_model(tmp_path / "theirs")
+    sharing.export(str(tmp_path / "theirs"), str(tmp_path / "ours"), "saelens")
+    theirs, ours = ((tmp_path / name / "sae_weights.safetensors").read_bytes() for name in ("theirs", "ours"))
+    if dtype == "float32":
+        assert theirs == ours
+    config = json.loads((tmp_path / "ours/cfg.json").read_text())
+    assert config["dtype"] == "float32"
+    again = sae_lens.SAE.load_from_disk(tmp_path / "ours")
+    for key, value in sae.state_dict().items():
+        assert value.dtype == getattr(torch, dtype)
+        assert again.state_dict()[key].dtype == torch.float32
+        assert again.state_dict()[key].numpy().tobytes() == value.float().numpy().tobytes()
 
 
 @pytest.mark.parametrize("version", [None, "5.11.0", "4.0.0"])
@@ -203,3 +219,31 @@ def test_saelens_before_version_6(sae_lens, x, tmp_path, version):
             theirs = sae_lens.SAE.load_from_disk(tmp_path / name).encode(torch.from_numpy(x)).detach().numpy()
         ours = np.asarray(encoders.encode(jax.tree.map(jnp.asarray, opened.encoder), jnp.asarray(x)))
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+# -- large ones, which go through other kernels on a CPU -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("above", [None, 3.0, 0.0])
+def test_large_saes_are_counted_as_small_ones(above):
+    """In pieces side by side; of thresholds at 3 the few rows that fire are read, at 0 (half of them fire) all."""
+    rng = np.random.default_rng(5)
+    n, d, k = 4096, 256, 16
+    x = np.float32(rng.normal(size=(700, d)) + 0.5)
+    rows = np.float32(rng.normal(size=(n, d)) / np.sqrt(d))
+    b_dec, b_enc = np.float32(0.5 * x.mean(axis=0)), np.zeros(n, np.float32)
+    kind = {"rule": "topk", "k": k} if above is None else {"rule": "threshold", "threshold": b_enc + np.float32(above)}
+    encoder = Encoder(W_enc=rows, b_enc=b_enc, W_dec=rows, b_dec=b_dec, b_in=b_dec, **kind)
+    found = autopsy.dissect(Opened(encoder, {}, "none"), x, n_probes=16)
+    for bias, at in ((b_dec, found), (x.mean(axis=0, dtype=np.float64), found["if_centred"])):
+        z = (x.astype(np.float64) - bias) @ rows.T
+        bar = np.partition(z, -k, axis=1)[:, -k, None] if above is None else above
+        fires = (z >= bar) & (z > 0)
+        ties = np.zeros(n) if above is None else (np.abs(z - bar) < 1e-5).sum(axis=0)
+        assert (fires.sum(axis=1).max() > n // 64) == (above == 0)
+        error = np.sum((x - np.where(fires, z, 0) @ rows - bias) ** 2)
+        fve = 1 - error / np.sum((x - x.mean(axis=0, dtype=np.float64)) ** 2)
+        assert at["fve"] == pytest.approx(fve, abs=1e-4 * max(1, abs(fve)))
+        assert at["l0"] * len(x) == pytest.approx(fires.sum(), abs=float(ties.sum()))
+        if at is found:
+            assert (np.abs(found.features["n_fired"] - fires.sum(axis=0)) <= ties).all()

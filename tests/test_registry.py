@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from etils import epath
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_encoders import D, K, N, check, weights
 
 from sae_jax import cli
 from sae_jax.errors import Refused
-from sae_jax.exchange import encoders, registry
+from sae_jax.exchange import encoders, registry, sharing
 from sae_jax.exchange.encoders import Opened
 
 relu, linear = torch.relu, torch.nn.functional.linear
@@ -103,7 +103,7 @@ def test_every_class_of_dictionary_learning(x, tmp_path, kind):
     b_enc = next(state[key] for key in ("encoder.bias", "b_enc", "gate_bias") if key in state)
     z_pre = ((tokens - torch.from_numpy(b_dec) * subtracted) @ W_enc + b_enc).numpy()
     W_dec = state["W_dec"] if "W_dec" in state else state["decoder.weight"].T
-    check((tmp_path / "d", x), x, acts, z_pre, moved, W_dec.numpy(), b_dec)
+    check((tmp_path / "d", x), x, acts, z_pre, moved, W_dec.numpy(), b_dec, b_dec * subtracted)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -166,7 +166,7 @@ def test_every_kind_of_sparsify(x, tmp_path, options):
         return  # what is explained is then x less the skip connection: `check` has another denominator
     assert skip == 0
     check((tmp_path / "s", x), x, acts.numpy(), z_pre.numpy(), moved.numpy(), coder.W_dec.detach().numpy(),
-          coder.b_dec.detach().numpy(), transcodes=coder.cfg.transcode)  # fmt: skip
+          coder.b_dec.detach().numpy(), b_in.detach().numpy(), transcodes=coder.cfg.transcode)  # fmt: skip
 
 
 # -- releases with layouts of their own ------------------------------------------------------------------------------
@@ -376,6 +376,33 @@ def test_a_folder_of_several_lists_them(x, tmp_path):
     for number in range(20):
         torch.save({}, tmp_path / f"layer{number}.sae.pt")
     assert "(23 in all)" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_of_the_others_come_back_to_the_byte(tmp_path, dtype):
+    """Of a folder in either format, in float32 or bfloat16: the same numbers, float32, in the same format."""
+    w = {key: value.to(dtype) for key, value in weights({**LINEAR, "b_dec": (D,)}).items()}
+    config = {"dict_class": "AutoEncoderTopK", "activation_dim": D, "dict_size": N, "k": K}
+    for name in ("dictionary_learning", "sparsify"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dictionary_learning/config.json").write_text(json.dumps({"trainer": config}))
+    torch.save(w, tmp_path / "dictionary_learning/ae.pt")
+    coder = {key: value for key, value in w.items() if key != "decoder.weight"}
+    coder["W_dec"] = w["decoder.weight"].T.contiguous()
+    save_file(coder, tmp_path / "sparsify/sae.safetensors")
+    (tmp_path / "sparsify/cfg.json").write_text(json.dumps({"d_in": D, "num_latents": N, "k": K}))
+    for name in ("dictionary_learning", "sparsify"):
+        sharing.export(str(tmp_path / name), str(tmp_path / f"{name} again"), name)
+    again = torch.load(tmp_path / "dictionary_learning again/ae.pt", weights_only=True)
+    for key, value in w.items():
+        assert again[key].dtype == torch.float32
+        assert again[key].numpy().tobytes() == value.float().numpy().tobytes()
+    files = [tmp_path / name / "sae.safetensors" for name in ("sparsify", "sparsify again")]
+    if dtype == torch.float32:
+        assert files[0].read_bytes() == files[1].read_bytes()
+    for key, value in load_file(files[1]).items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, coder[key].float())
 
 
 def test_bfloat16_comes_as_float32(x, tmp_path):

@@ -36,7 +36,7 @@ CENTRINGS = ("none", "mean", "geometric_median")
 
 
 def dissect(
-    sae: str | SAE | Packed,
+    sae: str | SAE | Packed | Opened,
     activations: np.ndarray | str | ConfigDict,
     workdir: str | None = None,
     *,
@@ -48,7 +48,7 @@ def dissect(
 
     Args:
       sae: a run; the folder or file of an SAE of any kind that `exchange.registry` reads; hf://OWNER/NAME/PLACE;
-        saelens:RELEASE/ID; an SAE, or what `sae_jax.load` returns.
+        saelens:RELEASE/ID; an SAE, or what `sae_jax.load` or `sharing.opened` returns.
       activations: as for `sae_jax.diagnose`; of the same width, and as the SAE takes them.
       workdir: where report.json, report.html, features.csv and the figures go; None writes nothing.
       member: which SAE of a run.
@@ -70,13 +70,13 @@ def dissect(
     tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations), encoder.norm))
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
-    severity, sample, counts = diagnosis.first_pass(tokens)
-    ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
+    severity, sample, counts = diagnosis.first_pass(tokens, of_directions=False)
+    ordinary = giants.without(tokens.batches, counts.giant_norm) if counts.any_giant else severity
     mu = severity.raw.mean / scale
     read = texts.opened(activations, tokens.identity, opened.metadata) if workdir else None
     here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm, read)
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
-    choices = {key: choice for key, choice in remedies.preprocessings(severity, median).items() if key in CENTRINGS}
+    choices = remedies.preprocessings(severity, median, only=CENTRINGS)
     forecast = remedies.forecast(tokens, choices, severity.raw.mean, n_probes, seed)
     cosines = encoders.in_rows(encoder.W_enc, lambda W: fates.alignment(W, mu))
     b_in = np.asarray(encoder.b_in, np.float64)
@@ -108,6 +108,7 @@ def dissect(
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
     result |= {"sae_metadata": opened.metadata, "versions": tables.versions()}
+    result.features = {"fate": here.fates, "n_fired": here.n_fired, "distance_to_threshold": here.margin / scale}
     draw = {
         "density": partial(autopsy_figures.density, here.n_fired, here.shift),
         "dead_over_tokens": partial(autopsy_figures.dead_over_tokens, curve),

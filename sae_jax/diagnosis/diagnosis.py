@@ -33,9 +33,13 @@ RUN = "config.json"  # checkpoint.CONFIG, without orbax: it takes as long to imp
 
 
 class Report(dict[str, Any]):
-    """The report as a dictionary, as in report.json, with `figures`: name → matplotlib Figure."""
+    """The report as a dictionary, as in report.json, with `figures`: name → matplotlib Figure.
+
+    That of an autopsy also has `features`: `fate` and `n_fired` of each, as in features.csv.
+    """
 
     figures: dict[str, Figure]
+    features: dict[str, np.ndarray]
 
 
 def diagnose(
@@ -157,10 +161,11 @@ class Counts(NamedTuple):
     any_giant: bool
 
 
-def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, Counts]:
+def first_pass(tokens: Tokens, of_directions: bool = True) -> tuple[Severity, np.ndarray, Counts]:
     """Moments of all tokens, a random choice of them kept aside, and what was counted on the way.
 
-    Refuses what cannot be diagnosed.
+    The covariance `of_directions` costs a third of it, and an autopsy has no use for it. Refuses what cannot be
+    diagnosed.
     """
     kept, norms = giants.Sample(2 * SAMPLE), giants.Sample(giants.MOST)
     seen, n_bad, n_zero, longest, first_bad = 0, 0, 0, 0.0, ""
@@ -183,7 +188,7 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, Counts]:
             seen += len(x)
 
     try:
-        severity = moments_lib.severity(watched(), covariance=True)
+        severity = moments_lib.severity(watched(), True, of_directions)
     except ValueError:
         severity = None
     name = tokens.identity.get("path", "activations")

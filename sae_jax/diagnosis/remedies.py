@@ -4,7 +4,7 @@ A forecast sends a few hundred random directions (probes) past all tokens under 
 sends a real untrained SAE behind each.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -36,21 +36,23 @@ REMEDIES = {
 
 
 def preprocessings(
-    severity: Severity, median: Float[np.ndarray, "d"], ordinary: Severity | None = None
-) -> dict[str, Preprocessing]:
-    """Every remedy, in the order of cost; `ordinary` are the moments without tokens of giant norm."""
+    severity: Severity, median: Float[np.ndarray, "d"], ordinary: Severity | None = None,
+    only: Collection[str] = tuple(REMEDIES),
+) -> dict[str, Preprocessing]:  # fmt: skip
+    """Every remedy, or some, in the order of cost; `ordinary` are the moments without tokens of giant norm."""
 
     def shifted(shift: np.ndarray, norm: str = "none") -> Preprocessing:
         return Preprocessing(shift=jnp.asarray(shift, jnp.float32), norm=norm)
 
-    return {
-        "none": shifted(np.zeros_like(median)),
-        "mean": shifted(severity.raw.mean),
-        "geometric_median": shifted(median),
-        "layer_norm_centred": shifted(severity.layer_normed.mean, "layer_norm"),
-        "unit_norm_centred": shifted(severity.directions.mean, "unit"),
-        "whitening": whitening(severity.raw, ordinary=ordinary.raw if ordinary else None),
+    made: dict[str, Callable[[], Preprocessing]] = {
+        "none": lambda: shifted(np.zeros_like(median)),
+        "mean": lambda: shifted(severity.raw.mean),
+        "geometric_median": lambda: shifted(median),
+        "layer_norm_centred": lambda: shifted(severity.layer_normed.mean, "layer_norm"),
+        "unit_norm_centred": lambda: shifted(severity.directions.mean, "unit"),
+        "whitening": lambda: whitening(severity.raw, ordinary=ordinary.raw if ordinary else None),
     }
+    return {name: make() for name, make in made.items() if name in only}
 
 
 def _width(before: Preprocessing) -> int:

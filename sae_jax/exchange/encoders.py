@@ -38,7 +38,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from sae_jax.autoencoder import topk
-from sae_jax.autoencoder.kept import Kept, combine
+from sae_jax.autoencoder.kept import Kept, combine, is_large, on_cpu
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.outliers import preprocess
 
@@ -185,9 +185,18 @@ def decode(encoder: Encoder, acts: Acts, x: Float[Array, "B d"], b_dec: Array) -
         found = combine(kept, encoder.W_dec)
     else:
         dense: Any = acts.dense if encoder.ranked_by is None else _over(acts.dense, encoder.ranked_by)
-        found = dense @ encoder.W_dec
+        sparse = _sparse_product if is_large(*encoder.W_dec.shape) else jnp.matmul
+        found = on_cpu(sparse, jnp.matmul, dense, encoder.W_dec)
     found = found + b_dec
     return found if encoder.W_skip is None else found + x @ encoder.W_skip.T
+
+
+def _sparse_product(dense: Float[Array, "B n"], rows: Float[Array, "n d"]) -> Float[Array, "B d"]:
+    """dense @ rows, where all tokens have few entries by those alone: a matmul costs as much as that of the encoder."""
+    few = rows.shape[0] // 64
+    are_few = (dense > 0).sum(axis=1).max() <= few
+    product: Array = jax.lax.cond(are_few, lambda: combine(topk.top_k(dense, few), rows), lambda: dense @ rows)
+    return product
 
 
 def _over(values: Any, factors: Array) -> Array:

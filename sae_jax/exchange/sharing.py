@@ -70,13 +70,16 @@ def _read(path: str, member: str | None) -> tuple[Packed | Opened, np.ndarray | 
     return _unpacked(saved, config_lib.from_identity(saved.identity), member, _facts(folder))
 
 
-def opened(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Opened:
+def opened(sae: str | os.PathLike[str] | SAE | Packed | Opened, member: str | None = None) -> Opened:
     """Anybody's SAE of any kind that is supported, in its own arithmetic; ours with its preprocessing folded in."""
-    found, silent = _read(os.fspath(sae), member) if isinstance(sae, str | os.PathLike) else (packed_of(sae), None)
+    found, silent = sae, None
+    if isinstance(sae, str | os.PathLike):
+        found, silent = _read(os.fspath(sae), member)
     if isinstance(found, Opened):
         return found
-    encoder = encoders_lib.of_sae(formats.folded(found), found.before.norm)
-    return Opened(encoder, found.metadata, "sae_jax", tokens_since_fired=silent)
+    packed = packed_of(found)
+    encoder = encoders_lib.of_sae(formats.folded(packed), packed.before.norm)
+    return Opened(encoder, packed.metadata, "sae_jax", tokens_since_fired=silent)
 
 
 def packed_of(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Packed:
@@ -242,9 +245,7 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
         rows = [known["init"], known["final"]]
         shown = [key for key in tables.COLUMNS if key in rows[0]]
         lines += [
-            "",
-            "## Features that never fire",
-            "",
+            "", "## Features that never fire", "",
             f"On held-out tokens, whose gamma ‖mu‖ / ‖sigma‖ is {known['gamma_raw']:.2f}"
             + (f", and {known['gamma']:.2f} after LayerNorm." if "gamma" in known else "."),
             "",
@@ -270,7 +271,6 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------
-
 
 def _repository(name: str) -> Any:
     """The hub's API, once a repository of that name is there to write to."""

@@ -57,7 +57,9 @@ def place(encoder: Encoder, point: np.ndarray, moved: bool) -> Place:
     return Place(np.float32(in_rows(encoder.W_enc, lambda W: W @ left)), encoder.b_dec)
 
 
-PIECE = 2**25  # pre-activations at a time
+# Pre-activations at a time, and pieces side by side: top-k has one thread on a CPU, so it works on one piece while the
+# other cores multiply the next.
+PIECE, ABREAST = 2**23, 4
 STRETCH = 256  # tokens, of which a feature has one best
 
 
@@ -92,7 +94,7 @@ def see(
         start = Seen(jnp.zeros(n, bool), jnp.zeros(n, jnp.int32), jnp.zeros(n), jnp.full(n, -jnp.inf), zero, zero)
         batches = (split(x), split(valid), split(jnp.arange(len(x))))
         total: tuple[Seen, ...]
-        total, tops = jax.lax.scan(one, (start,) * len(places), batches)
+        total, tops = jax.lax.scan(one, (start,) * len(places), batches, unroll=ABREAST)
         return total, jax.tree.map(lambda a: a.reshape(-1, n), tops)
 
 

@@ -186,12 +186,20 @@ class Severity(NamedTuple):
         }
 
 
-def severity(batches: Iterable[Float[np.ndarray, "_ d"]], covariance: bool = False) -> Severity:
-    """One pass over the batches. Raises ValueError where there are none."""
+def severity(
+    batches: Iterable[Float[np.ndarray, "_ d"]], covariance: bool = False, of_directions: bool = True
+) -> Severity:
+    """One pass over the batches, with covariances if wanted, that `of_directions` if that is wanted too.
+
+    Raises ValueError where there are no batches.
+    """
     total: Severity | None = None
     for x in batches:
         x64 = np.asarray(x, np.float64)
-        part = Severity(*(moments(view, covariance) for view in (x64, layer_norm(x64), direction(x64))))
+        part = Severity(
+            moments(x64, covariance), moments(layer_norm(x64), covariance),
+            moments(direction(x64), covariance and of_directions),
+        )  # fmt: skip
         total = part if total is None else Severity(*map(merge, total, part))
     if total is None:
         raise ValueError("no activations to take moments of")
