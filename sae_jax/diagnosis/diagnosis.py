@@ -6,6 +6,7 @@ every remedy, is a third pass and costs what the first two save.
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import Band, Forecast
 from sae_jax.reports import diagnosis_figures, figures, tables
-from sae_jax.runtime import memory, progress
+from sae_jax.runtime import progress
 from sae_jax.training import evaluation
 
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
@@ -65,10 +66,8 @@ def diagnose(
       RunFailed: activations made or extracted on the way are not finite.
     """
     check(n_features, k, n_probes, seed, workdir)
-    tokens, scale = rescaled(open_tokens(activations))
-    if measure:
-        what = f"untrained SAEs of width {tokens.d_model}, one behind every remedy,"
-        memory.check("n_features", n_features, what, 4.0 * tokens.d_model * len(remedies.REMEDIES))
+    fits = partial(remedies.check_memory, n_features=n_features, n_probes=n_probes, measure=measure)
+    tokens, scale = rescaled(open_tokens(activations, fits))
     severity, sample, counts = first_pass(tokens)
     ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)

@@ -14,6 +14,9 @@ from sae_jax import config as config_lib
 from sae_jax.activations import files, synthetic
 from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks
 from sae_jax.errors import Refused, RunFailed
+from sae_jax.runtime import memory
+
+STATISTICS = 2000  # synthetic tokens made at a time for statistics
 
 
 class Source(Protocol):
@@ -42,21 +45,42 @@ class Source(Protocol):
         """What an input stands for, inside the compiled program; `rows` are this device's rows of the batch."""
 
 
-def open_source(config: ConfigDict) -> Source:
-    """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first."""
+def open_source(config: ConfigDict, fits: Callable[[int], None] = lambda d_model: None) -> Source:
+    """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first.
+
+    Args:
+      fits: called with d_model as soon as that is known, before all that takes time or memory; may refuse.
+    """
     if config.data.path:
         chunks = files.open_chunks(config.data.path)
+        fits(chunks.d_model)
         if isinstance(chunks, ArrayChunks):  # what we wrote ourselves has been looked at
             chunks.check()
         return StoredSource(config, chunks)
     if config.data.model.id:
-        from sae_jax.models import extraction, streaming
+        from sae_jax.models import extraction, facts, streaming
 
+        if width := facts.width(config.data.model):
+            fits(width)
         if config.data.model.stream:
             streamed = streaming.StreamedChunks(config.data.model)
+            fits(streamed.d_model)
             return StoredSource(config, streamed, cache(streamed.__getitem__))
-        return StoredSource(config, files.open_chunks(extraction.extracted(config.data.model)))
+        chunks = files.open_chunks(extraction.extracted(config.data.model))
+        fits(chunks.d_model)
+        return StoredSource(config, chunks)
+    _check_truth(config)
+    fits(config.data.d_model)
     return SyntheticSource(config)
+
+
+def _check_truth(config: ConfigDict) -> None:
+    """Refuses more true features than there is memory for: they, and a number for each of them for every token."""
+    d, rows = config.data.d_model, max(config.train.batch_size, config.eval.batch_size, STATISTICS)
+    if config.data.signal == "sparse":
+        memory.check("true features, and a draw of each for every token,", memory.Choice(
+            "data.n_true_features", config.data.n_true_features, lambda m: 4.0 * m * (2 * d + 2 * rows)
+        ))  # fmt: skip
 
 
 def _own(batch_size: int) -> slice:
@@ -90,9 +114,8 @@ class SyntheticSource:
             yield np.int32(number), (np.arange(self._eval_batch) < self.n_eval_tokens - done)[_own(self._eval_batch)]
 
     def statistics(self) -> Iterator[np.ndarray]:
-        size = 2000
-        for number, done in enumerate(range(0, self._n_statistics, size)):
-            rows = jnp.arange(min(size, self._n_statistics - done))
+        for number, done in enumerate(range(0, self._n_statistics, STATISTICS)):
+            rows = jnp.arange(min(STATISTICS, self._n_statistics - done))
             yield np.asarray(self._sample(self._spec, synthetic.SPLITS["statistics"], number, rows))
 
     def mean_shift(self, member: ConfigDict) -> np.ndarray:
@@ -192,11 +215,13 @@ class Tokens(NamedTuple):
     given: bool  # a file or an array of the user's, as against one made or extracted on the way
 
 
-def open_tokens(activations: np.ndarray | str | ConfigDict) -> Tokens:
-    """Whatever the user points at, as batches that can be read again."""
+def open_tokens(
+    activations: np.ndarray | str | ConfigDict, fits: Callable[[int], None] = lambda d_model: None
+) -> Tokens:
+    """Whatever the user points at, as batches that can be read again; `fits` as of `open_source`."""
     if isinstance(activations, ConfigDict):
         config_lib.check(activations)
-        source = open_source(activations)
+        source = open_source(activations, fits)
         return Tokens(source.statistics, source.d_model, source.identity, given=bool(activations.data.path))
     try:
         chunks: Any = (
@@ -207,6 +232,8 @@ def open_tokens(activations: np.ndarray | str | ConfigDict) -> Tokens:
         raise Refused("activations", error.value, error.allowed) from error
     except ValueError as error:  # lists of rows that are not equally long
         raise Refused("activations", "array", f"an array of shape (tokens, d_model) ({error})") from error
+
+    fits(chunks.d_model)
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, chunks.n_tokens, BATCH):
