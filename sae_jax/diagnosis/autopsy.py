@@ -6,6 +6,7 @@ b_enc, and its standard deviation, √(w·Σ·w), follow from the moments. b_in 
 zero; moving the bias puts both at the mean (a transcoder's b_dec is of other activations, and stays).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from sae_jax.outliers import giants
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.reports import figures, tables
+from sae_jax.runtime import memory
 from sae_jax.training import evaluation, fates
 
 FATES = ("alive", "dead_by_topk", "dead_by_relu")
@@ -65,7 +67,8 @@ def dissect(
     encoder, name = opened.encoder, sae if isinstance(sae, str) else "sae"
     n_features, d_model = encoder.W_enc.shape
     diagnosis.check(n_features, encoder.k or 1, n_probes, seed, workdir)
-    tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations), encoder.norm))
+    fits = partial(_check_memory, encoder, name, n_probes=n_probes)
+    tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations, fits), encoder.norm))
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
     severity, sample, counts = diagnosis.first_pass(tokens)
@@ -123,6 +126,18 @@ def dissect(
             figures.save(figure, epath.Path(workdir) / f"{key}.png")
         tables.write_json(workdir, result)
     return result
+
+
+ROW = 3000  # bytes that a feature takes: its line of the table, and what is seen of it
+
+
+def _check_memory(encoder: Encoder, name: str, d_model: int, n_probes: int) -> None:
+    """Refuses an SAE for whose examination there is no room: in other units, on the device, and its covariances."""
+    rest = 2.0 * (encoder.W_enc.nbytes + encoder.W_dec.nbytes) + ROW * len(encoder.W_enc)
+    memory.check(
+        f"the weights of {name} in other units, covariances, probes and a table of its features",
+        memory.Choice("n_probes", n_probes, lambda probes: rest + remedies.bytes_needed(d_model, probes)),
+    )
 
 
 def _normed(tokens: Tokens, norm: str) -> Tokens:

@@ -30,6 +30,7 @@ from sae_jax.training import evaluation
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
 MIN_TOKENS = 256  # with fewer, or fewer than 2 a dimension, the report warns
 FEWEST = 16
+N_PROBES = 512
 RUN = "config.json"  # checkpoint.CONFIG, without orbax: it takes as long to import as a small diagnosis
 
 
@@ -41,7 +42,7 @@ class Report(dict[str, Any]):
 
 def diagnose(
     activations: np.ndarray | str | ConfigDict, workdir: str | None = None, *, n_features: int = 8192, k: int = 64,
-    measure: bool = False, n_probes: int = 512, seed: int = 0,
+    measure: bool = False, n_probes: int = N_PROBES, seed: int = 0,
 ) -> Report:  # fmt: skip
     """Outlier severity, predicted death at initialisation by every law, and the cheapest remedy.
 

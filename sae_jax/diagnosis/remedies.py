@@ -143,23 +143,24 @@ def _probe_bytes(n_probes: int, d_model: int) -> float:
     return len(REMEDIES) * (12.0 * n_probes * d_model + 8.0 * n_probes * _rows(n_probes))
 
 
+def bytes_needed(d_model: int, n_probes: int, n_features: int = 0) -> float:
+    """Of a diagnosis: covariances, probes and, where deaths are measured, an untrained SAE of n_features behind every
+    remedy with its pre-activations."""
+    rows = topk.rows_at_a_time(BATCH, n_features, d_model)
+    # W_enc and W_dec are one array as long as nothing is trained; two more of its size while one is made.
+    each = 4.0 * (d_model * (len(REMEDIES) + 2) + 2 * rows + 2 * len(REMEDIES))
+    return MATRICES * 8.0 * d_model**2 + _probe_bytes(n_probes, d_model) + n_features * each
+
+
 def check_memory(d_model: int, *, n_features: int, n_probes: int, measure: bool) -> None:
-    """Refuses what cannot be diagnosed in the memory there is: covariances, probes, and where deaths are measured an
-    untrained SAE behind every remedy with its pre-activations."""
-    def saes(n: int) -> float:
-        rows = topk.rows_at_a_time(BATCH, n, d_model)
-        # W_enc and W_dec are one array as long as nothing is trained; two more of its size while one is made.
-        return 4.0 * n * (d_model * (len(REMEDIES) + 2) + 2 * rows + 2 * len(REMEDIES))
-
-    def need(n: int, probes: int) -> float:
-        return MATRICES * 8.0 * d_model**2 + _probe_bytes(probes, d_model) + (saes(n) if measure else 0.0)
-
-    asked = [memory.Choice("n_probes", n_probes, lambda probes: need(n_features, probes))]
+    """Refuses what cannot be diagnosed in the memory there is."""
+    probes = memory.Choice("n_probes", n_probes, lambda p: bytes_needed(d_model, p, n_features if measure else 0))
     what = f"covariances of width {d_model} and probes"
-    if measure:
-        asked.insert(0, memory.Choice("n_features", n_features, lambda n: need(n, n_probes)))
-        what = f"untrained SAEs of width {d_model}, one behind every remedy, with pre-activations, covariances, probes"
-    memory.check(what, *asked)
+    if not measure:
+        memory.check(what, probes)
+        return
+    saes = memory.Choice("n_features", n_features, lambda n: bytes_needed(d_model, n_probes, n))
+    memory.check(f"an untrained SAE behind every remedy, its pre-activations, {what}", saes, probes)
 
 
 @jax.jit

@@ -76,11 +76,19 @@ def open_source(config: ConfigDict, fits: Callable[[int], None] = lambda d_model
 
 def _check_truth(config: ConfigDict) -> None:
     """Refuses more true features than there is memory for: they, and a number for each of them for every token."""
-    d, rows = config.data.d_model, max(config.train.batch_size, config.eval.batch_size, STATISTICS)
+    d, m = config.data.d_model, config.data.n_true_features
+    train, held_out = config.train.batch_size, config.eval.batch_size
+
+    def need(m: int, train: int, held_out: int) -> float:
+        return 4.0 * m * (2 * d + 2 * max(train, held_out, STATISTICS))
+
     if config.data.signal == "sparse":
-        memory.check("true features, and a draw of each for every token,", memory.Choice(
-            "data.n_true_features", config.data.n_true_features, lambda m: 4.0 * m * (2 * d + 2 * rows)
-        ))  # fmt: skip
+        memory.check(
+            "true features, and a draw of each for every token,",
+            memory.Choice("data.n_true_features", m, lambda m: need(m, train, held_out)),
+            memory.Choice("train.batch_size", train, lambda rows: need(m, rows, held_out)),
+            memory.Choice("eval.batch_size", held_out, lambda rows: need(m, train, rows)),
+        )
 
 
 def _own(batch_size: int) -> slice:

@@ -52,16 +52,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if jax.process_index() == 0:
             boards.check(config)
         workdir_lib.check(workdir, partial(config_lib.changed, config))
-        members = config_lib.members(config)
-
-        def fits(d_model: int) -> None:
-            footprint.check(step_lib.group_members(members, d_model), d_model, config, devices)
-
-        source = open_source(config, fits)
+        source = open_source(config, partial(footprint.check_run, config))
         if config.train.steps and source.n_train_tokens is not None and config.train.batch_size > source.n_train_tokens:
             allowed = f"up to {source.n_train_tokens}, the tokens there are to train on"
             raise Refused("train.batch_size", config.train.batch_size, allowed)
-        devices.check_groups([group.names for group in step_lib.group_members(members, source.d_model)])
+        groups = step_lib.group_members(config_lib.members(config), source.d_model)
+        devices.check_groups([group.names for group in groups])
         workdir_lib.check_data(workdir, source.identity)
         with workdir_lib.claimed(workdir, config_lib.identity(config), source.identity):
             return Run(config, workdir, devices, source).to_the_end()
@@ -254,9 +250,7 @@ class Run:
         }
         kept = checkpoint.history(self.workdir)  # all processes together open the checkpoints
         if jax.process_index() == 0:
-            # Moments have done their work: without them the first state finds the room that training had.
-            self.states = jax.device_get(tuple(state.replace(moments=None) for state in self.states))
-            first_states = tuple(state.replace(moments=None) for state in self.ensemble.initial_states())
+            first_states, self.states = self.ensemble.initial_states(), jax.device_get(self.states)
             self._draw(kept, result, first_states)
             rows = self.ensemble.fates(self.history, first_states, self.states)
             tables.write_csv(epath.Path(self.workdir) / "fates.csv", rows)
