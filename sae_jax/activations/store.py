@@ -245,6 +245,7 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     folder = folder_of(data_dir, name)
     if find(data_dir, name):
         raise Refused("--out", str(folder), "a dataset that is not there yet")
+    array.check()
 
     def rows(start: int) -> Iterator[tuple[int, dict[int, Rows]]]:
         for first in range(start, array.n_tokens, 4096):

@@ -241,7 +241,7 @@ def in_pieces(
 
 def rows_at_a_time(rows: float | int, n: int, d: int) -> float:
     """How many of the rows of a batch have their pre-activations in memory together, on a CPU: see `in_pieces`."""
-    return rows / max(1, min(CHUNKS, rows // CHUNK)) if is_large(n, d) else rows
+    return rows / max(1, min(CHUNKS, rows // CHUNK)) if is_large(n, d) else float(rows)
 
 
 def over_shards(tree: Any, shards: str | None) -> Any:
