@@ -104,7 +104,7 @@ def dissect(
     result["advice"] = _verdict(result, opened)
     result |= {"dead_over_tokens": curve, "n_giant_tokens": severity.raw.n_tokens - ordinary.raw.n_tokens}
     result |= {"without_giants": ordinary.gammas()}
-    result["warnings"] = diagnosis.warnings(severity)
+    result["warnings"] = diagnosis.warnings(severity, counts.bits)
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
     result |= {"sae_metadata": opened.metadata, "versions": tables.versions()}

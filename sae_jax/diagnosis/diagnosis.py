@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from sae_jax.diagnosis import remedies
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
-from sae_jax.outliers import giants, theory
+from sae_jax.outliers import giants, rounding, theory
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import Band, Forecast
@@ -96,7 +96,7 @@ def diagnose(
     result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"])
     if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
-    result |= {"warnings": warnings(severity), "constant_dimensions": constant(severity).tolist()}
+    result |= {"warnings": warnings(severity, counts.bits), "constant_dimensions": constant(severity).tolist()}
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result["n_giant_tokens"] = severity.raw.n_tokens - ordinary.raw.n_tokens
     result["without_giants"] = ordinary.gammas()
@@ -155,6 +155,7 @@ class Counts(NamedTuple):
     n_zero: int  # tokens that are zero in every dimension
     giant_norm: float  # tokens of a larger norm are giants
     any_giant: bool
+    bits: int  # that numbers were rounded to, see `rounding`
 
 
 def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, Counts]:
@@ -163,11 +164,11 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, Counts]:
     Refuses what cannot be diagnosed.
     """
     kept, norms = giants.Sample(2 * SAMPLE), giants.Sample(giants.MOST)
-    seen, n_bad, n_zero, longest, first_bad = 0, 0, 0, 0.0, ""
+    seen, n_bad, n_zero, longest, first_bad, bits = 0, 0, 0, 0.0, "", rounding.Bits()
 
     def watched() -> Iterator[np.ndarray]:
         nonlocal seen, n_bad, n_zero, longest, first_bad
-        for x in progress.counted(tokens.batches(), "moments"):
+        for x in bits.watching(progress.counted(tokens.batches(), "moments")):
             finite = np.isfinite(x)
             if not finite.all():
                 if not n_bad:
@@ -197,7 +198,7 @@ def first_pass(tokens: Tokens) -> tuple[Severity, np.ndarray, Counts]:
     if len(constant(severity)) == tokens.d_model:
         raise Refused("activations", name, "activations that vary; these are the same on every token")
     giant_norm = giants.giant_norm(norms.rows)
-    return severity, kept.rows, Counts(n_zero, giant_norm, longest > giant_norm)
+    return severity, kept.rows, Counts(n_zero, giant_norm, longest > giant_norm, bits.kept)
 
 
 def constant(severity: Severity) -> np.ndarray:
@@ -205,8 +206,8 @@ def constant(severity: Severity) -> np.ndarray:
     return np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
 
 
-def warnings(severity: Severity) -> list[str]:
-    """What the numbers of a report rest on, where that is little."""
+def warnings(severity: Severity, bits: int) -> list[str]:
+    """What the numbers of a report rest on, where that is little; `bits` as `Counts` has them."""
     n_tokens, d_model, still = severity.raw.n_tokens, len(severity.raw.mean), constant(severity)
     found = []
     needed = max(MIN_TOKENS, 2 * d_model)
@@ -219,7 +220,7 @@ def warnings(severity: Severity) -> list[str]:
     if len(still):
         which = ", ".join(map(str, still[:5])) + (", …" if len(still) > 5 else "")
         found.append(f"{len(still)} of {d_model} dimensions are the same on every token: {which}")
-    return found
+    return found + rounding.warnings(severity.raw, bits)
 
 
 # -- the report ------------------------------------------------------------------------------------------------------
