@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
 from sae_jax.activations import files, synthetic
-from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks
+from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks, spread
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.runtime import memory
+from sae_jax.runtime.workdir import HELD_OUT
 
 STATISTICS = 2000  # synthetic tokens made at a time for statistics
 
@@ -45,18 +46,21 @@ class Source(Protocol):
         """What an input stands for, inside the compiled program; `rows` are this device's rows of the batch."""
 
 
-def open_source(config: ConfigDict, fits: Callable[[int], None] = lambda d_model: None) -> Source:
+def open_source(
+    config: ConfigDict, fits: Callable[[int], None] = lambda d_model: None, evenly: bool = False
+) -> Source:
     """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first.
 
     Args:
       fits: called with d_model as soon as that is known, before all that takes time or memory; may refuse.
+      evenly: held-out chunks are evenly spaced, as in runs of before.
     """
     if config.data.path:
         chunks = files.open_chunks(config.data.path)
         fits(chunks.d_model)
         if isinstance(chunks, ArrayChunks):  # what we wrote ourselves has been looked at
             chunks.check()
-        return StoredSource(config, chunks)
+        return StoredSource(config, chunks, evenly=evenly)
     if config.data.model.id:
         from sae_jax.models import extraction, facts, streaming
 
@@ -65,10 +69,10 @@ def open_source(config: ConfigDict, fits: Callable[[int], None] = lambda d_model
         if config.data.model.stream:
             streamed = streaming.StreamedChunks(config.data.model)
             fits(streamed.d_model)
-            return StoredSource(config, streamed, cache(streamed.__getitem__))
+            return StoredSource(config, streamed, cache(streamed.__getitem__), evenly)
         chunks = files.open_chunks(extraction.extracted(config.data.model))
         fits(chunks.d_model)
-        return StoredSource(config, chunks)
+        return StoredSource(config, chunks, evenly=evenly)
     _check_truth(config)
     fits(config.data.d_model)
     return SyntheticSource(config)
@@ -160,24 +164,27 @@ class StoredSource:
     Args:
       again: how the chunks are read that are needed more than once, for statistics and evaluation; where chunks are
         computed it keeps them.
+      evenly: as of `open_source`.
     """
 
     split_axis: int | None = 0
     truth: Float[Array, "m d"] | None = None
 
     def __init__(
-        self, config: ConfigDict, chunks: Chunks, again: Callable[[int], np.ndarray] | None = None
-    ):
+        self, config: ConfigDict, chunks: Chunks, again: Callable[[int], np.ndarray] | None = None,
+        evenly: bool = False,
+    ):  # fmt: skip
         self._chunks, self._config, self._again = chunks, config, again or chunks.__getitem__
         n_tokens = len(chunks) * chunks.rows
         self.n_eval_tokens = min(config.eval.n_tokens, n_tokens // 5)
         if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:
             raise Refused("data.path", config.data.path, f"at least 5 tokens to train and evaluate on, not {n_tokens}")
         n_held_out = -(-self.n_eval_tokens // chunks.rows)
-        self._train, self._held_out = split_chunks(len(chunks), n_held_out)
+        self._train, self._held_out = split_chunks(len(chunks), n_held_out, evenly)
         self.n_train_tokens: int | None = len(self._train) * chunks.rows
         self.d_model = chunks.d_model
-        self.identity = chunks.identity
+        self._evenly = evenly
+        self.identity = chunks.identity | ({} if evenly else {HELD_OUT: "drawn"})
 
     def train(self, start: int) -> Any:
         from sae_jax.activations import pipeline  # and with it grain, which nothing but training waits for
@@ -199,7 +206,8 @@ class StoredSource:
     def statistics(self) -> Iterator[np.ndarray]:
         wanted = min(self._config.data.statistics_tokens, len(self._train) * self._chunks.rows)
         n_chunks = -(-wanted // self._chunks.rows)
-        spaced = self._train[np.arange(n_chunks) * len(self._train) // n_chunks]
+        chosen = np.arange(n_chunks) * len(self._train) // n_chunks
+        spaced = self._train[chosen if self._evenly else spread(len(self._train), n_chunks)]
         return read(self._again, spaced, 4096, wanted)
 
     def mean_shift(self, member: ConfigDict) -> np.ndarray:

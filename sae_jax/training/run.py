@@ -52,7 +52,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if jax.process_index() == 0:
             boards.check(config)
         workdir_lib.check(workdir, partial(config_lib.changed, config))
-        source = open_source(config, partial(footprint.check_run, config))
+        source = open_source(config, partial(footprint.check_run, config), workdir_lib.is_of_before(workdir))
         if config.train.steps and source.n_train_tokens is not None and config.train.batch_size > source.n_train_tokens:
             allowed = f"up to {source.n_train_tokens}, the tokens there are to train on"
             raise Refused("train.batch_size", config.train.batch_size, allowed)
