@@ -56,9 +56,9 @@ def main(_: list[str]) -> None:
     n_rows = sparse(path, GIGABYTES.value * 1e9)
     (root / "config.py").write_text(
         "from sae_jax.config import base\n\n\ndef get_config():\n"
-        f"    return base({{'data.path': {str(path)!r}, 'sae.n_features': 4096, 'sae.k': 32, 'train.steps': 4,\n"
-        "                 'train.batch_size': 1024, 'train.devices': 1, 'eval.n_tokens': 2000,\n"
-        "                 'data.statistics_tokens': 4000})\n"
+        f"    return base({{'data.path': {str(path)!r}, 'sae.n_features': 2048, 'sae.k': 32, 'train.steps': 4,\n"
+        "                 'train.batch_size': 512, 'train.devices': 1, 'eval.n_tokens': 20000,\n"
+        "                 'eval.batch_size': 500, 'data.statistics_tokens': 50000})\n"
     )
     commands = {
         "diagnose": ["diagnose", f"--activations={path}", f"--workdir={out}", "--n_features=128", "--k=8",
