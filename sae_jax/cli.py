@@ -192,6 +192,8 @@ def sweep(words: list[str]) -> int:
         return 0
     ray = given["launcher"] == "ray" and not given["merge"]
     launch = cluster.launcher(given["address"], given["cpus"], given["gpus"]) if ray else jobs_lib.local
+    if not (ray or given["merge"]):
+        jobs_lib.check_memory(given["workdir"], chosen)
     jobs_lib.check_workdir(given["workdir"], every)
     if not given["merge"]:
         jobs_lib.run(given["workdir"], chosen, launch, given["shard"].replace("/", "-of-") or "all")

@@ -98,11 +98,22 @@ def test_the_state_is_the_position(chunks):
     iterator.close()
 
 
-def test_splits_never_overlap_and_the_held_out_chunks_are_spread(chunks):
-    train, held_out = split_chunks(100, 7)
-    assert sorted([*train, *held_out]) == list(range(100))
-    assert len(held_out) == 7
-    assert np.diff(held_out).min() >= 14
+@pytest.mark.parametrize(("n_chunks", "n_held_out"), [(100, 7), (100, 1), (9, 4), (5, 0)])
+def test_splits_never_overlap_and_the_held_out_chunks_are_spread(n_chunks, n_held_out):
+    train, held_out = split_chunks(n_chunks, n_held_out)
+    assert sorted([*train, *held_out]) == list(range(n_chunks))
+    for part, number in enumerate(held_out):  # one in each stretch
+        assert part * n_chunks // n_held_out <= number < (part + 1) * n_chunks // n_held_out
+
+
+def test_held_out_chunks_favour_no_position_of_a_sequence():
+    """Chunks that are a quarter of a context, one held out of 16: evenly spaced all of them would be first quarters."""
+    assert set(split_chunks(1600, 100, evenly=True)[1] % 4) == {0}
+    counts = np.bincount(split_chunks(1600, 100)[1] % 4, minlength=4)
+    assert ((counts > 12) & (counts < 38)).all()  # three deviations about 25
+
+
+def test_rows_are_read_in_order(chunks):
     rows = np.concatenate(list(read(chunks.__getitem__, np.arange(100), 32, 290)))
     np.testing.assert_array_equal(rows[:, 0], np.arange(290))
 

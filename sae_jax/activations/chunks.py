@@ -79,9 +79,22 @@ def rows_of(chunks: Chunks, start: int, stop: int) -> np.ndarray:
     return np.concatenate(blocks)[start - first * chunks.rows : stop - first * chunks.rows]
 
 
-def split_chunks(n_chunks: int, n_held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk numbers for training and, evenly spaced between them, for evaluation. They never overlap."""
-    held_out = (np.arange(n_held_out) * n_chunks + n_chunks // 2) // max(n_held_out, 1)
+def spread(n_chunks: int, count: int, evenly: bool = False) -> np.ndarray:
+    """Numbers of `count` chunks from all over, in order: one, drawn, of each of as many equal stretches.
+
+    Evenly spaced, as runs of before have them, they fall in step with the length of the sequences: all of them may be
+    first tokens, or none.
+    """
+    if evenly:
+        return (np.arange(count) * n_chunks + n_chunks // 2) // max(count, 1)
+    edges = np.arange(count + 1) * n_chunks // max(count, 1)
+    drawn: np.ndarray = np.random.default_rng([n_chunks, count]).integers(edges[:-1], edges[1:])
+    return drawn
+
+
+def split_chunks(n_chunks: int, n_held_out: int, evenly: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Chunk numbers for training and, `spread` between them, for evaluation. They never overlap."""
+    held_out = spread(n_chunks, n_held_out, evenly)
     return np.setdiff1d(np.arange(n_chunks), held_out), held_out
 
 

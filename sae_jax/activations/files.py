@@ -5,7 +5,9 @@ PATH::NAME is one of several arrays, columns or splits; PATH::NAME?without=first
 
 import glob
 import hashlib
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,9 +95,62 @@ def chunks_of(array: Any, path: str) -> ArrayChunks:
     return chunks
 
 
+# Files of a folder that is something else, and what it is then called.
+FOREIGN = {
+    "checkpoints": "is a run of train, which has no activations in it",
+    "sae_weights.safetensors": "is an SAE, and no activations: diagnose takes it as --sae",
+    "sae.safetensors": "is an SAE, and no activations: diagnose takes it as --sae",
+    "ae.pt": "is an SAE, and no activations: diagnose takes it as --sae",
+    ".zarray": "is a zarr, which is not read: numpy.save of its array is",
+    ".zgroup": "is a zarr, which is not read: numpy.save of its arrays is",
+    "zarr.json": "is a zarr, which is not read: numpy.save of its array is",
+    "report.json": "is what a verb reported, which has no activations in it",
+}
+
+
+def _foreign(folder: epath.Path) -> str:
+    """What a folder is, where it is plainly something else than activations."""
+    for name, what in FOREIGN.items():
+        if (folder / name).exists():
+            return what
+    model = _model_of(folder / "config.json")
+    return f"is a model, {model}: its activations are extracted with --config.data.model.id={folder}" if model else ""
+
+
+def _model_of(config: epath.Path) -> str:
+    """The kind of model that a configuration of Hugging Face's describes."""
+    try:
+        found = json.loads(config.read_text())
+        return str(found.get("model_type") or (found.get("architectures") or [""])[0])
+    except (OSError, ValueError, AttributeError, TypeError, LookupError):
+        return ""
+
+
+def _refuse_foreign(folder: str) -> None:
+    """Says in plain words what a folder is that holds no activations."""
+    root = epath.Path(folder)
+    what = _foreign(root)
+    if not what and not any(True for _ in _candidates(root)):
+        names = sorted(path.name for path in root.iterdir())
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        what = f"holds {', '.join(names[:3])}{more}, none of them activations" if names else "is empty"
+    if what:
+        raise Refused("data.path", folder, f"a dataset folder, or one of files of activations: this one {what}")
+
+
+def _candidates(root: epath.Path) -> Iterator[Any]:
+    """What in a folder, or below it, may be activations."""
+    from sae_jax.activations import stored
+
+    yield from (mark for mark in (stored.MANIFEST, arrow.STATE, arrow.DICTIONARY) if (root / mark).exists())
+    yield from (path for path in root.iterdir() if path.suffix in ENDINGS)
+    yield from stored.datasets(root)
+
+
 def _dataset(folder: str) -> Any:
     from sae_jax.activations import stored
 
+    _refuse_foreign(folder)
     try:
         return stored.StoredChunks(folder)
     except Refused:
@@ -153,6 +208,8 @@ def open_array(path: str) -> Any:
 
 
 def _opened(where: Path, pattern: str, name: str) -> Any:
+    if where.is_dir():
+        _refuse_foreign(str(where))
     if where.is_dir() and any((where / mark).exists() for mark in (arrow.STATE, arrow.DICTIONARY)):
         return arrow.open_folder(where, name)
     if where.is_dir() and _of_others(epath.Path(where)):

@@ -7,6 +7,7 @@ and ends with the same bytes as if it had not been killed.
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ from sae_jax.activations.stored import (
 )  # fmt: skip
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import moments as moments_lib
+from sae_jax.outliers import rounding
 from sae_jax.outliers.moments import Moments, Severity
 from sae_jax.runtime.disk import LOCK, sole_user, write_bytes
 from sae_jax.runtime.stopping import StopRequest
@@ -108,6 +110,9 @@ class Writer:
             raise RunFailed(f"token {self.n_tokens + int(np.argwhere(~np.isfinite(x))[0][0])}: activations not finite")
         seen = moments_lib.severity(np.array_split(x, -(-len(x) // 4096)))
         self._severity = seen if self._severity is None else Severity(*map(moments_lib.merge, self._severity, seen))
+        if self._dtype == "bfloat16" and not self._manifest["shards"]:
+            for warning in rounding.warnings(seen.raw, 8):
+                print(f"sae_jax: beware: {warning}", file=sys.stderr)
         if self._dtype == "float16" and "center" not in self._manifest:
             sigma = seen.raw.sigma
             self._manifest["center"] = seen.raw.mean.astype(np.float32).tolist()
@@ -257,6 +262,7 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
         if held != wanted:
             raise Refused("--out", str(folder), "a dataset that is not there yet, or this very one")
         return str(folder)
+    array.check()
 
     def rows(start: int) -> Iterator[tuple[int, dict[int, Rows]]]:
         for first in range(start, array.n_tokens, 4096):

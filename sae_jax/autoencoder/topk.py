@@ -239,6 +239,11 @@ def in_pieces(
     return on_cpu(split if pieces > 1 and is_large(*W_enc.shape) else fn, fn, *rows, W_enc, *rest)
 
 
+def rows_at_a_time(rows: float | int, n: int, d: int) -> float:
+    """How many of the rows of a batch have their pre-activations in memory together, on a CPU: see `in_pieces`."""
+    return rows / max(1, min(CHUNKS, rows // CHUNK)) if is_large(n, d) else float(rows)
+
+
 def over_shards(tree: Any, shards: str | None) -> Any:
     """A pytree added up over the shards of the features."""
     return tree if shards is None else jax.lax.psum(tree, shards)

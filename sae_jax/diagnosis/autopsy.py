@@ -29,6 +29,7 @@ from sae_jax.outliers import giants
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.reports import autopsy_figures, autopsy_page, figures, page, tables
+from sae_jax.runtime import memory
 from sae_jax.training import evaluation, fates
 
 FATES = ("alive", "dead_by_topk", "dead_by_relu")
@@ -67,7 +68,8 @@ def dissect(
     encoder, name = opened.encoder, sae if isinstance(sae, str) else "sae"
     n_features, d_model = encoder.W_enc.shape
     diagnosis.check(n_features, encoder.k or 1, n_probes, seed, workdir)
-    tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations), encoder.norm))
+    fits = partial(_check_memory, encoder, name, n_probes=n_probes)
+    tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations, fits), encoder.norm))
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
     severity, sample, counts = diagnosis.first_pass(tokens, of_directions=False)
@@ -104,7 +106,7 @@ def dissect(
     result["advice"] = _verdict(result, opened)
     result |= {"dead_over_tokens": curve, "n_giant_tokens": severity.raw.n_tokens - ordinary.raw.n_tokens}
     result |= {"without_giants": ordinary.gammas()}
-    result["warnings"] = diagnosis.warnings(severity)
+    result["warnings"] = diagnosis.warnings(severity, counts.bits)
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
     result |= {"sae_metadata": opened.metadata, "versions": tables.versions()}
@@ -128,6 +130,18 @@ def dissect(
         autopsy_page.write(workdir, result, pictures, found, read.found(revived) if read else None)
         tables.write_json(workdir, result)
     return result
+
+
+ROW = 3000  # bytes that a feature takes: its line of the table, and what is seen of it
+
+
+def _check_memory(encoder: Encoder, name: str, d_model: int, n_probes: int) -> None:
+    """Refuses an SAE for whose examination there is no room: in other units, on the device, and its covariances."""
+    rest = 2.0 * (encoder.W_enc.nbytes + encoder.W_dec.nbytes) + ROW * len(encoder.W_enc)
+    memory.check(
+        f"the weights of {name} in other units, covariances, probes and a table of its features",
+        memory.Choice("n_probes", n_probes, lambda probes: rest + remedies.bytes_needed(d_model, probes)),
+    )
 
 
 def _normed(tokens: Tokens, norm: str) -> Tokens:

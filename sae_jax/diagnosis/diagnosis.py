@@ -6,6 +6,7 @@ every remedy, is a third pass and costs what the first two save.
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +19,18 @@ from ml_collections import ConfigDict
 from sae_jax.diagnosis import remedies
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
-from sae_jax.outliers import giants, theory
+from sae_jax.outliers import giants, rounding, theory
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import Band, Forecast
 from sae_jax.reports import diagnosis_figures, figures, tables
-from sae_jax.runtime import memory, progress
+from sae_jax.runtime import progress
 from sae_jax.training import evaluation
 
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
 MIN_TOKENS = 256  # with fewer, or fewer than 2 a dimension, the report warns
 FEWEST = 16
+N_PROBES = 512
 RUN = "config.json"  # checkpoint.CONFIG, without orbax: it takes as long to import as a small diagnosis
 
 
@@ -44,7 +46,7 @@ class Report(dict[str, Any]):
 
 def diagnose(
     activations: np.ndarray | str | ConfigDict, workdir: str | None = None, *, n_features: int = 8192, k: int = 64,
-    measure: bool = False, n_probes: int = 512, seed: int = 0,
+    measure: bool = False, n_probes: int = N_PROBES, seed: int = 0,
 ) -> Report:  # fmt: skip
     """Outlier severity, predicted death at initialisation by every law, and the cheapest remedy.
 
@@ -69,10 +71,8 @@ def diagnose(
       RunFailed: activations made or extracted on the way are not finite.
     """
     check(n_features, k, n_probes, seed, workdir)
-    tokens, scale = rescaled(open_tokens(activations))
-    if measure:
-        what = f"untrained SAEs of width {tokens.d_model}, one behind every remedy,"
-        memory.check("n_features", n_features, what, 4.0 * tokens.d_model * len(remedies.REMEDIES))
+    fits = partial(remedies.check_memory, n_features=n_features, n_probes=n_probes, measure=measure)
+    tokens, scale = rescaled(open_tokens(activations, fits))
     severity, sample, counts = first_pass(tokens)
     ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
@@ -100,10 +100,10 @@ def diagnose(
     result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"])
     if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
-    result |= {"warnings": warnings(severity), "constant_dimensions": constant(severity).tolist()}
+    result |= {"warnings": warnings(severity, counts.bits), "constant_dimensions": constant(severity).tolist()}
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
-    result["n_giant_tokens"] = severity.raw.n_tokens - ordinary.raw.n_tokens
-    result["without_giants"] = ordinary.gammas()
+    n_giants = severity.raw.n_tokens - ordinary.raw.n_tokens
+    result |= {"n_giant_tokens": n_giants, "without_giants": ordinary.gammas()}
     result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
     result |= {"data": tokens.identity, "versions": tables.versions()}
     result.figures = _figures(severity, sample, result, band, found["none"], measured)
@@ -159,6 +159,7 @@ class Counts(NamedTuple):
     n_zero: int  # tokens that are zero in every dimension
     giant_norm: float  # tokens of a larger norm are giants
     any_giant: bool
+    bits: int  # that numbers were rounded to, see `rounding`
 
 
 def first_pass(tokens: Tokens, of_directions: bool = True) -> tuple[Severity, np.ndarray, Counts]:
@@ -168,11 +169,11 @@ def first_pass(tokens: Tokens, of_directions: bool = True) -> tuple[Severity, np
     diagnosed.
     """
     kept, norms = giants.Sample(2 * SAMPLE), giants.Sample(giants.MOST)
-    seen, n_bad, n_zero, longest, first_bad = 0, 0, 0, 0.0, ""
+    seen, n_bad, n_zero, longest, first_bad, bits = 0, 0, 0, 0.0, "", rounding.Bits()
 
     def watched() -> Iterator[np.ndarray]:
         nonlocal seen, n_bad, n_zero, longest, first_bad
-        for x in progress.counted(tokens.batches(), "moments"):
+        for x in bits.watching(progress.counted(tokens.batches(), "moments")):
             finite = np.isfinite(x)
             if not finite.all():
                 if not n_bad:
@@ -202,7 +203,7 @@ def first_pass(tokens: Tokens, of_directions: bool = True) -> tuple[Severity, np
     if len(constant(severity)) == tokens.d_model:
         raise Refused("activations", name, "activations that vary; these are the same on every token")
     giant_norm = giants.giant_norm(norms.rows)
-    return severity, kept.rows, Counts(n_zero, giant_norm, longest > giant_norm)
+    return severity, kept.rows, Counts(n_zero, giant_norm, longest > giant_norm, bits.kept)
 
 
 def constant(severity: Severity) -> np.ndarray:
@@ -210,21 +211,19 @@ def constant(severity: Severity) -> np.ndarray:
     return np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
 
 
-def warnings(severity: Severity) -> list[str]:
-    """What the numbers of a report rest on, where that is little."""
+def warnings(severity: Severity, bits: int) -> list[str]:
+    """What the numbers of a report rest on, where that is little; `bits` as `Counts` has them."""
     n_tokens, d_model, still = severity.raw.n_tokens, len(severity.raw.mean), constant(severity)
     found = []
-    needed = max(MIN_TOKENS, 2 * d_model)
-    if n_tokens < needed:
+    if n_tokens < (needed := max(MIN_TOKENS, 2 * d_model)):
         rate = evaluation.highest_rate_of_dead(n_tokens)
-        found.append(
-            f"these numbers rest on {n_tokens} tokens, where {d_model} dimensions want at least {needed}: a feature "
-            f"that fires on 1 token in {1 / rate:.0f} may look dead, and whitening learns the tokens by heart"
-        )
+        found.append(f"these numbers rest on {n_tokens} tokens, where {d_model} dimensions want at least {needed}: a "
+                     f"feature that fires on 1 token in {1 / rate:.0f} may look dead, and whitening learns the tokens "
+                     "by heart")  # fmt: skip
     if len(still):
         which = ", ".join(map(str, still[:5])) + (", …" if len(still) > 5 else "")
         found.append(f"{len(still)} of {d_model} dimensions are the same on every token: {which}")
-    return found
+    return found + rounding.warnings(severity.raw, bits)
 
 
 # -- the report ------------------------------------------------------------------------------------------------------
@@ -245,11 +244,9 @@ def summary(severity: Severity) -> dict[str, Any]:
         "effective_rank": moments_lib.effective_rank(normed.eigenvalues),
         # Dimensions that do not vary have none.
         "kurtosis": {"median": float(np.nanmedian(kurtosis)), "max": float(np.nanmax(kurtosis))},
-        "n_outlier_dimensions": len(normed.outlier_dimensions),
-        "outlier_dimensions": moments_lib.standing_out(normed),
+        "n_outlier_dimensions": len(normed.outlier_dimensions), "outlier_dimensions": moments_lib.standing_out(normed),
         "bias_learning_time": theory.bias_learning_time(raw.mean * np.sqrt(d_model) / np.linalg.norm(raw.sigma)),
-        "n_tokens": raw.n_tokens,
-        "d_model": d_model,
+        "n_tokens": raw.n_tokens, "d_model": d_model,
     }
 
 
@@ -294,8 +291,7 @@ def _figures(
         "landscape": landscape(sample, result),
         "spectrum": diagnosis_figures.spectrum(spectra),
         "death_curve": diagnosis_figures.death_curve(
-            band, result["k"] / result["n_features"], result["predicted"], measured.get("none")
-        ),
+            band, result["k"] / result["n_features"], result["predicted"], measured.get("none")),
         "shift_signal": diagnosis_figures.shift_signal(
             probes.rows @ severity.directions.mean / unit, spread / unit, probes.best, bar,
             theory.median_extreme(result["n_tokens"]),

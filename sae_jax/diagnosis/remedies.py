@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sae_jax.autoencoder import death
+from sae_jax.autoencoder import death, topk
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.models.sources import BATCH, Tokens
@@ -19,9 +19,11 @@ from sae_jax.outliers import theory
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.preprocess import Preprocessing, whitening
 from sae_jax.outliers.probes import Forecast, stratified_rows
-from sae_jax.runtime import progress
+from sae_jax.runtime import memory, progress
 from sae_jax.training.evaluation import DeathCurve
 
+PIECE = 2**27  # cosines of tokens with probes at a time
+MATRICES = 16  # d × d, float64: scatters of three views, of a batch, their sum, without giants, whitening
 HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
 # In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
 # another loss (every direction counts alike) and a matrix folded into the weights.
@@ -92,8 +94,11 @@ def forecast(
         rows[name] = stratified_rows(n_probes, left * (before.norm == "none"), rng)
     probes = {name: jnp.asarray(w, jnp.float32) for name, w in rows.items()}
     best = {name: jnp.full(n_probes, -1.0, jnp.float32) for name in choices}
+    at_a_time = _rows(n_probes)
     for x, valid in padded(tokens, "forecast"):
-        best = _improve(best, choices, probes, x, valid)
+        for start in range(0, BATCH, at_a_time):
+            rows_now = slice(start, start + at_a_time)
+            best = _improve(best, choices, probes, x[rows_now], valid[rows_now])
     return {
         name: Forecast(w, np.asarray(best[name], np.float64) * np.sqrt(w.shape[1])) for name, w in rows.items()
     }
@@ -105,10 +110,14 @@ def forecast_closely(
 ) -> dict[str, Forecast]:  # fmt: skip
     """`forecast`, then again and again with four times as many probes for the remedies that `undecided` names.
 
-    It ends where there are as many probes as features: more would tell nothing more about one SAE.
+    It ends where there are as many probes as features, as more would tell nothing more about one SAE; or as many as
+    have a place in memory.
     """
-    found = forecast(tokens, choices, mean, n_probes, seed)
-    while n_probes < n_features and (doubtful := undecided(found, n_features, k)):
+    found, d_model = forecast(tokens, choices, mean, n_probes, seed), len(mean)
+    while (
+        n_probes < n_features and memory.fits(_probe_bytes(4 * n_probes, d_model))
+        and (doubtful := undecided(found, n_features, k))
+    ):  # fmt: skip
         n_probes, seed = 4 * n_probes, seed + 2
         found |= forecast(tokens, {name: choices[name] for name in doubtful}, mean, n_probes, seed)
     return found
@@ -124,6 +133,36 @@ def undecided(found: dict[str, Forecast], n_features: int, k: int) -> list[str]:
         if band.low[0] < HARMLESS:
             doubtful.append(name)
     return doubtful
+
+
+def _rows(n_probes: int) -> int:
+    """Tokens looked at together: a power of two, fewer where there are many probes."""
+    return max(1, min(BATCH, 2 ** ((PIECE // n_probes).bit_length() - 1)))
+
+
+def _probe_bytes(n_probes: int, d_model: int) -> float:
+    """Probes of every remedy, in float64 and float32, and what they have of the tokens that are looked at."""
+    return len(REMEDIES) * (12.0 * n_probes * d_model + 8.0 * n_probes * _rows(n_probes))
+
+
+def bytes_needed(d_model: int, n_probes: int, n_features: int = 0) -> float:
+    """Of a diagnosis: covariances, probes and, where deaths are measured, an untrained SAE of n_features behind every
+    remedy with its pre-activations."""
+    rows = topk.rows_at_a_time(BATCH, n_features, d_model)
+    # W_enc and W_dec are one array as long as nothing is trained; two more of its size while one is made.
+    each = 4.0 * (d_model * (len(REMEDIES) + 2) + 2 * rows + 2 * len(REMEDIES))
+    return MATRICES * 8.0 * d_model**2 + _probe_bytes(n_probes, d_model) + n_features * each
+
+
+def check_memory(d_model: int, *, n_features: int, n_probes: int, measure: bool) -> None:
+    """Refuses what cannot be diagnosed in the memory there is."""
+    probes = memory.Choice("n_probes", n_probes, lambda p: bytes_needed(d_model, p, n_features if measure else 0))
+    what = f"covariances of width {d_model} and probes"
+    if not measure:
+        memory.check(what, probes)
+        return
+    saes = memory.Choice("n_features", n_features, lambda n: bytes_needed(d_model, n_probes, n))
+    memory.check(f"an untrained SAE behind every remedy, its pre-activations, {what}", saes, probes)
 
 
 @jax.jit

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from sae_jax.errors import Refused, first_line
+from sae_jax.runtime import memory
 from sae_jax.runtime.disk import read_json
 from sae_jax.runtime.optional import module
 
@@ -28,11 +29,24 @@ def read_arrays(path: epath.Path) -> tuple[Arrays, dict[str, Any]]:
     Raises:
       Refused: the file is damaged, of another kind, or holds what would have to be unpickled.
     """
+    _check_size(path)
     if path.suffix == ".safetensors":
         return _safetensors(path), {}
     if path.suffix == ".npz":
         return _npz(path), {}
     return _torch(path)
+
+
+COPIES = 4  # of a file: its bytes, the arrays in them, the same as float32, and on the device
+
+
+def _check_size(path: epath.Path) -> None:
+    size, there = path.stat().length, memory.of_the_machine()
+    if there is not None and COPIES * size > there:
+        raise Refused(
+            str(path), f"{size / 1e9:,.1f} GB", f"at most about {there / COPIES / 1e9:,.1f} GB: it takes "
+            f"{COPIES} times its size to examine it, and {there / 1e9:,.1f} GB are free"
+        )  # fmt: skip
 
 
 def _safetensors(path: epath.Path) -> Arrays:

@@ -99,6 +99,16 @@ def find(model: ConfigDict) -> Facts | None:
     return known
 
 
+def width(model: ConfigDict) -> int | None:
+    """d_model of what `config.data.model` asks for, where that is known without the model."""
+    known = find(model)
+    if known is None or model.hook != "residual":
+        return None
+    if isinstance(known.width, int):
+        return known.width
+    return known.width_at(model.layer) if 1 <= model.layer <= known.blocks else None
+
+
 def check(model: ConfigDict, layers: Iterable[int]) -> None:
     """Refuses names and layers that are not there."""
     known = find(model)

@@ -12,8 +12,12 @@ from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
 from sae_jax.activations import files, synthetic
-from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks
+from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks, spread
 from sae_jax.errors import Refused, RunFailed
+from sae_jax.runtime import memory
+from sae_jax.runtime.workdir import HELD_OUT
+
+STATISTICS = 2000  # synthetic tokens made at a time for statistics
 
 
 class Source(Protocol):
@@ -42,21 +46,53 @@ class Source(Protocol):
         """What an input stands for, inside the compiled program; `rows` are this device's rows of the batch."""
 
 
-def open_source(config: ConfigDict) -> Source:
-    """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first."""
+def open_source(
+    config: ConfigDict, fits: Callable[[int], None] = lambda d_model: None, evenly: bool = False
+) -> Source:
+    """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first.
+
+    Args:
+      fits: called with d_model as soon as that is known, before all that takes time or memory; may refuse.
+      evenly: held-out chunks are evenly spaced, as in runs of before.
+    """
     if config.data.path:
         chunks = files.open_chunks(config.data.path)
+        fits(chunks.d_model)
         if isinstance(chunks, ArrayChunks):  # what we wrote ourselves has been looked at
             chunks.check()
-        return StoredSource(config, chunks)
+        return StoredSource(config, chunks, evenly=evenly)
     if config.data.model.id:
-        from sae_jax.models import extraction, streaming
+        from sae_jax.models import extraction, facts, streaming
 
+        if width := facts.width(config.data.model):
+            fits(width)
         if config.data.model.stream:
             streamed = streaming.StreamedChunks(config.data.model)
-            return StoredSource(config, streamed, cache(streamed.__getitem__))
-        return StoredSource(config, files.open_chunks(extraction.extracted(config.data.model)))
+            fits(streamed.d_model)
+            return StoredSource(config, streamed, cache(streamed.__getitem__), evenly)
+        chunks = files.open_chunks(extraction.extracted(config.data.model))
+        fits(chunks.d_model)
+        return StoredSource(config, chunks, evenly=evenly)
+    _check_truth(config)
+    fits(config.data.d_model)
     return SyntheticSource(config)
+
+
+def _check_truth(config: ConfigDict) -> None:
+    """Refuses more true features than there is memory for: they, and a number for each of them for every token."""
+    d, m = config.data.d_model, config.data.n_true_features
+    train, held_out = config.train.batch_size, config.eval.batch_size
+
+    def need(m: int, train: int, held_out: int) -> float:
+        return 4.0 * m * (2 * d + 2 * max(train, held_out, STATISTICS))
+
+    if config.data.signal == "sparse":
+        memory.check(
+            "true features, and a draw of each for every token,",
+            memory.Choice("data.n_true_features", m, lambda m: need(m, train, held_out)),
+            memory.Choice("train.batch_size", train, lambda rows: need(m, rows, held_out)),
+            memory.Choice("eval.batch_size", held_out, lambda rows: need(m, train, rows)),
+        )
 
 
 def _own(batch_size: int) -> slice:
@@ -90,9 +126,8 @@ class SyntheticSource:
             yield np.int32(number), (np.arange(self._eval_batch) < self.n_eval_tokens - done)[_own(self._eval_batch)]
 
     def statistics(self) -> Iterator[np.ndarray]:
-        size = 2000
-        for number, done in enumerate(range(0, self._n_statistics, size)):
-            rows = jnp.arange(min(size, self._n_statistics - done))
+        for number, done in enumerate(range(0, self._n_statistics, STATISTICS)):
+            rows = jnp.arange(min(STATISTICS, self._n_statistics - done))
             yield np.asarray(self._sample(self._spec, synthetic.SPLITS["statistics"], number, rows))
 
     def mean_shift(self, member: ConfigDict) -> np.ndarray:
@@ -129,24 +164,27 @@ class StoredSource:
     Args:
       again: how the chunks are read that are needed more than once, for statistics and evaluation; where chunks are
         computed it keeps them.
+      evenly: as of `open_source`.
     """
 
     split_axis: int | None = 0
     truth: Float[Array, "m d"] | None = None
 
     def __init__(
-        self, config: ConfigDict, chunks: Chunks, again: Callable[[int], np.ndarray] | None = None
-    ):
+        self, config: ConfigDict, chunks: Chunks, again: Callable[[int], np.ndarray] | None = None,
+        evenly: bool = False,
+    ):  # fmt: skip
         self._chunks, self._config, self._again = chunks, config, again or chunks.__getitem__
         n_tokens = len(chunks) * chunks.rows
         self.n_eval_tokens = min(config.eval.n_tokens, n_tokens // 5)
         if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:
             raise Refused("data.path", config.data.path, f"at least 5 tokens to train and evaluate on, not {n_tokens}")
         n_held_out = -(-self.n_eval_tokens // chunks.rows)
-        self._train, self._held_out = split_chunks(len(chunks), n_held_out)
+        self._train, self._held_out = split_chunks(len(chunks), n_held_out, evenly)
         self.n_train_tokens: int | None = len(self._train) * chunks.rows
         self.d_model = chunks.d_model
-        self.identity = chunks.identity
+        self._evenly = evenly
+        self.identity = chunks.identity | ({} if evenly else {HELD_OUT: "drawn"})
 
     def train(self, start: int) -> Any:
         from sae_jax.activations import pipeline  # and with it grain, which nothing but training waits for
@@ -168,7 +206,8 @@ class StoredSource:
     def statistics(self) -> Iterator[np.ndarray]:
         wanted = min(self._config.data.statistics_tokens, len(self._train) * self._chunks.rows)
         n_chunks = -(-wanted // self._chunks.rows)
-        spaced = self._train[np.arange(n_chunks) * len(self._train) // n_chunks]
+        chosen = np.arange(n_chunks) * len(self._train) // n_chunks
+        spaced = self._train[chosen if self._evenly else spread(len(self._train), n_chunks)]
         return read(self._again, spaced, 4096, wanted)
 
     def mean_shift(self, member: ConfigDict) -> np.ndarray:
@@ -192,11 +231,13 @@ class Tokens(NamedTuple):
     given: bool  # a file or an array of the user's, as against one made or extracted on the way
 
 
-def open_tokens(activations: np.ndarray | str | ConfigDict) -> Tokens:
-    """Whatever the user points at, as batches that can be read again."""
+def open_tokens(
+    activations: np.ndarray | str | ConfigDict, fits: Callable[[int], None] = lambda d_model: None
+) -> Tokens:
+    """Whatever the user points at, as batches that can be read again; `fits` as of `open_source`."""
     if isinstance(activations, ConfigDict):
         config_lib.check(activations)
-        source = open_source(activations)
+        source = open_source(activations, fits)
         return Tokens(source.statistics, source.d_model, source.identity, given=bool(activations.data.path))
     try:
         chunks: Any = (
@@ -207,6 +248,8 @@ def open_tokens(activations: np.ndarray | str | ConfigDict) -> Tokens:
         raise Refused("activations", error.value, error.allowed) from error
     except ValueError as error:  # lists of rows that are not equally long
         raise Refused("activations", "array", f"an array of shape (tokens, d_model) ({error})") from error
+
+    fits(chunks.d_model)
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, chunks.n_tokens, BATCH):

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,15 @@ DATA = "data"  # name of the axis over which a batch is split
 WHOLE = PartitionSpec()  # the same on all devices
 STEPS = PartitionSpec(None, sae_lib.MEMBER)  # of metrics, step by step
 Out = Callable[..., Any]  # specs of the arguments → specs of what is returned
+
+
+class Memories(NamedTuple):
+    """What is in one memory."""
+
+    is_host: bool  # the machine's own, in which checkpoints are copied too
+    copies: int  # of everything
+    parts: int  # memories over which members and features are shared out
+    batch_parts: int  # memories over which a batch is shared out
 
 
 class Devices:
@@ -65,11 +74,12 @@ class Devices:
                 alike = f"{len(names)} ({', '.join(names)}) are one program"
                 raise Refused("train.mesh", f"member={member}", f"a number that divides members of a program: {alike}")
 
-    def copies(self) -> tuple[int, int]:
-        """How often one memory holds everything, and over how many memories members and features are shared out."""
-        parts = self.count // self.shares
-        one_memory = self.local[0].platform == "cpu"  # processors that are called several devices have one
-        return (self.shares, 1) if one_memory else (1, parts)
+    def memories(self) -> "Memories":
+        """How a run is laid over memories."""
+        is_host = self.local[0].platform == "cpu"  # processors that are called several devices have one
+        if is_host:
+            return Memories(is_host, self.shares, 1, 1)
+        return Memories(is_host, 1, self.count // self.shares, self.shares)
 
     def compile(
         self, fn: Callable[..., Any], *, split: tuple[int | None, ...], donate: tuple[int, ...] = (),

@@ -19,13 +19,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sae_jax.activations import files
-from sae_jax.diagnosis import diagnosis
+from sae_jax.diagnosis import diagnosis, remedies
 from sae_jax.errors import Preempted, Refused, RunFailed
-from sae_jax.models import extraction
+from sae_jax.models import extraction, facts
 from sae_jax.outliers import statistics
 from sae_jax.reports import tables
 from sae_jax.runtime import disk
 from sae_jax.sweeps.combinations import Job, grouped
+from sae_jax.training import footprint
 from sae_jax.training import run as run_lib
 
 COLUMNS = (
@@ -55,6 +56,27 @@ def check_workdir(workdir: str, every: list[Job]) -> None:
         disk.write_text(path, json.dumps(mine, indent=1) + "\n")
     except OSError as error:
         raise Refused("--workdir", workdir, f"a folder that can be written ({error.strerror})") from error
+
+
+def check_memory(workdir: str, found: list[Job]) -> None:
+    """Refuses combinations that do not fit here, where the width of their activations is known; done ones have fitted.
+
+    What other machines are to do is not for this one to say.
+    """
+    for job in found:
+        width = facts.width(job.config.data.model) if job.config.data.model.id else job.config.data.d_model
+        if job.config.data.path:
+            width = files.open_chunks(job.config.data.path).d_model
+        if width is None or finished(workdir, job):
+            continue
+        try:
+            if job.config.train.steps:
+                footprint.check_run(job.config, width)
+            else:
+                sae = job.config.sae
+                remedies.check_memory(width, n_features=sae.n_features, n_probes=diagnosis.N_PROBES, measure=True)
+        except Refused as error:
+            raise Refused(error.field, error.value, f"{error.allowed} (combination {job.name})") from error
 
 
 def run(workdir: str, found: list[Job], launch: Launcher, lock: str = "all") -> None:

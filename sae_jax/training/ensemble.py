@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from sae_jax import config as config_lib
 from sae_jax.errors import RunFailed
 from sae_jax.models.sources import Source
-from sae_jax.outliers import giants, preprocess
+from sae_jax.outliers import giants, preprocess, rounding
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import Preprocessing
 from sae_jax.training import evaluation, fates, recovery
@@ -51,7 +51,10 @@ class Ensemble:
         d = self.source.d_model
         whiten = any(member.sae.whiten for member in self.members.values())
 
-        severity = moments_lib.severity(self._batches(), covariance=whiten)
+        bits = rounding.Bits()
+        severity = moments_lib.severity(bits.watching(self._batches()), covariance=whiten)
+        for warning in rounding.warnings(severity.raw, bits.kept):
+            print(f"sae_jax: beware: {warning}", file=sys.stderr)
         seen = {"none": severity.raw, "layer_norm": severity.layer_normed, "unit": severity.directions}[self.norm]
         spread = float(np.linalg.norm(seen.sigma))
         if not spread > 0:

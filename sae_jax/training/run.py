@@ -24,7 +24,7 @@ from sae_jax.runtime import checkpoint
 from sae_jax.runtime import devices as devices_lib
 from sae_jax.runtime import workdir as workdir_lib
 from sae_jax.runtime.stopping import StopRequest
-from sae_jax.training import evaluation, watching
+from sae_jax.training import evaluation, footprint, watching
 from sae_jax.training import step as step_lib
 from sae_jax.training.ensemble import Ensemble, culprit
 
@@ -52,13 +52,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if jax.process_index() == 0:
             boards.check(config)
         workdir_lib.check(workdir, partial(config_lib.changed, config))
-        source = open_source(config)
+        source = open_source(config, partial(footprint.check_run, config), workdir_lib.is_of_before(workdir))
         if config.train.steps and source.n_train_tokens is not None and config.train.batch_size > source.n_train_tokens:
             allowed = f"up to {source.n_train_tokens}, the tokens there are to train on"
             raise Refused("train.batch_size", config.train.batch_size, allowed)
         groups = step_lib.group_members(config_lib.members(config), source.d_model)
         devices.check_groups([group.names for group in groups])
-        step_lib.check_memory(groups, source.d_model, config.train.batch_size, *devices.copies())
         workdir_lib.check_data(workdir, source.identity)
         with workdir_lib.claimed(workdir, config_lib.identity(config), source.identity):
             return Run(config, workdir, devices, source).to_the_end()

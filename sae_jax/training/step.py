@@ -15,7 +15,6 @@ from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.objective import AllSum
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.outliers.preprocess import Preprocessing, fold
-from sae_jax.runtime import memory
 
 
 class Static(NamedTuple):
@@ -214,23 +213,6 @@ def group_members(configs: dict[str, ConfigDict], d_model: int) -> list[Group]:
         else:
             groups.append(Group(static, [name]))
     return groups
-
-
-def check_memory(groups: list[Group], d_model: int, batch_size: int, copies: int, parts: int) -> None:
-    """Refuses dictionaries that cannot be trained in the memory there is: parameters, gradients and two moments of
-    every member, and the batch.
-
-    Args:
-      copies: of everything, in one memory (devices that are one processor).
-      parts: devices of their own that share members and features out.
-    """
-    largest = max(groups, key=lambda group: group.static.n_features)
-    total = sum(len(group.names) * group.static.n_features for group in groups)
-    # Of the largest dictionary, with the others in proportion.
-    fold = total / largest.static.n_features
-    each = 4 * 4 * (2 * d_model + 1) * fold * copies / parts
-    what = f"parameters, gradients and moments of {sum(len(group.names) for group in groups)} SAEs of width {d_model}"
-    memory.check("sae.n_features", largest.static.n_features, what, each, 4.0 * batch_size * d_model * copies)
 
 
 def init_group(

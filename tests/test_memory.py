@@ -1,0 +1,117 @@
+"""What does not fit in memory is refused in a line that says what would, before anything is read or written."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sae_jax
+from sae_jax import cli
+from sae_jax.errors import Refused
+from sae_jax.runtime import memory
+
+GIGABYTE = 10**9
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine of 8 GB, in whose control groups there is no limit; returns what writes a file of them."""
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "OWN_CGROUP", tmp_path / "own")
+
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(str(text))
+
+    write("meminfo", f"MemTotal: 1 kB\nMemAvailable: {8 * GIGABYTE // 1024} kB\n")
+    write("cgroup/memory.max", "max")
+    return write
+
+
+@pytest.mark.parametrize(("files", "there"), [
+    ({}, 8 * GIGABYTE // 1024 * 1024),
+    ({"cgroup/memory.max": 3000, "cgroup/memory.current": 1000}, 2000),  # a container
+    ({"cgroup/memory.max": 3000, "cgroup/memory.current": 1000, "cgroup/memory.stat": "file 9\ninactive_file 500"},
+     2500),
+    ({"own": "0::/job/step", "cgroup/job/memory.max": 700, "cgroup/job/memory.current": 100}, 600),  # of a scheduler
+    ({"own": "0::/job/step", "cgroup/job/step/memory.max": 50, "cgroup/job/step/memory.current": 70}, 0),
+    ({"own": "4:cpu:/a\n9:memory:/a", "cgroup/memory/a/memory.limit_in_bytes": 900,
+      "cgroup/memory/a/memory.usage_in_bytes": 1}, 899),  # the first version of control groups
+])  # fmt: skip
+def test_the_least_of_all_limits_counts(machine, files, there):
+    for name, text in files.items():
+        machine(name, text)
+    assert memory.of_the_machine() == there
+
+
+def test_the_line_says_how_many_would_fit(machine):
+    machine("cgroup/memory.max", 10**6 + 500)
+    machine("cgroup/memory.current", 500)
+    need = lambda n, batch: 40 * n + 4 * n * batch + 1000  # noqa: E731
+    choices = [memory.Choice("n", 10**4, lambda n: need(n, 64)), memory.Choice("batch", 64, lambda b: need(10**4, b))]
+    memory.check("arrays", memory.Choice("n", 3371, lambda n: need(n, 64)))  # fits
+    with pytest.raises(Refused) as error:
+        memory.check("arrays", *choices)
+    said = re.match(r"at most about (\d+), or batch of at most about (\d+):", error.value.allowed)
+    most, batch = map(int, said.groups())
+    assert need(most, 64) <= 10**6 < need(most + 1, 64)
+    assert need(10**4, batch) <= 10**6 < need(10**4, batch + 1)
+
+
+CONFIG = """
+from sae_jax.config import base
+
+def get_config():
+    return base({"data.signal": "sparse", "data.d_model": 32, "data.n_true_features": 64})
+
+def sweep(add):
+    add({"seed": 1}, "small")
+    add({"sae.n_features": 2_000_000_000, "train.steps": STEPS}, "large")
+"""
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(600, 32)).astype(np.float32))
+    for name, steps in (("train", 5), ("count", 0)):
+        (tmp_path / f"{name}.py").write_text(CONFIG.replace("STEPS", str(steps)))
+    return tmp_path
+
+
+TRAIN = ["train", "--config={tmp}/train.py", "--workdir={tmp}/w"]
+ON_FILE = [*TRAIN, "--config.data.path={tmp}/x.npy"]
+DIAGNOSE = ["diagnose", "--activations={tmp}/x.npy", "--workdir={tmp}/w", "--k=4"]
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    ([*TRAIN, "--config.sae.n_features=20000000"], "sae.n_features = 20000000"),
+    ([*TRAIN, "--config.sae.n_features=2000000000"], "sae.n_features = 2000000000"),
+    ([*ON_FILE, "--config.sae.n_features=2000000000"], "sae.n_features = 2000000000"),
+    ([*TRAIN, "--config.train.batch_size=2000000000"], "at most about"),
+    ([*TRAIN, "--config.eval.batch_size=200000000"], "eval.batch_size of at most about"),
+    ([*TRAIN, "--config.data.n_true_features=2000000000"], "data.n_true_features = 2000000000"),
+    ([*DIAGNOSE, "--measure", "--n_features=100000000"], "--n_features = 100000000"),
+    ([*DIAGNOSE, "--measure", "--n_features=2000000000"], "--n_features = 2000000000"),
+    (["sweep", "--config={tmp}/train.py", "--workdir={tmp}/w"], "combination sparse_large"),
+    (["sweep", "--config={tmp}/count.py", "--workdir={tmp}/w"], "combination sparse_large"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_is_written(machine, inputs, capsys, argv, said):
+    before = sorted(inputs.rglob("*"))
+    assert cli.main([word.format(tmp=inputs) for word in argv]) == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert "at most about" in line
+    assert " GB are free" in line
+    assert len(line.splitlines()) == 1
+    assert sorted(inputs.rglob("*")) == before
+
+
+def test_an_sae_that_is_too_large_to_examine_is_not_read(machine, tmp_path):
+    path = Path(tmp_path / "sae_weights.safetensors")
+    with path.open("wb") as file:
+        file.truncate(3 * GIGABYTE)
+    (tmp_path / "cfg.json").write_text("{}")
+    with pytest.raises(Refused, match="at most about 2.0 GB"):
+        sae_jax.load(str(tmp_path))
