@@ -37,7 +37,7 @@ def measured(workdir: Path, scale: str) -> list[dict[str, Any]]:
     for signal in ("gaussian", "sparse"):
         config = config_lib.base()
         config.sae.n_features, config.sae.k = n, k
-        config.data.update(signal=signal, gamma=gammas[0], d_model=d, statistics_tokens=20_000)
+        config.data.update(signal=signal, gamma=gammas[0], d_model=d, statistics_tokens=min(20_000, tokens))
         config.train.steps, config.eval.n_tokens = 0, tokens
         for gamma in gammas:
             config.data.gamma = gamma

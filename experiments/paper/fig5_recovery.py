@@ -46,7 +46,7 @@ def config(scale: str, half: str) -> ConfigDict:
     c = config_lib.base()
     c.sae.n_features, c.sae.k = n, k
     c.data.update(signal="sparse", gamma=1.0, d_model=d, n_true_features=n_true, n_active=active,
-                  mean_direction="one", statistics_tokens=20_000)  # fmt: skip
+                  mean_direction="one", statistics_tokens=min(20_000, 20 * steps))  # fmt: skip
     c.train.update(steps=steps, batch_size=batch, learning_rate=rate, decay_fraction=0.0)
     c.train.steps_per_dispatch = min(2000, steps // 10)
     c.auxk.preset = PRESETS[half]

@@ -42,10 +42,10 @@ def run(workdir: Path, scale: str, direction: str, seed: int, members: dict[str,
     c = config_lib.base()
     c.seed, c.sae.n_features, c.sae.k = seed, n, k
     c.data.update(signal="sparse", gamma=GAMMA, d_model=d, n_true_features=n_true, n_active=2,
-                  mean_direction=direction, statistics_tokens=20_000)  # fmt: skip
+                  mean_direction=direction, statistics_tokens=min(20_000, 20 * steps))  # fmt: skip
     c.train.update(steps=steps, batch_size=batch, steps_per_dispatch=min(1000, steps // 2))
     c.auxk.preset = "none"
-    c.eval.n_tokens, c.eval.points, c.checkpoint.every = 20_000, 20, steps
+    c.eval.n_tokens, c.eval.points, c.checkpoint.every = min(20_000, 20 * steps), 20, steps
     c.members = ConfigDict(members)
     folder = workdir / f"{direction}_{seed}"
     run_lib.train(c, str(folder))

@@ -36,9 +36,10 @@ def rows_of(workdir: Path, scale: str) -> list[dict[str, Any]]:
     d, n_true, n, k, batch, steps, rates = SCALES[scale]
     c = config_lib.base()
     c.sae.n_features, c.sae.k = n, k
-    c.data.update(signal="sparse", gamma=20.0, d_model=d, n_true_features=n_true, n_active=2, statistics_tokens=20_000)
+    c.data.update(signal="sparse", gamma=20.0, d_model=d, n_true_features=n_true, n_active=2)
+    c.data.statistics_tokens = c.eval.n_tokens = min(20_000, 20 * steps)
     c.train.update(steps=steps, batch_size=batch, steps_per_dispatch=min(1000, steps // 2))
-    c.auxk.preset, c.eval.n_tokens, c.checkpoint.every = "none", 20_000, steps
+    c.auxk.preset, c.checkpoint.every = "none", steps
     keys = [(arm, rate, seed) for arm in ARMS for rate in rates for seed in SEEDS]
     c.members = ConfigDict({
         f"{i}": {"seed": seed, "sae": {"center": ARMS[arm]}, "train": {"learning_rate": rate}}

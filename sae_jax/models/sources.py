@@ -15,7 +15,7 @@ from sae_jax.activations import files, synthetic
 from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks, spread
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.runtime import memory
-from sae_jax.runtime.workdir import HELD_OUT
+from sae_jax.runtime.disk import HELD_OUT
 
 STATISTICS = 2000  # synthetic tokens made at a time for statistics
 

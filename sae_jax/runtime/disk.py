@@ -14,6 +14,7 @@ from etils import epath
 from sae_jax.errors import Refused, first_line
 
 LOCK = ".lock"
+HELD_OUT = "held_out"  # in a run's data: how held-out chunks are chosen; runs of before, evenly spaced, do not have it
 SAMPLED = "sampled_sha256"  # key of the checksum by which a file of activations is known again
 
 

@@ -15,7 +15,6 @@ from sae_jax.runtime.checkpoint import CONFIG
 
 DATA = "data.json"
 WHERE = "started_in"  # in DATA: the folder that relative paths start from
-HELD_OUT = "held_out"  # in DATA: how held-out chunks are chosen; runs of before, evenly spaced, do not have it
 # The identity that is held, and the folder its relative paths start from → the first key that differs, its value there
 # and its value now; None where it is the same run.
 Changed = Callable[[dict[str, Any], str], tuple[str, Any, Any] | None]
@@ -54,7 +53,7 @@ def _check(root: epath.Path, changed: Changed) -> None:
 def is_of_before(workdir: str) -> bool:
     """Whether a workdir holds a run whose held-out chunks are evenly spaced."""
     path = epath.Path(workdir) / DATA  # not CONFIG, which another process of a new run may just have written before it
-    return path.exists() and HELD_OUT not in disk.read_json("--workdir", path)
+    return path.exists() and disk.HELD_OUT not in disk.read_json("--workdir", path)
 
 
 def check_data(workdir: str, data: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ configuration. Jobs that agree on `data.model` but for the layer share one forwa
 its error, is tried again by the next run, and keeps nobody else from going on.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -66,7 +67,9 @@ def check_memory(workdir: str, found: list[Job]) -> None:
     for job in found:
         width = facts.width(job.config.data.model) if job.config.data.model.id else job.config.data.d_model
         if job.config.data.path:
-            width = files.open_chunks(job.config.data.path).d_model
+            width = None
+            with contextlib.suppress(Refused):  # what is no file fails in its turn, and the others do not
+                width = files.open_chunks(job.config.data.path).d_model
         if width is None or finished(workdir, job):
             continue
         try:
