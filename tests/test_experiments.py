@@ -37,16 +37,17 @@ def rows(path):
     ("paper.fig1_mechanism", ["fig1_mechanism"], ["fig1_mechanism"]),
     ("paper.fig2b_landscape", ["fig2b_landscape"], ["fig2b_gemma-3-270m", "fig2b_minilm-l6"]),
     ("paper.fig4a_theory", ["fig4a_theory"], ["fig4a_theory"]),
-    ("paper.fig6_centering", ["fig6_rates", "fig6_synthetic"], ["fig6_centering"]),
-    ("paper.figS7_real_dynamics", ["figS7_real_dynamics"], ["figS7_real_dynamics"]),
-    pytest.param("paper.lr_sensitivity", ["lr_sensitivity"], ["lr_sensitivity"], marks=pytest.mark.drawn),
-    ("death.remedies_compared", ["remedies_compared"], []),
-    ("death.bias_timescales", ["bias_timescales", "bias_interventions"], []),
+    pytest.param("paper.fig6_centering", ["fig6_rates", "fig6_synthetic"], ["fig6_centering"], marks=pytest.mark.long),
+    pytest.param("paper.figS7_real_dynamics", ["figS7_real_dynamics"], ["figS7_real_dynamics"], marks=pytest.mark.long),
+    pytest.param("paper.lr_sensitivity", ["lr_sensitivity"], ["lr_sensitivity"],
+                 marks=[pytest.mark.drawn, pytest.mark.long]),
+    pytest.param("death.remedies_compared", ["remedies_compared"], [], marks=pytest.mark.long),
+    pytest.param("death.bias_timescales", ["bias_timescales", "bias_interventions"], [], marks=pytest.mark.long),
     ("death.auxk_idle", ["auxk_idle"], []),
-    ("death.balanced_selection", ["balanced_selection"], []),
-    ("trust.concept_f1", ["concept_f1"], []),
+    pytest.param("death.balanced_selection", ["balanced_selection"], [], marks=pytest.mark.long),
+    pytest.param("trust.concept_f1", ["concept_f1"], [], marks=pytest.mark.long),
     ("death.one_dimension", ["one_dimension"], []),
-    ("speed.bench_ensemble", ["bench_ensemble"], []),
+    pytest.param("speed.bench_ensemble", ["bench_ensemble"], [], marks=pytest.mark.long),
     ("speed.bfloat16_error", ["bfloat16_error"], []),
 ])  # fmt: skip
 def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp_path, monkeypatch):
@@ -60,6 +61,7 @@ def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_a_slice_of_the_fault_campaign(tmp_path):
     """An export killed ten times, in a process of its own, which forks."""
     command = [sys.executable, "-m", "experiments.trust.fault_campaign", f"--workdir={tmp_path}", "--tries=1",
@@ -74,6 +76,7 @@ def test_a_slice_of_the_fault_campaign(tmp_path):
     assert f"| export: SIGKILL | 1 | {found[1]['kills']} | 0 | 1 | 1 | 0 |" in done.stdout
 
 
+@pytest.mark.long
 def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):
     script = importlib.import_module("experiments.paper.fig5_recovery")
     for half in script.PRESETS:

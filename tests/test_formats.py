@@ -380,6 +380,7 @@ def test_wrong_flags_write_nothing(run, tmp_path, capsys, monkeypatch, argv, sai
     assert os.listdir() == ["full"]
 
 
+@pytest.mark.long
 def test_the_peers_themselves_agree():
     """SAELens and sparsify load what we export; an SAE that SAELens trained is examined. In a process of its own."""
     command = [sys.executable, "-m", "experiments.trust.peer_conformance", "--peers=saelens,sparsify",

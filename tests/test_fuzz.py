@@ -119,7 +119,7 @@ def runnable(draw):
 
 
 @pytest.mark.drawn
-@examples(4)
+@examples(2)
 @given(runnable())
 def test_any_settings_that_are_allowed_train(tmp_path_factory, config):
     report = sae_jax.train(config, str(tmp_path_factory.mktemp("run")))

@@ -12,6 +12,7 @@ SMALL = {
     "2_your_model": 'model_id = ""\nlayer = 2\nn_tokens = 2000\nn_features, k = 512, 8',
     "3_sweep_on_tpu": "gammas = (1, 20)\nseeds = (0,)\nsteps = 20\nn_tokens = 2000",
 }
+LONG = {name: pytest.mark.long for name in SMALL if name != "2_your_model"}
 
 
 @pytest.mark.parametrize("name", list(SMALL))
@@ -26,7 +27,7 @@ def test_a_notebook_and_its_text_are_the_same(name):
 
 
 @pytest.mark.filterwarnings("ignore")  # Jupyter's own
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG.get(name, ())) for name in SMALL])
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(COLAB.parent))
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")

@@ -39,7 +39,9 @@ TRAIN = """
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("n", "from_file", "disturb"), [(2, False, "ask"), (4, True, "")])
+@pytest.mark.parametrize(("n", "from_file", "disturb"), [
+    (2, False, "ask"), pytest.param(4, True, "", marks=pytest.mark.long),
+])
 def test_several_processes_equal_one_in_float64(tiny, tmp_path, rng, n, from_file, disturb):
     """50 steps; two of them are stopped on the way, by a signal that one alone gets, and go on together."""
     tiny.train.steps, tiny.train.steps_per_dispatch = 50, 5
