@@ -29,10 +29,10 @@ from sae_jax.outliers import giants
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.reports import autopsy_figures, autopsy_page, figures, page, tables
+from sae_jax.reports.feature_table import FATES
 from sae_jax.runtime import memory
 from sae_jax.training import evaluation, fates
 
-FATES = ("alive", "dead_by_topk", "dead_by_relu")
 CENTRINGS = ("none", "mean", "geometric_median")
 
 

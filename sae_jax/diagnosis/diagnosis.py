@@ -37,7 +37,7 @@ RUN = "config.json"  # checkpoint.CONFIG, without orbax: it takes as long to imp
 class Report(dict[str, Any]):
     """The report as a dictionary, as in report.json, with `figures`: name → matplotlib Figure.
 
-    That of an autopsy also has `features`: `fate` and `n_fired` of each, as in features.csv.
+    That of an autopsy also has `features`: `fate`, `n_fired` and `distance_to_threshold` of each, as in features.csv.
     """
 
     figures: dict[str, Figure]

@@ -65,12 +65,14 @@ def check_memory(workdir: str, found: list[Job]) -> None:
     What other machines are to do is not for this one to say.
     """
     for job in found:
+        if finished(workdir, job):
+            continue
         width = facts.width(job.config.data.model) if job.config.data.model.id else job.config.data.d_model
         if job.config.data.path:
             width = None
             with contextlib.suppress(Refused):  # what is no file fails in its turn, and the others do not
                 width = files.open_chunks(job.config.data.path).d_model
-        if width is None or finished(workdir, job):
+        if width is None:
             continue
         try:
             if job.config.train.steps:

@@ -1,6 +1,6 @@
 """TrainState and the pure training step: no I/O, no data, no device in here."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +63,12 @@ class TrainState(struct.PyTreeNode):
     tokens_since_fired: Any  # (n,) int32
     hyper: Hyper
 
-    def spread(self) -> "TrainState":
+    def spread(self) -> Self:
         """How a group's state may be spread over devices: the leading axes of every leaf, by name."""
         sae, one = self.sae.spread(), sae_lib.MEMBERS
         hyper = jax.tree.map(lambda _: one, self.hyper)
-        return TrainState(one, sae, optimizer.Moments(sae, sae), sae_lib.FEATURES, hyper)
+        moments = optimizer.Moments(sae, sae)
+        return self.replace(step=one, sae=sae, moments=moments, tokens_since_fired=sae_lib.FEATURES, hyper=hyper)
 
 
 class BalancedState(TrainState):
@@ -75,10 +76,9 @@ class BalancedState(TrainState):
 
     beta: Any = None  # (n,), see `balance`
 
-    def spread(self) -> "BalancedState":
+    def spread(self) -> Self:
         """As above."""
-        laid = TrainState(self.step, self.sae, self.moments, self.tokens_since_fired, self.hyper).spread()
-        return BalancedState(laid.step, laid.sae, laid.moments, laid.tokens_since_fired, laid.hyper, sae_lib.FEATURES)
+        return super().spread().replace(beta=sae_lib.FEATURES)
 
 
 def hyper(config: ConfigDict) -> Hyper:
