@@ -21,7 +21,7 @@ from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.diagnosis import autopsy
 from sae_jax.errors import Refused
-from sae_jax.exchange import formats, sharing
+from sae_jax.exchange import formats, hub, sharing
 from sae_jax.exchange.formats import Packed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import Preprocessing, whitening
@@ -219,7 +219,7 @@ def test_what_would_be_pushed_is_the_folder_under_its_name_and_a_card(run, tmp_p
     from etils import epath
 
     sharing.export(run[1], str(tmp_path / "mine"), member="centred")
-    files = sharing.commit_files(epath.Path(tmp_path / "mine"), with_card=True)
+    files = hub.commit_files(epath.Path(tmp_path / "mine"), with_card=True)
     assert {"README.md", "mine/cfg.json", "mine/sae_weights.safetensors", "mine/README.md"} <= files.keys()
     card = files["README.md"].decode()
     pictures = [line[4:-1] for line in card.splitlines() if line.startswith("![](")]

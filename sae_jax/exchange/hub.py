@@ -1,8 +1,10 @@
-"""The Hugging Face hub: SAEs from there, one folder or file of a repository at a time."""
+"""The Hugging Face hub: SAEs from there, one folder or file of a repository at a time, and put there."""
 
 from typing import Any
 
-from sae_jax.errors import Refused, first_line
+from etils import epath
+
+from sae_jax.errors import Refused, RunFailed, first_line
 from sae_jax.exchange import registry
 from sae_jax.runtime.optional import module
 
@@ -56,3 +58,34 @@ def _needed(files: list[str], below: list[str], place: str) -> list[str]:
         return beside
     decoders = place.replace("W_enc_", "W_dec_")
     return [file for file in beside if file in (place, decoders) or file.endswith((".json", ".yaml"))]
+
+
+# -- put there ---------------------------------------------------------------------------------------------------------
+
+
+def repository(name: str) -> Any:
+    """The hub's API, once a repository of that name is there to write to."""
+    api = library().HfApi()
+    try:
+        api.create_repo(name, exist_ok=True)
+    except Exception as error:
+        raise Refused("--push", name, f"a repository on the hub that can be reached ({first_line(error)})") from error
+    return api
+
+
+def commit(api: Any, name: str, folder: epath.Path) -> None:
+    """The folder under its own name, in one commit; its card for the whole repository, if that has none."""
+    try:
+        files = commit_files(folder, with_card=not api.file_exists(name, "README.md"))
+        operations = [library().CommitOperationAdd(where, content) for where, content in files.items()]
+        api.create_commit(name, operations, commit_message=f"Add {folder.name}")
+    except Exception as error:
+        raise RunFailed(f"upload to {name}: {first_line(error)}; {folder} is complete") from error
+
+
+def commit_files(folder: epath.Path, with_card: bool) -> dict[str, str | bytes]:
+    """Path in the repository → the file of an exported folder, or the bytes, of everything that `push` commits."""
+    files: dict[str, str | bytes] = {f"{folder.name}/{path.name}": str(path) for path in sorted(folder.iterdir())}
+    if with_card:
+        files["README.md"] = (folder / "README.md").read_text().replace("![](", f"![]({folder.name}/").encode()
+    return files

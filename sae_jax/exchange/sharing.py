@@ -12,7 +12,7 @@ from etils import epath
 
 from sae_jax import config as config_lib
 from sae_jax.autoencoder.sae import SAE
-from sae_jax.errors import Refused, RunFailed, first_line
+from sae_jax.errors import Refused
 from sae_jax.exchange import encoders as encoders_lib
 from sae_jax.exchange import formats, hub, origin, registry, saelens
 from sae_jax.exchange.encoders import Opened
@@ -130,11 +130,11 @@ def export(
     inside = list(target.iterdir()) if target.exists() else []
     if inside and files != {path.name: path.read_bytes() if path.is_file() else None for path in inside}:
         raise Refused("--out", out, "a folder that does not exist yet, is empty, or holds this very export")
-    api = _repository(push) if push else None
+    api = hub.repository(push) if push else None
     if not inside:
         _write(target, files)
     if push:
-        _commit(api, push, target)
+        hub.commit(api, push, target)
     return packed
 
 
@@ -245,7 +245,9 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
         rows = [known["init"], known["final"]]
         shown = [key for key in tables.COLUMNS if key in rows[0]]
         lines += [
-            "", "## Features that never fire", "",
+            "",
+            "## Features that never fire",
+            "",
             f"On held-out tokens, whose gamma ‖mu‖ / ‖sigma‖ is {known['gamma_raw']:.2f}"
             + (f", and {known['gamma']:.2f} after LayerNorm." if "gamma" in known else "."),
             "",
@@ -268,33 +270,3 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
         settings = ", ".join(f"`{key}={value}`" for key, value in origin.applied(known["config"]).items())
         lines += ["", "## Settings", "", f"{known['trained_with']}, {known['tokens']} tokens. {settings}"]
     return "\n".join(lines) + "\n"
-
-
-# -- the hub ---------------------------------------------------------------------------------------------------------
-
-def _repository(name: str) -> Any:
-    """The hub's API, once a repository of that name is there to write to."""
-    api = hub.library().HfApi()
-    try:
-        api.create_repo(name, exist_ok=True)
-    except Exception as error:
-        raise Refused("--push", name, f"a repository on the hub that can be reached ({first_line(error)})") from error
-    return api
-
-
-def _commit(api: Any, name: str, folder: epath.Path) -> None:
-    """The folder under its own name, in one commit; its card for the whole repository, if that has none."""
-    try:
-        files = commit_files(folder, with_card=not api.file_exists(name, "README.md"))
-        operations = [hub.library().CommitOperationAdd(where, content) for where, content in files.items()]
-        api.create_commit(name, operations, commit_message=f"Add {folder.name}")
-    except Exception as error:
-        raise RunFailed(f"upload to {name}: {first_line(error)}; {folder} is complete") from error
-
-
-def commit_files(folder: epath.Path, with_card: bool) -> dict[str, str | bytes]:
-    """Path in the repository → the file of an exported folder, or the bytes, of everything that `push` commits."""
-    files: dict[str, str | bytes] = {f"{folder.name}/{path.name}": str(path) for path in sorted(folder.iterdir())}
-    if with_card:
-        files["README.md"] = (folder / "README.md").read_text().replace("![](", f"![]({folder.name}/").encode()
-    return files
