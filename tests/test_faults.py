@@ -376,6 +376,27 @@ def test_importing_starts_no_devices_and_sigterm_ends_every_verb_with_143():
     assert done.stderr == "sae_jax: stopped on request; run again to go on\n"
 
 
+ENDS_BY_ANOTHER_THREAD = """
+    import os, signal, threading, time
+    from sae_jax.runtime import stopping
+    write = os.write
+    os.write = lambda *line: (time.sleep(0.5), write(*line))
+    threading.Thread(target=stopping.end, args=(signal.SIGTERM,), daemon=True).start()
+    while not stopping._begun:
+        time.sleep(0.01)
+    stopping.end(signal.SIGTERM)
+    print("went on")
+"""
+
+
+def test_the_work_does_not_go_on_while_another_thread_ends_it():
+    """Else a command that was asked to stop could come to its end first, and say 0."""
+    code = textwrap.dedent(ENDS_BY_ANOTHER_THREAD)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr == "sae_jax: stopped on request; run again to go on\n"
+
+
 def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt

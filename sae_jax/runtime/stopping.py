@@ -114,14 +114,20 @@ def _watch(watched: int) -> None:
                 end(number)
 
 
-_ended = threading.Lock()
+_ending = threading.RLock()
+_begun: list[int] = []
 
 
 def end(number: int, *_: object) -> None:
-    """The handler: one line, and the exit code of the signal."""
+    """The handler: one line, and the exit code of the signal. It never returns to the work.
+
+    Handler and watching thread both come here: the second waits for the end, or the command could finish with code 0.
+    """
     kind = ENDS[number]
-    if not _ended.acquire(blocking=False):  # the other of handler and watching thread is at it
+    _ending.acquire()  # and never released
+    if _begun:  # another signal, within this very handler: what it interrupted goes on
         return
+    _begun.append(number)
     with contextlib.suppress(OSError):
         os.write(2, f"sae_jax: {kind.said}; run again to go on\n".encode())
     os._exit(kind.exit_code)
