@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 
 THRESHOLDS = (0.0, 0.15, 0.5, 0.6, 0.8)  # InterPLM's, of a feature's largest value
@@ -43,6 +42,8 @@ def mcc(truth: Float[Array, "m d"], learned: Float[Array, "n d"]) -> float:
     A learned row counts once, so one row between two features or two rows on one feature earn less than in MMCS. True
     features that outnumber the rows count as 0.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second, where true features are known
+
     found = np.abs(np.asarray(cosines(truth, learned), np.float64))
     return float(found[linear_sum_assignment(found, maximize=True)].sum() / len(truth))
 

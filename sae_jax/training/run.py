@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Int
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
@@ -19,7 +18,7 @@ from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Source, open_source
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import per_token
-from sae_jax.reports import boards, figures, page, tables
+from sae_jax.reports import boards, page, tables
 from sae_jax.runtime import checkpoint
 from sae_jax.runtime import devices as devices_lib
 from sae_jax.runtime import workdir as workdir_lib
@@ -27,6 +26,9 @@ from sae_jax.runtime.stopping import StopRequest
 from sae_jax.training import evaluation, footprint, watching
 from sae_jax.training import step as step_lib
 from sae_jax.training.ensemble import Ensemble, culprit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -262,6 +264,8 @@ class Run:
         self, kept: list[dict[str, Any]], result: dict[str, Any], first_states: tuple[step_lib.TrainState, ...]
     ) -> None:
         """The figures, and the page that shows them."""
+        from sae_jax.reports import figures  # and with it matplotlib, half a second, at the end alone
+
         names = list(self.ensemble.members)[: page.DRAWN]
         kept = [{**entry, "members": {name: entry["members"][name] for name in names}} for entry in kept]
         share = self.config.eval.batch_size // jax.process_count()
