@@ -1,10 +1,12 @@
 """Where the curves of a training can be watched: TensorBoard always, Weights & Biases if asked for."""
 
+import contextlib
 import json
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any, Protocol, Self
 
 from etils import epath
@@ -38,13 +40,27 @@ def opened(config: ConfigDict, workdir: str) -> list[Board]:
     return [TensorBoard(workdir), *([WandB(config, workdir)] if config.report.wandb else [])]
 
 
+@contextlib.contextmanager
+def _unseen(module: str) -> Iterator[None]:
+    """As if an optional module of another library were not installed, unless it is imported already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # as the import system says that it is not to be had
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 class TensorBoard:
     """Scalars under WORKDIR/tensorboard, `member/metric`; a resumed run writes a second events file."""
 
     def __init__(self, workdir: str):
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event
+        with _unseen("torch"):  # which tensorboardX imports where it is there: seconds, for tensors that never come
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event
 
         folder = epath.Path(workdir) / "tensorboard"
         folder.mkdir(exist_ok=True)
