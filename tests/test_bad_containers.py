@@ -10,7 +10,21 @@ import pyarrow
 import pytest
 from safetensors.flax import save_file
 
-from experiments.trust.containers import FLOATS, IDS, LENGTHS, MASK, D, N, T, arrow_folder, bits, parquet, rows
+from experiments.trust.containers import (
+    FLOATS,
+    IDS,
+    LENGTHS,
+    MASK,
+    D,
+    N,
+    T,
+    arrow_folder,
+    bits,
+    parquet,
+    rows,
+    zarr,
+    zarr_group,
+)  # fmt: skip
 from sae_jax import cli
 from sae_jax.activations import store
 
@@ -144,16 +158,32 @@ FOREIGN = {
     and f,
     "a run": lambda f: text("d/checkpoints/5/x")(f) and f / "d",
     "an SAE": lambda f: text("d/cfg.json", "{}")(f) and text("d/sae_weights.safetensors")(f) and f / "d",
-    "an SAE of dictionary_learning": text("d/ae.pt", path="d"), "a zarr": text("d/.zarray", "{}", "d"),
-    "a zarr of version 3": text("d/zarr.json", "{}", "d"),
+    "an SAE of dictionary_learning": text("d/ae.pt", path="d"),
 }  # fmt: skip
 CALLED = {
     "an empty folder": "is empty", "a folder of notes": "holds notes.txt", "a model": "is a model, gpt2",
     "a report": "is what a verb reported", "a model with weights": "is a model, gpt2", "a run": "is a run of train",
-    "an SAE": "is an SAE", "an SAE of dictionary_learning": "is an SAE", "a zarr": "is a zarr",
-    "a zarr of version 3": "is a zarr",
+    "an SAE": "is an SAE", "an SAE of dictionary_learning": "is an SAE",
 }  # fmt: skip
+
+
+def zarr_with(name, content):
+    """A zarr one of whose chunks is something else, or gone."""
+    def make(folder):
+        chunk = zarr(folder / "d", ROWS) / name
+        chunk.write_text(content) if content else chunk.unlink()
+        return folder / "d"
+
+    return make
+
+
 BAD = {
+    # zarr
+    "a zarr without a shape": text("d/.zarray", "{}", "d"), "a zarr of no kind": text("d/zarr.json", "{}", "d"),
+    "a zarr that is no JSON": text("d/zarr.json", "{", "d"), "a zarr with a chunk missing": zarr_with("1.0", ""),
+    "an empty group": text("d/.zgroup", '{"zarr_format": 2}', "d"),
+    "a zarr of several": lambda f: zarr_group(f / "g", a=ROWS, b=ROWS),
+    "a zarr with a short chunk": zarr_with("2.0", "abc"),
     # arrays that are none of activations
     "0-D": npy(np.float32(3)), "1-D": npy(ROWS[:, 0]), "4-D": npy(X[None]), "empty": npy(ROWS[:0]),
     "no width": npy(ROWS[:, :0]), "integers": npy(IDS), "booleans": npy(MASK), "complex": npy(ROWS.astype(complex)),

@@ -55,6 +55,42 @@ def torch_save(value, path):
                else torch.from_numpy(value), path)  # fmt: skip
 
 
+def zarr(folder, array, cut=7):
+    """An array of version 2, written here by hand: its chunks are raw bytes, the last one padded."""
+    folder.mkdir(parents=True)
+    chunks = (cut, *array.shape[1:])
+    about = {"zarr_format": 2, "shape": array.shape, "chunks": chunks, "dtype": array.dtype.str, "compressor": None,
+             "fill_value": 0, "order": "C", "filters": None}  # fmt: skip
+    (folder / ".zarray").write_text(json.dumps(about))
+    for number in range(-(-len(array) // cut)):
+        chunk = np.zeros(chunks, array.dtype)
+        part = array[number * cut : (number + 1) * cut]
+        chunk[: len(part)] = part
+        (folder / ".".join([str(number)] + ["0"] * (array.ndim - 1))).write_bytes(chunk.tobytes())
+    return folder
+
+
+def zarr_group(folder, **arrays):
+    """Several arrays of version 2 in a group."""
+    for name, array in arrays.items():
+        zarr(folder / name, np.ascontiguousarray(array))
+    (folder / ".zgroup").write_text('{"zarr_format": 2}')
+    return folder
+
+
+def zarr_3(folder, x):
+    """An array of version 3, in compressed chunks."""
+    import tensorstore
+
+    store = tensorstore.open({
+        "driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder / "x.zarr")},
+        "metadata": {"shape": x.shape, "data_type": "float32", "codecs": [{"name": "blosc"}],
+                     "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [5, T, D]}}},
+    }, create=True).result()  # fmt: skip
+    store.write(x).result()
+    return folder / "x.zarr"
+
+
 def shards(save, ending):
     """Five files of different lengths, numbered with gaps."""
     def make(folder, x):
@@ -185,6 +221,12 @@ TABLE = {
         saved(lambda p, x: torch_save({"acts": x, "input_ids": IDS, "attention_mask": MASK}, p), "x.pt"), MASK, REAL),
     "pt one of several": (
         named(saved(lambda p, x: torch_save({"a": x, "b": -x}, p), "x.pt"), "a"), None, FLAT | UNKNOWN),
+    "zarr": (lambda f, x: zarr(f / "x.zarr", rows(x)), None, UNKNOWN),
+    "zarr 3-D of version 3": (zarr_3, None, FLAT | UNKNOWN),
+    "zarr group, ids and mask": (
+        lambda f, x: zarr_group(f / "g", acts=x, input_ids=IDS, attention_mask=MASK.astype(int)), MASK, REAL),
+    "zarr one of several": (
+        named(lambda f, x: zarr_group(f / "g", resid=rows(x), mlp=-rows(x)), "resid"), None, UNKNOWN),
     "folder of npy": (shards(lambda p, x: np.save(p, x), ".npy"), None, UNKNOWN),
     "folder of safetensors": (
         shards(lambda p, x: save_file({"a": jnp.asarray(x)}, p), ".safetensors"), None, UNKNOWN),

@@ -1,5 +1,6 @@
-"""Arrays in files of others: .npy, .npz, .safetensors and .pt; mapped, read in slices, never unpickled."""
+"""Arrays in files of others: .npy, .npz, .safetensors, .pt and zarr; mapped, read in slices, never unpickled."""
 
+import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,13 @@ import numpy as np
 
 from sae_jax.activations import tokens
 from sae_jax.activations.arrow import MASKS, TOKEN_IDS
+from sae_jax.errors import Refused, first_line
 from sae_jax.runtime.optional import module
 
 MOST = 100  # fold: whatever a compressed file grows by more than this is no activations
 ENDINGS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
+ZARR = (".zarray", ".zgroup", "zarr.json")  # files that make a folder an array or a group of version 2, or either of 3
+CACHE_BYTES = 2**26  # of chunks of a zarr that stay unpacked
 LENGTHS = ("lengths", "length", "seq_lens")
 BITS = "@bfloat16"  # behind PATH::NAME: unsigned integers of 16 bits that are the bits of bfloat16
 
@@ -117,8 +121,55 @@ class SafeTensor:
         return np.asarray(self._slice[start:stop])
 
 
+class ZarrArray:
+    """An array of a zarr that looks like a memory-mapped one; chunks that were never written are no zeros here."""
+
+    def __init__(self, folder: Path):
+        import tensorstore  # comes with orbax
+
+        self._folder = str(folder)
+        self._array = tensorstore.open({
+            "driver": "zarr" if (folder / ".zarray").exists() else "zarr3",
+            "kvstore": {"driver": "file", "path": str(folder)},
+            "context": {"cache_pool": {"total_bytes_limit": CACHE_BYTES}}, "recheck_cached_data": "open",
+        }, read=True, open=True).result()  # fmt: skip
+        self.shape: tuple[int, ...] = tuple(self._array.shape)
+        self.ndim, self.dtype = len(self.shape), self._array.dtype.numpy_dtype
+        if not self._array.storage_statistics(query_fully_stored=True).result().fully_stored:
+            raise tokens.Unfit(f"a zarr whose chunks are all there: some of {folder.name} are missing")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        try:
+            return np.asarray(self._array[start : max(start, stop)].read().result())
+        except ValueError as error:
+            raise Refused("data.path", self._folder, f"a zarr whose chunks are whole ({first_line(error)})") from error
+
+
+def is_zarr(folder: Path) -> bool:
+    """Whether a folder is a zarr."""
+    return any((folder / mark).is_file() for mark in ZARR)
+
+
+def _zarrs(folder: Path) -> Iterator[tuple[str, ZarrArray]]:
+    """The array that a zarr is, or those of the group."""
+    node = folder / "zarr.json"
+    kind = json.loads(node.read_text()).get("node_type") if node.is_file() else ""
+    if kind != "group" and not (folder / ".zgroup").is_file():
+        yield folder.stem, ZarrArray(folder)
+        return
+    for inner in sorted(filter(is_zarr, filter(Path.is_dir, folder.iterdir()))):
+        if not (inner / ".zgroup").is_file():
+            yield from ((inner.name, array) for _, array in _zarrs(inner))
+
+
 def _arrays(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".safetensors":
+    if path.is_dir():
+        yield from _zarrs(path)
+    elif path.suffix == ".safetensors":
         from safetensors import safe_open
 
         file = safe_open(path, framework="flax")  # the one framework that knows bfloat16 without torch

@@ -20,8 +20,8 @@ from sae_jax.errors import Refused
 from sae_jax.runtime.disk import SAMPLED
 
 FORMATS = (
-    "a .npy, .npz, .safetensors, .pt or .parquet file, a folder or a pattern of such files, a dataset folder, or one "
-    "that SAELens or Hugging Face's save_to_disk left"
+    "a .npy, .npz, .safetensors, .pt or .parquet file, a folder or a pattern of such files, a zarr, a dataset folder, "
+    "or one that SAELens or Hugging Face's save_to_disk left"
 )
 ENDINGS = (*containers.ENDINGS, ".parquet")
 SAMPLES, SAMPLE_BYTES = 64, 2**16  # blocks of a file that its checksum covers, and how long one is
@@ -101,9 +101,6 @@ FOREIGN = {
     "sae_weights.safetensors": "is an SAE, and no activations: diagnose takes it as --sae",
     "sae.safetensors": "is an SAE, and no activations: diagnose takes it as --sae",
     "ae.pt": "is an SAE, and no activations: diagnose takes it as --sae",
-    ".zarray": "is a zarr, which is not read: numpy.save of its array is",
-    ".zgroup": "is a zarr, which is not read: numpy.save of its arrays is",
-    "zarr.json": "is a zarr, which is not read: numpy.save of its array is",
     "report.json": "is what a verb reported, which has no activations in it",
 }
 
@@ -188,6 +185,8 @@ def _of_others(folder: epath.Path) -> bool:
 
     if (folder / stored.MANIFEST).exists():
         return False
+    if containers.is_zarr(Path(folder)):
+        return True
     marks = (arrow.STATE, arrow.DICTIONARY)
     return any((folder / mark).exists() for mark in marks) or any(p.suffix in ENDINGS for p in folder.iterdir())
 
@@ -208,6 +207,8 @@ def open_array(path: str) -> Any:
 
 
 def _opened(where: Path, pattern: str, name: str) -> Any:
+    if where.is_dir() and containers.is_zarr(where):
+        return containers.open_file(where, name)
     if where.is_dir():
         _refuse_foreign(str(where))
     if where.is_dir() and any((where / mark).exists() for mark in (arrow.STATE, arrow.DICTIONARY)):
