@@ -118,8 +118,9 @@ def runnable(draw):
     return config
 
 
+@pytest.mark.long
 @pytest.mark.drawn
-@examples(2)
+@examples(10)
 @given(runnable())
 def test_any_settings_that_are_allowed_train(tmp_path_factory, config):
     report = sae_jax.train(config, str(tmp_path_factory.mktemp("run")))

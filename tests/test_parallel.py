@@ -132,7 +132,7 @@ def test_the_same_step_is_exported_for_every_platform(platform):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mesh", ["member=2", "feature=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("member=2", marks=pytest.mark.long), "feature=2"])
 def test_a_run_on_a_mesh_cut_short_and_continued_equals_one_device(tiny, tmp_path, monkeypatch, mesh):
     """Two programs of two members each: one with gammas of their own, one behind whitening and balanced."""
     tiny.train.steps, tiny.train.steps_per_dispatch = 50, 5

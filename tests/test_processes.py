@@ -69,6 +69,7 @@ def test_several_processes_equal_one_in_float64(tiny, tmp_path, rng, n, from_fil
             np.testing.assert_allclose(y, x, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 def test_one_process_killed_stops_the_other_with_a_line_and_not_with_a_hang(tiny, tmp_path):
     tiny.train.steps, tiny.train.steps_per_dispatch = 100_000, 5
     (code, said), (victim, _) = Processes(TRAIN.format(config=tiny.to_json(), disturb="kill"), 2, tmp_path).wait()

@@ -168,7 +168,8 @@ def records(folder):
 def test_weights_and_biases_gets_the_curves_the_settings_and_the_report_and_goes_on(tmp_path):
     pytest.importorskip("wandb")
     path = f"--config.data.path={tmp_path}/x.npy"
-    flags = ("train", DEFAULT, path, "--workdir=w", *SMALL, "--config.train.steps=6", "--config.report.wandb=dead")
+    flags = ("train", DEFAULT, path, "--workdir=w", *SMALL, "--config.train.steps=6", "--config.report.wandb=dead",
+             "--config.report.every_seconds=3600")  # fmt: skip
     for _ in range(2):  # the second goes on with what has ended: it reports again
         done = command(*flags, environment={"WANDB_MODE": "offline"})
         assert done.returncode == 0, done.stderr

@@ -275,6 +275,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.long
 def test_killed_five_times_the_table_is_the_same(small, whole, tmp_path):
     """SIGKILL as soon as another job is finished or another checkpoint saved, then again from the start."""
     def landmarks():
@@ -295,6 +296,7 @@ def test_killed_five_times_the_table_is_the_same(small, whole, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.long
 def test_on_two_ray_workers_one_of_them_killed_in_a_job_the_table_is_the_same(small, whole, tmp_path):
     pytest.importorskip("ray", reason="needs the extra ray")
     argv = [sys.executable, "-m", "sae_jax", "sweep", f"--config={small}", f"--workdir={tmp_path}", "--launcher=ray"]
