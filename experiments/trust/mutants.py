@@ -1,0 +1,274 @@
+"""Does the suite fail when it should? Faults are put into the package one at a time, and its tests run on each.
+
+    python -m experiments.trust.mutants --workdir=runs/mutants --n=150 --seed=0
+
+First every test file runs by itself under coverage: which lines of the package it runs, and how long it takes. Then
+faults are drawn from the kinds of `KINDS`, as many of each as can be, over the modules of `ROOMS`. Each goes into a
+copy of the tree, and the test files that run its line are run, the quickest first, until one fails. A fault that no
+test notices survives; one whose line no test runs does so untried. Writes covered.json, and mutants.csv, a line a
+fault: run again to go on. Some two hours for 150 on 2 CPU cores. Tests marked `long` are left out.
+"""
+
+import ast
+import csv
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import app, flags
+
+ROOT = Path(__file__).parents[2]
+WORKDIR = flags.DEFINE_string("workdir", "runs/mutants", "folder for the copies and the tables")
+N = flags.DEFINE_integer("n", 150, "faults to draw")
+SEED = flags.DEFINE_integer("seed", 0, "of the draw")
+WORKERS = flags.DEFINE_integer("workers", 2, "faults tried side by side")
+ROOMS = ("autoencoder", "outliers", "activations", "training", "runtime", "diagnosis", "exchange", "sweeps")
+TREE = ("sae_jax", "tests", "configs", "experiments", "colab", "README.md", "CONTRIBUTING.md", "pyproject.toml",
+        "setup.cfg", ".ci", "CHANGELOG.md", "CITATION.cff", "LICENSE")  # fmt: skip
+LIMIT = 300  # seconds of tests for one fault, as they take without it
+FIELDS = ("module", "line", "kind", "was", "is", "caught_by", "seconds")
+
+COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
+ARITHMETIC = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "/", ast.Mod: "*"}
+CALLS = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "mean", "mean": "sum", "argmax": "argmin",
+         "minimum": "maximum", "maximum": "minimum", "zeros": "ones", "ones": "zeros", "floor": "ceil", "sqrt": "abs",
+         "zeros_like": "ones_like"}  # fmt: skip
+KINDS = ("comparison", "arithmetic", "number", "truth", "condition", "call", "bound")
+
+
+class Fault(NamedTuple):
+    """A stretch of a module, and what stands there in its place."""
+
+    module: str
+    line: int
+    start: int
+    stop: int
+    kind: str
+    was: str
+    new: str
+
+
+def faults_of(module: str, source: str) -> Iterator[Fault]:
+    """Every fault of one module. Annotations, messages and docstrings are left alone."""
+    lines = source.encode().splitlines(keepends=True)
+    begins = [0]
+    for line in lines:
+        begins.append(begins[-1] + len(line))
+    tree, raw = ast.parse(source), source.encode()
+    annotations = {id(inner) for node in ast.walk(tree) for outer in _annotations(node) for inner in ast.walk(outer)}
+
+    def at(node: ast.expr) -> tuple[int, int]:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        return begins[node.lineno - 1] + node.col_offset, begins[node.end_lineno - 1] + node.end_col_offset
+
+    def fault(node: ast.expr, start: int, stop: int, kind: str, new: str) -> Fault:
+        return Fault(module, node.lineno, start, stop, kind, raw[start:stop].decode(), new)
+
+    for node in ast.walk(tree):
+        if id(node) in annotations:
+            continue
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARISONS:
+            yield fault(node, at(node.left)[1], at(node.comparators[0])[0], "comparison",
+                        f" {COMPARISONS[type(node.ops[0])]} ")  # fmt: skip
+        elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC and not _text(node):
+            start, stop = at(node.left)[1], at(node.right)[0]
+            closed, opened = raw[start:stop].count(b")"), raw[start:stop].count(b"(")
+            if not closed and not opened:
+                yield fault(node, start, stop, "arithmetic", f" {ARITHMETIC[type(node.op)]} ")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+            yield fault(node, *at(node), "truth", str(not node.value))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, int | float) and node.value == node.value:
+            yield fault(node, *at(node), "number", repr(node.value + 1 if isinstance(node.value, int)
+                                                        else node.value * 2 or 1.0))  # fmt: skip
+        elif isinstance(node, ast.BoolOp) and len(node.values) == 2:
+            yield fault(node, at(node.values[0])[1], at(node.values[1])[0], "condition",
+                        " or " if isinstance(node.op, ast.And) else " and ")  # fmt: skip
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield fault(node, at(node)[0], at(node.operand)[0], "condition", "")
+        elif isinstance(node, ast.Call):
+            name = node.func
+            if isinstance(name, ast.Attribute) and name.attr in CALLS:
+                stop = at(name)[1]
+                yield fault(node, stop - len(name.attr), stop, "call", CALLS[name.attr])
+            elif isinstance(name, ast.Name) and name.id in CALLS:
+                yield fault(node, *at(name), "call", CALLS[name.id])
+        elif isinstance(node, ast.Slice):
+            for bound in (node.lower, node.upper):
+                if bound is not None and not isinstance(bound, ast.Constant):
+                    yield fault(bound, at(bound)[1], at(bound)[1], "bound", " + 1")
+
+
+def _annotations(node: ast.AST) -> list[ast.expr]:
+    found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+    return [annotation for annotation in found if annotation is not None]
+
+
+def _text(node: ast.BinOp) -> bool:
+    """Whether strings or lists are joined, or a type is spelt."""
+    plain = (ast.JoinedStr, ast.List, ast.Tuple)
+    sides = (node.left, node.right)
+    return any(isinstance(side, plain) or (isinstance(side, ast.Constant) and isinstance(side.value, str | bytes))
+               for side in sides)  # fmt: skip
+
+
+def drawn(seed: int) -> list[Fault]:
+    """All faults, in an order that takes each kind in turn."""
+    rng, of_kind = random.Random(seed), {kind: [] for kind in KINDS}  # type: dict[str, list[Fault]]
+    for room in ROOMS:
+        for path in sorted((ROOT / "sae_jax" / room).glob("*.py")):
+            module = str(path.relative_to(ROOT))
+            for fault in faults_of(module, path.read_text()):
+                of_kind[fault.kind].append(fault)
+    for found in of_kind.values():
+        rng.shuffle(found)
+    order: list[Fault] = []
+    while any(of_kind.values()):
+        order += [found.pop() for found in of_kind.values() if found]
+    return order
+
+
+def put(fault: Fault, whole: bytes) -> bytes:
+    """The module with the fault in it."""
+    return whole[: fault.start] + fault.new.encode() + whole[fault.stop :]
+
+
+def stands(fault: Fault) -> bool:
+    """Whether it is Python: brackets that stand outside of an operand may be cut in half."""
+    try:
+        ast.parse(put(fault, (ROOT / fault.module).read_bytes()))
+    except SyntaxError:
+        return False
+    return True
+
+
+def run(copy: Path, names: list[str], seconds: float, under: Path | None = None) -> tuple[int, float]:
+    """Runs test files in a copy of the tree; the exit code of pytest (−1 for a hang) and what it took."""
+    words = ["-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *names]
+    if under is not None:
+        words = ["-m", "coverage", "run", f"--rcfile={under}", *words]
+    cache = str(Path(WORKDIR.value).resolve() / "compiled")
+    environment = {**os.environ, "PYTHONPATH": str(copy), "JAX_COMPILATION_CACHE_DIR": cache}
+    began = time.monotonic()
+    try:
+        done = subprocess.run([sys.executable, *words], cwd=copy, env=environment, capture_output=True, timeout=seconds)
+        return done.returncode, time.monotonic() - began
+    except subprocess.TimeoutExpired:
+        return -1, time.monotonic() - began
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the tree, made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def covered(workdir: Path) -> dict[str, dict[str, object]]:
+    """Of every test file: the lines of each module that it runs, and its seconds."""
+    path = workdir / "covered.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    lock = threading.Lock()
+
+    def one(name: str) -> None:
+        if name in known:
+            return
+        folder = copied(workdir / f"cover_{name}")
+        rc = folder / "coverage.ini"
+        rc.write_text("[run]\nbranch = True\nparallel = True\npatch = subprocess\nsource = sae_jax\n")
+        code, seconds = run(folder, [f"tests/{name}"], 3600, under=rc)
+        report = folder / "covered.json"
+        for words in (["combine", f"--rcfile={rc}"], ["json", f"--rcfile={rc}", "-o", str(report)]):
+            subprocess.run([sys.executable, "-m", "coverage", *words], cwd=folder, capture_output=True, check=False)
+        found = json.loads(report.read_text())["files"] if report.exists() else {}
+        entry = {"code": code, "seconds": seconds, "lines": {file: of["executed_lines"] for file, of in found.items()}}
+        shutil.rmtree(folder)
+        with lock:
+            known[name] = entry
+            path.write_text(json.dumps(known))
+            print(f"{name}: {seconds:.0f} s, code {code}", flush=True)
+
+    with ThreadPoolExecutor(WORKERS.value) as pool:
+        list(pool.map(one, sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))))
+    return known
+
+
+def tried(fault: Fault, folder: Path, cover: dict[str, dict[str, object]]) -> dict[str, object]:
+    """The fault in a copy of the tree, and what notices it."""
+    path = folder / fault.module
+    whole = path.read_bytes()
+    path.write_bytes(put(fault, whole))
+    reach = sorted(
+        (float(str(entry["seconds"])), name) for name, entry in cover.items()
+        if entry["code"] in (0, 5) and fault.line in dict(entry["lines"]).get(fault.module, [])  # type: ignore[call-overload]
+    )  # fmt: skip
+    caught, began, spent = "", time.monotonic(), 0.0
+    try:
+        for seconds, name in reach:
+            spent += seconds
+            if spent > LIMIT and caught == "" and seconds != reach[0][0]:
+                break
+            code, _ = run(folder, [f"tests/{name}"], 3 * seconds + 60)
+            if code not in (0, 5):
+                caught = name if code > 0 else f"{name} (hangs)"
+                break
+    finally:
+        path.write_bytes(whole)
+    return dict(zip(FIELDS, (fault.module, fault.line, fault.kind, fault.was.strip(), fault.new.strip(), caught,
+                             round(time.monotonic() - began)), strict=True))  # fmt: skip
+
+
+def main(_: list[str]) -> None:
+    """Covers, draws, tries, and prints the score."""
+    workdir = Path(WORKDIR.value).resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    cover = covered(workdir)
+    table = workdir / "mutants.csv"
+    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    done = {(row["module"], row["line"], row["kind"], row["was"]) for row in rows}
+    chosen = list(itertools.islice(filter(stands, drawn(SEED.value)), N.value))
+    wanted = [fault for fault in chosen
+              if (fault.module, str(fault.line), fault.kind, fault.was.strip()) not in done]  # fmt: skip
+    lock, free = threading.Lock(), [copied(workdir / f"copy{i}") for i in range(WORKERS.value)]
+
+    def one(fault: Fault) -> None:
+        with lock:
+            folder = free.pop()
+        row = tried(fault, folder, cover)
+        with lock:
+            free.append(folder)
+            rows.append({key: str(value) for key, value in row.items()})
+            with table.open("w", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                writer.writeheader()
+                writer.writerows(rows)
+            print(f"{len(rows)}/{N.value}  {row['module']}:{row['line']}  {row['was']} → {row['is']}  "
+                  f"{row['caught_by'] or 'SURVIVES'}", flush=True)  # fmt: skip
+
+    with ThreadPoolExecutor(WORKERS.value) as pool:
+        list(pool.map(one, wanted))
+    caught = sum(bool(row["caught_by"]) for row in rows)
+    print(f"{caught} of {len(rows)} caught ({caught / len(rows):.0%}), in {len({r['module'] for r in rows})} modules")
+    for row in rows:
+        if not row["caught_by"]:
+            print(f"survives: {row['module']}:{row['line']}  {row['was']} → {row['is']}")
+
+
+if __name__ == "__main__":
+    app.run(main)
