@@ -11,13 +11,12 @@
     resampling      every few thousand steps dead features take the direction of tokens that are badly reconstructed
     ghost gradients dead features, through an exponential in place of the ReLU, are fitted to the error
 
-The last three are written here in their simplest form: rivals live in experiments, not in the package. Batch norm keeps
-its statistics of the held-out tokens for the count. Writes remedies_compared.csv, with the features by density (share
-of tokens) in half decades. About four minutes on 2 CPU cores.
+The last three are written in their simplest form, here and in rivals.py. Batch norm keeps its statistics of the
+held-out tokens for the count. Writes remedies_compared.csv, with the features by density (share of tokens) in half
+decades. About four minutes on 2 CPU cores.
 """
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import command
+from experiments.death import rivals
 from sae_jax import config as config_lib
 from sae_jax.activations import synthetic
 from sae_jax.autoencoder import death
@@ -45,7 +45,6 @@ SCALES = {
 }  # fmt: skip
 GAMMAS, SEEDS = (2.0, 20.0), range(3)
 RATE = 1e-3
-Step = Callable[[step_lib.TrainState, jax.Array, jax.Array], step_lib.TrainState]
 
 
 def settings(scale: str, gamma: float, seed: int, auxk: bool = False) -> ConfigDict:
@@ -59,50 +58,6 @@ def settings(scale: str, gamma: float, seed: int, auxk: bool = False) -> ConfigD
     return c
 
 
-def plain(static: step_lib.Static) -> Step:
-    """The package's own step."""
-    return lambda state, x, t: step_lib.group_step(state, x, static=static, allsum=lambda tree: tree)[0]
-
-
-def resampling(static: step_lib.Static) -> Step:
-    """`plain`, and now and then the dead features become normalised errors of random tokens, their moments zeroed.
-
-    After Bricken et al., Towards Monosemanticity (2023), without their weighting of tokens by loss; encoder rows get a
-    fifth of the mean length of the live ones, as there.
-    """
-    every = max(1, static.steps // 8)
-
-    def revive(state: step_lib.TrainState, x: jax.Array, t: jax.Array) -> step_lib.TrainState:
-        def one(s: step_lib.TrainState) -> step_lib.TrainState:
-            sae: SAE = s.sae
-            dead = s.tokens_since_fired >= s.hyper.dead_after_tokens
-            e = x - sae_lib.decode(sae, sae_lib.encode(sae, x))
-            picked = jax.random.randint(jax.random.fold_in(jax.random.key(0), t), (static.n_features,), 0, len(x))
-            rows = sae_lib.unit_rows(e[picked])
-            length = jnp.sum(jnp.where(dead, 0, jnp.linalg.norm(sae.W_enc, axis=1))) / jnp.maximum((~dead).sum(), 1)
-            new = sae.replace(
-                W_enc=jnp.where(dead[:, None], 0.2 * length * rows, sae.W_enc),
-                b_enc=jnp.where(dead, 0.0, sae.b_enc), W_dec=jnp.where(dead[:, None], rows, sae.W_dec),
-            )  # fmt: skip
-
-            def cleared(leaf: Any) -> Any:
-                mine = getattr(leaf, "shape", ())[:1] == (static.n_features,)
-                return jnp.where(dead.reshape(-1, *[1] * (leaf.ndim - 1)), 0, leaf) if mine else leaf
-
-            return s.replace(sae=new, moments=jax.tree.map(cleared, s.moments),
-                             tokens_since_fired=jnp.where(dead, 0, s.tokens_since_fired))  # fmt: skip
-
-        return jax.vmap(one)(state)
-
-    step = plain(static)
-
-    def both(state: step_lib.TrainState, x: jax.Array, t: jax.Array) -> step_lib.TrainState:
-        due = (t % every == every - 1) & (t < 0.9 * static.steps)  # the last ones have time to settle
-        return jax.lax.cond(due, lambda s: revive(s, x, t), lambda s: s, step(state, x, t))
-
-    return both
-
-
 def normalised(sae: SAE, x: jax.Array) -> SAE:
     """The SAE whose pre-activations on x have mean 0 and variance 1 for every feature: batch norm, folded in."""
     z_pre = sae_lib.preactivations(sae.replace(b_enc=jnp.zeros_like(sae.b_enc)), x)
@@ -110,49 +65,16 @@ def normalised(sae: SAE, x: jax.Array) -> SAE:
     return sae.replace(W_enc=sae.W_enc * scale[:, None], b_enc=sae.b_enc - mean * scale)
 
 
-def batch_norm(static: step_lib.Static) -> Step:
-    """Gradient through `normalised`; Adam, clipping and unit decoder rows as in the package."""
-
-    def loss(sae: SAE, x: jax.Array) -> jax.Array:
-        own = normalised(sae, x)
-        e = x - sae_lib.decode(own, sae_lib.encode(own, x))
-        return jnp.sum(e**2) / len(x)
-
-    def one(s: step_lib.TrainState, x: jax.Array) -> step_lib.TrainState:
-        sae, moments, _ = step_lib.descend(s, jax.grad(loss)(s.sae, x), static)
-        return s.replace(step=s.step + 1, sae=sae, moments=moments)
-
-    return lambda state, x, t: jax.vmap(lambda s: one(s, x))(state)
+def _batch_norm(sae: SAE, x: jax.Array, *_: Any) -> tuple[jax.Array, jax.Array]:
+    own = normalised(sae, x)
+    acts = rivals.kept(sae_lib.preactivations(own, x), sae.k)
+    return rivals.mean_square(rivals.error(own, x, acts)), acts
 
 
-def ghost_gradients(static: step_lib.Static) -> Step:
-    """The loss, and that of the dead features' fit to the error, scaled to be as large.
-
-    After Jermyn and Templeton, Ghost Grads (Transformer Circuits, January 2024): dead features give exp(z_pre), their
-    reconstruction of each token is scaled to half the length of its error, and no gradient goes through either scale.
-    The largest z_pre of a token is taken off first, which that scale undoes: exp of what gamma = 20 makes overflows.
-    """
-    still = jax.lax.stop_gradient
-
-    def loss(sae: SAE, x: jax.Array, dead: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_hat, codes = sae_lib.reconstruct(sae, x)
-        e = x - x_hat
-        error = jnp.sum(e**2) / len(x)
-        z_pre = jnp.where(dead, sae_lib.preactivations(sae, x), -1e30)
-        ghost = jnp.where(dead, jnp.exp(z_pre - still(z_pre.max(axis=1, keepdims=True))), 0.0) @ sae.W_dec
-        length = jnp.linalg.norm(still(e), axis=1) / (2 * jnp.linalg.norm(still(ghost), axis=1) + 1e-6)
-        fit = jnp.sum((length[:, None] * ghost - still(e)) ** 2) / len(x)
-        share = jnp.where(dead.any(), still(error / (fit + 1e-6)), 0.0)
-        return error + share * fit, sae_lib.fired(codes, static.n_features) > 0
-
-    def one(s: step_lib.TrainState, x: jax.Array) -> step_lib.TrainState:
-        dead = s.tokens_since_fired >= s.hyper.dead_after_tokens
-        grads, fired = jax.grad(loss, has_aux=True)(s.sae, x, dead)
-        sae, moments, _ = step_lib.descend(s, grads, static)
-        return s.replace(step=s.step + 1, sae=sae, moments=moments,
-                         tokens_since_fired=death.count_tokens(s.tokens_since_fired, fired, len(x)))  # fmt: skip
-
-    return lambda state, x, t: jax.vmap(lambda s: one(s, x))(state)
+OWN = {
+    "batch norm": rivals.going_down(_batch_norm), "resampling": rivals.resampling,
+    "ghost gradients": rivals.ghost_gradients,
+}  # fmt: skip
 
 
 def arm(name: str, scale: str, gamma: float) -> list[dict[str, Any]]:
@@ -170,12 +92,12 @@ def arm(name: str, scale: str, gamma: float) -> list[dict[str, Any]]:
     if name == "encoder bias":
         against = -states.sae.W_enc @ jnp.asarray(severity.mean, jnp.float32)
         states = states.replace(sae=states.sae.replace(b_enc=against))
-    own = {"batch norm": batch_norm, "resampling": resampling, "ghost gradients": ghost_gradients}
-    step = own.get(name, plain)(static)
+    given = {"static": static, "allsum": lambda tree: tree}
+    step = OWN.get(name, step_lib.group_step)
 
     def body(t: jax.Array, states: step_lib.TrainState) -> step_lib.TrainState:
         x = synthetic.sample(spec, 0, t, jnp.arange(batch))
-        return step(states, before(x) if name == "whitening" else x, t)
+        return step(states, before(x) if name == "whitening" else x, **given)[0]
 
     train = jax.jit(lambda states: jax.lax.fori_loop(0, steps, body, states)).lower(states).compile()
     began = time.process_time()
