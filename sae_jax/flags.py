@@ -61,6 +61,7 @@ VERBS = {
             "seed": Flag(int, 0, "of probes and measured SAEs"),
             "sae": Flag(str, None, "to examine: " + AN_SAE),
             "member": MEMBER,
+            "target": Flag(str, None, "of a transcoder: the activations that it is to reconstruct, token by token"),
         },
     ),
     "extract": Verb(
@@ -115,7 +116,7 @@ VERBS = {
 
 PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", list: "A,B,…", EACH: "TEXT"}
 PATHS = {"config": "FILE", "activations": "PATH", "workdir": "DIR", "out": "DIR", "from": "PATH", "sae": "SAE",
-         "member": "NAME", "push": "OWNER/NAME", "shard": "i/N", "address": "ADDRESS"}  # fmt: skip
+         "target": "PATH", "member": "NAME", "push": "OWNER/NAME", "shard": "i/N", "address": "ADDRESS"}  # fmt: skip
 
 
 def usage() -> str:

@@ -200,9 +200,9 @@ def measured(
     return deaths, {name: curve.points for name, curve in curves.items()}
 
 
-def padded(tokens: Tokens, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one shape, with the mask of the rows that are tokens."""
-    for x in progress.counted(tokens.batches(), what):
+def padded(tokens: Tokens, what: str = "") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one shape, with the mask of the rows that are tokens; progress is shown of `what`, if it is named."""
+    for x in progress.counted(tokens.batches(), what) if what else tokens.batches():
         for start in range(0, len(x), BATCH):
             part = np.asarray(x[start : start + BATCH], np.float32)
             yield np.pad(part, ((0, BATCH - len(part)), (0, 0))), np.arange(BATCH) < len(part)

@@ -13,7 +13,7 @@ from etils import epath
 
 from sae_jax.reports import feature_table, page
 from sae_jax.reports.page import Picture
-from sae_jax.reports.tables import COLUMNS, cell
+from sae_jax.reports.tables import COLUMNS, cell, explained_giants
 from sae_jax.runtime.disk import write_bytes, write_text
 
 SECTIONS = {
@@ -82,8 +82,8 @@ def render(
         f'{by} where it is, but never selected. <b class="key alive"></b>Alive.</p>',
         "<h2>As it is, and with its bias at the mean</h2>",
         _compared(report),
-        '<p class="soft">FVE: share of the variance explained, about the mean; a feature that fires again is worth '
-        "what it explains. L0: features a token.</p>",
+        f'<p class="soft">FVE: share of the variance{" of the target" if report["target"] else ""} explained, about '
+        "the mean; a feature that fires again is worth what it explains. L0: features a token.</p>",
     ]
     for heading, those in SECTIONS.items():
         body += [f"<h2>{heading}</h2>", *(page.figure(pictures[name], caption) for name, caption in those.items())]
@@ -135,7 +135,7 @@ def _cards(report: dict[str, Any]) -> list[str]:
 
 def _compared(report: dict[str, Any]) -> str:
     shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve"]
-    shown += [*(["fve_without_giants"] if report["n_giant_tokens"] else []), "l0"]
+    shown += [*(["fve_without_giants"] if explained_giants(report) else []), "l0"]
     rows = [
         [name, *(_set(cell(key, found[key])) for key in shown)]
         for name, found in (("as it is", report), ("bias moved to the mean", report["if_centred"]))

@@ -128,7 +128,7 @@ def diagnosis_table(report: dict[str, Any]) -> str:
 
 def autopsy_table(report: dict[str, Any]) -> str:
     """The report of an autopsy: the SAE as it is beside the same with its bias at the mean, and the verdict."""
-    without = ["fve_without_giants"] if report["n_giant_tokens"] else []
+    without = ["fve_without_giants"] if explained_giants(report) else []
     shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve", *without, "l0"]
     lines = [["SAE", *(COLUMNS[key] for key in shown)]]
     for name, found in (("as it is", report), ("bias moved to the mean", report["if_centred"])):
@@ -140,8 +140,21 @@ def autopsy_table(report: dict[str, Any]) -> str:
     kind = report["architecture"] + (f", k = {report['k']}" if report["k"] else "")
     size = f"{kind}, n = {report['n_features']}, {report['n_tokens']} tokens"
     beware = [f"beware: {warning}" for warning in report["warnings"]]
-    head = [f"{size}; {_gammas(report)}", *_giants(report), *beware, _aligned(lines), _dead_means(report)]
-    return "\n".join([*head, "", _aligned(fates), "", report["advice"]])
+    head = [f"{size}; {_gammas(report)}", *_giants(report), *_target(report), *beware]
+    return "\n".join([*head, _aligned(lines), _dead_means(report), "", _aligned(fates), "", report["advice"]])
+
+
+def explained_giants(report: dict[str, Any]) -> int:
+    """How many giants are among the tokens that an autopsy's FVE is of."""
+    found: int = (report["target"] or report)["n_giant_tokens"]
+    return found
+
+
+def _target(report: dict[str, Any]) -> list[str]:
+    if not report["target"]:
+        return []
+    giants = f", {explained_giants(report)} of them giants" if explained_giants(report) else ""
+    return [f"FVE is of the target, {report['target']['d_out']} dimensions of as many tokens{giants}"]
 
 
 def _gammas(report: dict[str, Any]) -> str:
