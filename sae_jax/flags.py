@@ -56,6 +56,8 @@ VERBS = {
             "workdir": Flag(str, None, "folder for report.json and figures"),
             "n_features": Flag(int, None, "n of the SAE in question; not given: that of the configuration, or 8192"),
             "k": Flag(int, None, "its k; not given: that of the configuration, or 64"),
+            "selection": Flag(("topk", "batch_topk", "jumprelu", "relu"), "topk", "how the SAE in question selects"),
+            "threshold": Flag(float, None, "with --selection=jumprelu: in the units of the activations"),
             "measure": Flag(bool, False, "also count deaths in untrained SAEs"),
             "n_probes": Flag(int, 512, "random directions to forecast with"),
             "seed": Flag(int, 0, "of probes and measured SAEs"),

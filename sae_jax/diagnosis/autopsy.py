@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from sae_jax.autoencoder import death
 from sae_jax.autoencoder.sae import SAE
-from sae_jax.diagnosis import columns, diagnosis, remedies, targets, texts
+from sae_jax.diagnosis import columns, diagnosis, pictures, remedies, targets, texts
 from sae_jax.diagnosis.diagnosis import Report
 from sae_jax.diagnosis.targets import Target
 from sae_jax.errors import Refused
@@ -96,6 +96,7 @@ def dissect(
 
     result = Report(diagnosis.summary(severity), n_features=n_features, k=encoder.k, sae=name, norm=encoder.norm)
     result |= {"architecture": encoder.name, "library": opened.library, "subtracts_b_dec": encoder.subtracts}
+    result["pathway"] = encoder.pathway
     # What the decoder puts back of the mean: of a transcoder it is of other activations.
     result |= here.numbers | evaluation.bias_state(b_in if encoder.transcodes else encoder.b_dec, mu)
     result["gamma_left"] = float(np.linalg.norm(left)) / (float(np.linalg.norm(severity.raw.sigma)) / scale)
@@ -123,21 +124,21 @@ def dissect(
     result.features = {"fate": here.fates, "n_fired": here.n_fired, "distance_to_threshold": here.margin / scale}
     draw = {
         "density": partial(autopsy_figures.density, here.n_fired, here.shift),
-        "dead_over_tokens": partial(autopsy_figures.dead_over_tokens, curve),
+        "dead_over_tokens": partial(autopsy_figures.dead_over_tokens, curve, encoder.pathway),
         "shifts": partial(
             figures.shifts, {"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}
         ),
         "alignment": partial(autopsy_figures.alignment, cosines, here.shift),
-        "landscape": partial(diagnosis.landscape, sample, result),
+        "landscape": partial(pictures.landscape, sample, result),
     }  # fmt: skip
     result.figures = {name: one() for name, one in draw.items()}
     if workdir:
         found = columns.of(opened, here, revived, cosines, scale)
         rows = [{"feature": i, **{key: column[i] for key, column in found.items()}} for i in range(n_features)]
         tables.write_csv(epath.Path(workdir) / "features.csv", rows)
-        pictures = {name: page.Picture(figures.png(result.figures[name]), figures.png(one(narrow=True)))
+        drawn = {name: page.Picture(figures.png(result.figures[name]), figures.png(one(narrow=True)))
                     for name, one in draw.items()}  # fmt: skip
-        autopsy_page.write(workdir, result, pictures, found, read.found(revived) if read else None)
+        autopsy_page.write(workdir, result, drawn, found, read.found(revived) if read else None)
         tables.write_json(workdir, result)
     return result
 
@@ -205,9 +206,11 @@ def _looks(
     std = np.sqrt(np.maximum(turned, 0))
     ranked = 1.0 if encoder.ranked_by is None else np.asarray(encoder.ranked_by, np.float64)
     here, moved = (
-        _look(seen, severity.raw.n_tokens, explained, (np.float64(at.offset) + encoder.b_enc) * ranked, std * ranked)
+        _look(seen, evaluation.Shift(
+            (np.float64(at.offset) + encoder.b_enc) * ranked, std * ranked, ~seen.positive,
+            seen.positive & (seen.n_fired == 0), severity.raw.n_tokens, encoder.pathway), explained)
         for seen, at in zip(total, places, strict=True)
-    )
+    )  # fmt: skip
     return here, moved, curve.points
 
 
@@ -215,20 +218,16 @@ def _sightings(seen: Seen) -> death.Sightings:
     return death.Sightings(seen.positive, seen.n_fired > 0)
 
 
-def _look(
-    seen: Seen, n_tokens: int, explained: tuple[Moments, Moments] | None, mean: np.ndarray, std: np.ndarray
-) -> Look:
+def _look(seen: Seen, shift: evaluation.Shift, explained: tuple[Moments, Moments] | None) -> Look:
     """`explained` are the moments of what is reconstructed: of all tokens, and of those that are no giants."""
-    relu, fired = ~seen.positive, seen.n_fired > 0
-    found = np.where(fired, FATES[0], np.where(relu, FATES[2], FATES[1]))
+    found = np.where(shift.dead_by_relu, FATES[2], np.where(shift.dead_by_topk, FATES[1], FATES[0]))
     errors = zip(("fve", "fve_without_giants"), (seen.error_square, seen.ordinary_error), strict=True)
     numbers = {
         **death.pathways(_sightings(seen)),
         **{key: evaluation.explained(error, float(explained[i].square.sum())) if explained else None
            for i, (key, error) in enumerate(errors)},
-        "l0": float(seen.n_fired.sum()) / n_tokens,
+        "l0": float(seen.n_fired.sum()) / shift.n_tokens,
     }  # fmt: skip
-    shift = evaluation.Shift(mean, std, relu, ~relu & ~fired, n_tokens)
     return Look(found, seen.n_fired, seen.largest, seen.margin, shift, numbers)
 
 
@@ -243,11 +242,10 @@ def _verdict(result: dict[str, Any], opened: Opened) -> str:
         return tables.cell(key, found[key])
 
     n_dead = sum(len(found) for found in result["dead_features"].values())
-    by = "TopK" if opened.encoder.rule == "topk" else "selection"
     lines = [
         f"{percent(result)} of the features ({n_dead} of {result['n_features']}) never fire on these "
         f"{result['n_tokens']} tokens: {percent(result, 'dead_by_relu')} by ReLU, "
-        f"{percent(result, 'dead_by_topk')} by {by}."
+        f"{percent(result, 'dead_by_topk')} by {opened.encoder.pathway}."
     ]
     if not result["subtracts_b_dec"]:
         lines.append(

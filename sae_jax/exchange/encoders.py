@@ -77,6 +77,11 @@ class Encoder(struct.PyTreeNode):
         kind = " transcoder" if self.transcodes else ""
         return NAMES[self.rule] + (" skip" if kind and self.W_skip is not None else "") + kind
 
+    @property
+    def pathway(self) -> str:
+        """By what a feature dies that is positive somewhere."""
+        return "TopK" if self.rule == "topk" else "selection"
+
     def in_units(self, scale: float) -> "Encoder":
         """The encoder of scale · x that does what this one does of x; exact for powers of two."""
         of = lambda a: None if a is None else a * np.float32(scale)  # noqa: E731
