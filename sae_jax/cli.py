@@ -76,12 +76,16 @@ def diagnose(words: list[str]) -> int:
     _one_of(given, "activations", "config", "a file or a dataset folder")
     if given["sae"] is None:
         given.refuse("--sae=RUN beside it", "member")
+        given.refuse("--sae=TRANSCODER beside it", "target")
     else:
-        given.refuse("left out: the SAE has its own", "n_features", "k")
+        given.refuse("left out: the SAE has its own", "n_features", "k", "selection", "threshold")
         given.refuse("left out: of an SAE that is there, deaths are always counted", "measure")
+    if given["selection"] in ("jumprelu", "relu"):
+        given.refuse("left out: topk and batch_topk keep k", "k")
     config = flags_lib.configuration(given)
     activations = given["activations"] if config is None else config
-    typed: dict[str, str] = {name: f"--{name}" for name in ("n_features", "k", "n_probes", "seed")}
+    names = ("n_features", "k", "threshold", "n_probes", "seed", "target")
+    typed: dict[str, str] = {name: f"--{name}" for name in names}
     if config is None:
         typed["activations"] = "--activations"
     from sae_jax.reports import tables
@@ -92,8 +96,8 @@ def diagnose(words: list[str]) -> int:
             from sae_jax.diagnosis import autopsy
 
             found = autopsy.dissect(
-                given["sae"], activations, given["workdir"], member=given["member"], n_probes=given["n_probes"],
-                seed=given["seed"],
+                given["sae"], activations, given["workdir"], target=given["target"], member=given["member"],
+                n_probes=given["n_probes"], seed=given["seed"],
             )  # fmt: skip
             print(tables.autopsy_table(found))
             print(f"report, page, features.csv, figures: {given['workdir']}")
@@ -106,7 +110,8 @@ def diagnose(words: list[str]) -> int:
             activations, given["workdir"],
             n_features=sae.n_features if given["n_features"] is None else given["n_features"],
             k=sae.k if given["k"] is None else given["k"],
-            measure=given["measure"], n_probes=given["n_probes"], seed=given["seed"],
+            selection=given["selection"], threshold=given["threshold"], measure=given["measure"],
+            n_probes=given["n_probes"], seed=given["seed"],
         )  # fmt: skip
     print(tables.diagnosis_table(found))
     print(f"report, figures: {given['workdir']}")
@@ -219,7 +224,7 @@ def _read(verb: str, words: list[str], folder: str) -> Given:
         raise Refused(f"--{folder}", given[folder], "a folder to write to")
     from sae_jax.runtime import disk
 
-    for name in ("workdir", "out", "activations", "from"):
+    for name in ("workdir", "out", "activations", "target", "from"):
         if given.values.get(name):
             disk.check_reachable(f"--{name}", given[name])
     return given

@@ -56,11 +56,14 @@ VERBS = {
             "workdir": Flag(str, None, "folder for report.json and figures"),
             "n_features": Flag(int, None, "n of the SAE in question; not given: that of the configuration, or 8192"),
             "k": Flag(int, None, "its k; not given: that of the configuration, or 64"),
+            "selection": Flag(("topk", "batch_topk", "jumprelu", "relu"), "topk", "how the SAE in question selects"),
+            "threshold": Flag(float, None, "with --selection=jumprelu: in the units of the activations"),
             "measure": Flag(bool, False, "also count deaths in untrained SAEs"),
             "n_probes": Flag(int, 512, "random directions to forecast with"),
             "seed": Flag(int, 0, "of probes and measured SAEs"),
             "sae": Flag(str, None, "to examine: " + AN_SAE),
             "member": MEMBER,
+            "target": Flag(str, None, "of a transcoder: the activations that it is to reconstruct, token by token"),
         },
     ),
     "extract": Verb(
@@ -115,7 +118,7 @@ VERBS = {
 
 PLACEHOLDERS = {int: "INTEGER", float: "NUMBER", list: "A,B,…", EACH: "TEXT"}
 PATHS = {"config": "FILE", "activations": "PATH", "workdir": "DIR", "out": "DIR", "from": "PATH", "sae": "SAE",
-         "member": "NAME", "push": "OWNER/NAME", "shard": "i/N", "address": "ADDRESS"}  # fmt: skip
+         "target": "PATH", "member": "NAME", "push": "OWNER/NAME", "shard": "i/N", "address": "ADDRESS"}  # fmt: skip
 
 
 def usage() -> str:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from etils import epath
 
+import sae_jax
 from sae_jax.diagnosis import autopsy
+from sae_jax.errors import Refused
 from sae_jax.exchange import encoders, registry, sharing
 from sae_jax.exchange.encoders import Encoder, Opened
 
@@ -92,7 +94,34 @@ def check(folder, x, acts, z_pre, moved, W_dec, b_dec, b_in, transcodes=False):
         assert found["fve"] == pytest.approx(fve, abs=1e-4 * max(1, abs(fve)))
         assert found["if_centred"]["fve"] == pytest.approx(then_fve, abs=1e-4 * max(1, abs(then_fve)))
         assert f"{then_fve:.3f}" in found["advice"]  # beside what was revived
+    if x is tokens:  # no norm of each token
+        agree(path, tokens, acts, acts.astype(np.float64) @ W_dec + b_dec, skips="skip" in found["architecture"])
     return found
+
+
+def dense(codes, n):
+    """As a matrix; a row's order is checked on the way."""
+    out = np.zeros((len(codes.values), n), np.float32)
+    np.add.at(out, (np.arange(len(out))[:, None], codes.indices), codes.values)
+    assert (np.diff(np.abs(codes.values), axis=1) <= 0).all()
+    return out
+
+
+def agree(sae, tokens, acts, x_hat, skips=False):
+    """`features` and `reconstruct` against a library's activations and x̂, both in the units of the tokens."""
+    codes = sae_jax.features(sae, tokens)
+    assert codes.values.dtype == np.float32
+    assert codes.indices.dtype == np.int32
+    assert codes.values.shape[1] in {(acts != 0).sum(axis=1).max(), opened_k(sae)}
+    np.testing.assert_allclose(dense(codes, acts.shape[1]), acts, atol=2e-5 * np.abs(acts).max())
+    if not skips:
+        found = sae_jax.reconstruct(sae, tokens)
+        np.testing.assert_allclose(found, x_hat, atol=5e-5 * np.abs(x_hat).max())
+
+
+def opened_k(sae):
+    encoder = sharing.opened(sae).encoder
+    return encoder.k if encoder.rule in encoders.COUNTED else None
 
 
 # -- SAELens ---------------------------------------------------------------------------------------------------------
@@ -174,6 +203,53 @@ def test_encode_is_the_librarys_value_by_value(sae_lens, x, tmp_path):
             theirs = sae.encode(torch.from_numpy(x)).numpy()
         ours = np.asarray(encoders.encode(jax.tree.map(jnp.asarray, encoder), jnp.asarray(x)))
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), err_msg=f"{architecture} {options}")
+
+
+def test_features_and_reconstructions_are_the_librarys(sae_lens, x, tmp_path):
+    """x̂ is that of its forward pass: norms undone, b_dec added, skip connections counted."""
+    for number, (architecture, options) in enumerate(SAELENS):
+        sae = saelens_of(sae_lens, architecture, options)
+        if "skip" in architecture:
+            sae.load_state_dict({**sae.state_dict(), "W_skip": torch.randn(sae.W_skip.shape)})
+        sae.save_model(tmp_path / str(number))
+        t = torch.from_numpy(x)
+        with torch.no_grad():
+            acts, x_hat = sae.encode(t).numpy(), sae(t).numpy()
+        norm = options.get("normalize_activations")
+        size = {"layer_norm": x.std(axis=1, ddof=1, keepdims=True),
+                "constant_norm_rescale": np.linalg.norm(x, axis=1, keepdims=True) / D**0.5}.get(norm, 1)  # fmt: skip
+        agree(tmp_path / str(number), x, acts * size, x_hat)
+        loaded = sae_jax.load(tmp_path / str(number))
+        if architecture != "topk":
+            assert isinstance(loaded, Opened)
+            agree(loaded, x, acts * size, x_hat)
+            with pytest.raises(Refused, match="a TopK SAE"):
+                sae_jax.export(loaded, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("size", [(24, 96), (256, 4096)], ids=["small", "large"])  # n·d below and above 2^20
+@pytest.mark.parametrize("rule", ["topk", "abstopk", "groupmax", "threshold", "relu", "gated"])
+def test_features_of_every_rule_are_those_of_numpy(monkeypatch, rule, size):
+    """In float64, as the table in `encoders` writes them; 300 tokens in parts whose widths differ."""
+    monkeypatch.setattr("sae_jax.exchange.features.ROWS", 128)
+    (d, n), k, rng = size, 8, np.random.default_rng(3)
+    x = np.float32((rng.normal(size=(300, d)) + 2) * np.linspace(0.1, 2, 300)[:, None])
+    rows = np.float32(rng.normal(size=(n, d)) / np.sqrt(d))
+    b_enc, b_dec, r_mag, b_mag = (np.float32(rng.normal(size=m) * 0.3) for m in (n, d, n, n))
+    threshold = np.float32(rng.uniform(0, 3, size=n))
+    more = {"threshold": {"threshold": threshold}, "gated": {"r_mag": r_mag, "b_mag": b_mag}, "relu": {}}.get(
+        rule, {"k": k})
+    encoder = Encoder(W_enc=rows, b_enc=b_enc, W_dec=rows, b_dec=b_dec, b_in=b_dec, rule=rule, **more)
+    u = (x.astype(np.float64) - b_dec) @ rows.T
+    z = u + b_enc
+    bar = np.sort(np.abs(z) if rule == "abstopk" else z, axis=1)[:, -k, None]
+    largest = z.reshape(300, k, -1).max(axis=2).repeat(n // k, axis=1)
+    acts = {
+        "topk": np.where(z >= bar, np.maximum(z, 0), 0), "abstopk": np.where(np.abs(z) >= bar, z, 0),
+        "groupmax": np.where(z >= largest, np.maximum(z, 0), 0), "threshold": np.where(z > threshold, z, 0),
+        "relu": np.maximum(z, 0), "gated": np.where(z > 0, np.maximum(np.exp(r_mag) * u + b_mag, 0), 0),
+    }[rule]  # fmt: skip
+    agree(Opened(encoder, {}, "none"), x, acts, acts @ rows + b_dec)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

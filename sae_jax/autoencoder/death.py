@@ -56,6 +56,7 @@ class Shift(NamedTuple):
     dead_by_relu: np.ndarray  # (n,) bool
     dead_by_topk: np.ndarray  # (n,) bool
     n_tokens: int  # those it was seen on: the fewer, the more features look dead
+    pathway: str = "TopK"  # by what those die that are positive somewhere
 
 
 def count_tokens(

@@ -6,6 +6,7 @@ b_enc, and its standard deviation, √(w·Σ·w), follow from the moments. b_in 
 zero; moving the bias puts both at the mean (a transcoder's b_dec is of other activations, and stays).
 """
 
+import itertools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ from ml_collections import ConfigDict
 
 from sae_jax.autoencoder import death
 from sae_jax.autoencoder.sae import SAE
-from sae_jax.diagnosis import columns, diagnosis, remedies, texts
+from sae_jax.diagnosis import columns, diagnosis, pictures, remedies, targets, texts
 from sae_jax.diagnosis.diagnosis import Report
+from sae_jax.diagnosis.targets import Target
 from sae_jax.errors import Refused
 from sae_jax.exchange import encoders, sharing, sightings
 from sae_jax.exchange.encoders import Encoder, Opened
@@ -27,7 +29,7 @@ from sae_jax.exchange.sightings import Seen
 from sae_jax.models.sources import Tokens, open_tokens
 from sae_jax.outliers import giants
 from sae_jax.outliers import moments as moments_lib
-from sae_jax.outliers.moments import Severity
+from sae_jax.outliers.moments import Moments, Severity
 from sae_jax.reports import autopsy_figures, autopsy_page, figures, page, tables
 from sae_jax.reports.feature_table import FATES
 from sae_jax.runtime import memory
@@ -41,6 +43,7 @@ def dissect(
     activations: np.ndarray | str | ConfigDict,
     workdir: str | None = None,
     *,
+    target: np.ndarray | str | None = None,
     member: str | None = None,
     n_probes: int = 512,
     seed: int = 0,
@@ -52,31 +55,37 @@ def dissect(
         saelens:RELEASE/ID; an SAE, or what `sae_jax.load` or `sharing.opened` returns.
       activations: as for `sae_jax.diagnose`; of the same width, and as the SAE takes them.
       workdir: where report.json, report.html, features.csv and the figures go; None writes nothing.
+      target: of a transcoder the activations that it is to reconstruct, as many tokens of its d_out; FVE is of these.
       member: which SAE of a run.
       n_probes, seed: of the forecast for an untrained SAE.
 
     Returns:
       The report: `dead_by_relu`, `dead_by_topk` (by selection: positive, never selected), `dead_total` (fractions),
-      `dead_features` (which), `fve` (null for a transcoder), `l0`, b_dec against mu, `gamma_left` = ‖mu − b_in‖ /
-      ‖sigma‖ (what the encoder still sees of the mean), `if_centred` (the same SAE with its bias at mu), `at_init`
-      (forecast for an untrained one). Behind a norm of each token, all of it is of the normed tokens.
+      `dead_features` (which), `fve` (null for a transcoder without its target), `l0`, b_dec against mu, `gamma_left` =
+      ‖mu − b_in‖ / ‖sigma‖ (what the encoder still sees of the mean), `if_centred` (the same SAE with its bias at mu),
+      `at_init` (forecast for an untrained one). Behind a norm of each token, all of it is of the normed tokens.
 
     Raises:
-      Refused: the SAE or the activations cannot be read, or their widths differ; nothing was written.
+      Refused: the SAE, the activations or the target cannot be read, or their widths or numbers of tokens differ;
+        nothing was written.
     """
     opened = sharing.opened(sae, member)
     encoder, name = opened.encoder, sae if isinstance(sae, str) else "sae"
     n_features, d_model = encoder.W_enc.shape
     diagnosis.check(n_features, encoder.k or 1, n_probes, seed, workdir)
+    if target is not None:
+        targets.check(target, activations, encoder, name)
     fits = partial(_check_memory, encoder, name, n_probes=n_probes)
-    tokens, scale = diagnosis.rescaled(_normed(open_tokens(activations, fits), encoder.norm))
+    plain = open_tokens(activations, fits)
+    tokens, scale = diagnosis.rescaled(_normed(plain, encoder.norm))
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
     severity, sample, counts = diagnosis.first_pass(tokens, of_directions=False)
     ordinary = giants.without(tokens.batches, counts.giant_norm) if counts.any_giant else severity
     mu = severity.raw.mean / scale
     read = texts.opened(activations, tokens.identity, opened.metadata) if workdir else None
-    here, moved, curve = _looks(encoder.in_units(scale), severity, ordinary, tokens, counts.giant_norm, read)
+    goal = None if target is None else targets.opened(target, encoder, plain, severity.raw.n_tokens)
+    here, moved, curve = _looks(encoder, scale, severity, ordinary, tokens, counts.giant_norm, read, goal)
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = remedies.preprocessings(severity, median, only=CENTRINGS)
     forecast = remedies.forecast(tokens, choices, severity.raw.mean, n_probes, seed)
@@ -87,6 +96,7 @@ def dissect(
 
     result = Report(diagnosis.summary(severity), n_features=n_features, k=encoder.k, sae=name, norm=encoder.norm)
     result |= {"architecture": encoder.name, "library": opened.library, "subtracts_b_dec": encoder.subtracts}
+    result["pathway"] = encoder.pathway
     # What the decoder puts back of the mean: of a transcoder it is of other activations.
     result |= here.numbers | evaluation.bias_state(b_in if encoder.transcodes else encoder.b_dec, mu)
     result["gamma_left"] = float(np.linalg.norm(left)) / (float(np.linalg.norm(severity.raw.sigma)) / scale)
@@ -108,26 +118,27 @@ def dissect(
     result |= {"without_giants": ordinary.gammas()}
     result["warnings"] = diagnosis.warnings(severity, counts.bits)
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
+    result["target"] = goal.summary() if goal else None
     result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
     result |= {"sae_metadata": opened.metadata, "versions": tables.versions()}
     result.features = {"fate": here.fates, "n_fired": here.n_fired, "distance_to_threshold": here.margin / scale}
     draw = {
         "density": partial(autopsy_figures.density, here.n_fired, here.shift),
-        "dead_over_tokens": partial(autopsy_figures.dead_over_tokens, curve),
+        "dead_over_tokens": partial(autopsy_figures.dead_over_tokens, curve, encoder.pathway),
         "shifts": partial(
             figures.shifts, {"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}
         ),
         "alignment": partial(autopsy_figures.alignment, cosines, here.shift),
-        "landscape": partial(diagnosis.landscape, sample, result),
+        "landscape": partial(pictures.landscape, sample, result),
     }  # fmt: skip
     result.figures = {name: one() for name, one in draw.items()}
     if workdir:
         found = columns.of(opened, here, revived, cosines, scale)
         rows = [{"feature": i, **{key: column[i] for key, column in found.items()}} for i in range(n_features)]
         tables.write_csv(epath.Path(workdir) / "features.csv", rows)
-        pictures = {name: page.Picture(figures.png(result.figures[name]), figures.png(one(narrow=True)))
+        drawn = {name: page.Picture(figures.png(result.figures[name]), figures.png(one(narrow=True)))
                     for name, one in draw.items()}  # fmt: skip
-        autopsy_page.write(workdir, result, pictures, found, read.found(revived) if read else None)
+        autopsy_page.write(workdir, result, drawn, found, read.found(revived) if read else None)
         tables.write_json(workdir, result)
     return result
 
@@ -163,19 +174,25 @@ class Look(NamedTuple):
 
 
 def _looks(
-    encoder: Encoder, severity: Severity, ordinary: Severity, tokens: Tokens, giant_norm: float,
-    read: texts.Texts | None,
+    encoder: Encoder, scale: float, severity: Severity, ordinary: Severity, tokens: Tokens, giant_norm: float,
+    read: texts.Texts | None, target: Target | None,
 ) -> tuple[Look, Look, list[list[float]]]:  # fmt: skip
-    """All tokens through the encoder as it is, and with its bias at the mean; its deaths over tokens seen."""
+    """All tokens, in units of 1/scale, through the encoder as it is, and with its bias at the mean; its deaths over
+    tokens seen."""
     mean = severity.raw.mean
+    goals = target.goals(encoder.W_skip) if target else itertools.repeat(None)
+    encoder = target.encoder(encoder, scale) if target else encoder.in_units(scale)
+    explained = None if encoder.transcodes else (severity.raw, ordinary.raw)
+    if target:
+        explained = target.moments, target.ordinary
     places = tuple(sightings.place(encoder, mean, moved) for moved in (False, True))
     on_device = jax.tree.map(jnp.asarray, encoder)
     point = jnp.asarray(mean, jnp.float32)
     total: list[Seen] = []
     count, curve = 0, evaluation.DeathCurve()
-    for x, valid in remedies.padded(tokens, "autopsy"):
+    for (x, valid), goal in zip(remedies.padded(tokens, "autopsy"), goals, strict=False):
         best = read is not None and read.wants(count)
-        found = sightings.see(on_device, places, point, x, valid, jnp.float32(giant_norm), best=best)
+        found = sightings.see(on_device, places, point, x, valid, jnp.float32(giant_norm), goal, best=best)
         part, tops = jax.device_get(found)
         if read is not None and best:
             read.add(count, tops)
@@ -189,9 +206,11 @@ def _looks(
     std = np.sqrt(np.maximum(turned, 0))
     ranked = 1.0 if encoder.ranked_by is None else np.asarray(encoder.ranked_by, np.float64)
     here, moved = (
-        _look(encoder, severity, ordinary, seen, (np.float64(at.offset) + encoder.b_enc) * ranked, std * ranked)
+        _look(seen, evaluation.Shift(
+            (np.float64(at.offset) + encoder.b_enc) * ranked, std * ranked, ~seen.positive,
+            seen.positive & (seen.n_fired == 0), severity.raw.n_tokens, encoder.pathway), explained)
         for seen, at in zip(total, places, strict=True)
-    )
+    )  # fmt: skip
     return here, moved, curve.points
 
 
@@ -199,19 +218,16 @@ def _sightings(seen: Seen) -> death.Sightings:
     return death.Sightings(seen.positive, seen.n_fired > 0)
 
 
-def _look(
-    encoder: Encoder, severity: Severity, ordinary: Severity, seen: Seen, mean: np.ndarray, std: np.ndarray
-) -> Look:
-    moments, relu, fired = severity.raw, ~seen.positive, seen.n_fired > 0
-    found = np.where(fired, FATES[0], np.where(relu, FATES[2], FATES[1]))
-    errors = {"fve": (seen.error_square, moments), "fve_without_giants": (seen.ordinary_error, ordinary.raw)}
+def _look(seen: Seen, shift: evaluation.Shift, explained: tuple[Moments, Moments] | None) -> Look:
+    """`explained` are the moments of what is reconstructed: of all tokens, and of those that are no giants."""
+    found = np.where(shift.dead_by_relu, FATES[2], np.where(shift.dead_by_topk, FATES[1], FATES[0]))
+    errors = zip(("fve", "fve_without_giants"), (seen.error_square, seen.ordinary_error), strict=True)
     numbers = {
         **death.pathways(_sightings(seen)),
-        **{key: None if encoder.transcodes else evaluation.explained(error, float(of.square.sum()))
-           for key, (error, of) in errors.items()},
-        "l0": float(seen.n_fired.sum()) / moments.n_tokens,
+        **{key: evaluation.explained(error, float(explained[i].square.sum())) if explained else None
+           for i, (key, error) in enumerate(errors)},
+        "l0": float(seen.n_fired.sum()) / shift.n_tokens,
     }  # fmt: skip
-    shift = evaluation.Shift(mean, std, relu, ~relu & ~fired, moments.n_tokens)
     return Look(found, seen.n_fired, seen.largest, seen.margin, shift, numbers)
 
 
@@ -226,11 +242,10 @@ def _verdict(result: dict[str, Any], opened: Opened) -> str:
         return tables.cell(key, found[key])
 
     n_dead = sum(len(found) for found in result["dead_features"].values())
-    by = "TopK" if opened.encoder.rule == "topk" else "selection"
     lines = [
         f"{percent(result)} of the features ({n_dead} of {result['n_features']}) never fire on these "
         f"{result['n_tokens']} tokens: {percent(result, 'dead_by_relu')} by ReLU, "
-        f"{percent(result, 'dead_by_topk')} by {by}."
+        f"{percent(result, 'dead_by_topk')} by {opened.encoder.pathway}."
     ]
     if not result["subtracts_b_dec"]:
         lines.append(
@@ -260,7 +275,7 @@ def _verdict(result: dict[str, Any], opened: Opened) -> str:
 def _fve(before: float | None, after: float | None) -> str:
     """A feature that fires again is worth what it explains."""
     if before is None or after is None:
-        return "FVE is not known: the target's activations are not given"
+        return "FVE is not known: the target's activations are not given (--target)"
     if after < before:
         return f"FVE falls from {before:.3f} to {after:.3f}: they fire, and explain less"
     return f"FVE rises from {before:.3f} to {after:.3f}"

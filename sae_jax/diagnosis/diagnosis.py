@@ -16,14 +16,15 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sae_jax.diagnosis import remedies
+from sae_jax.diagnosis import pictures, remedies
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
-from sae_jax.outliers import giants, rounding, theory
+from sae_jax.outliers import giants, rounding, selections, theory
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
-from sae_jax.outliers.probes import Band, Forecast
-from sae_jax.reports import diagnosis_figures, figures, tables
+from sae_jax.outliers.probes import places
+from sae_jax.outliers.selections import Selection
+from sae_jax.reports import figures, tables
 from sae_jax.runtime import progress
 from sae_jax.training import evaluation
 
@@ -46,7 +47,8 @@ class Report(dict[str, Any]):
 
 def diagnose(
     activations: np.ndarray | str | ConfigDict, workdir: str | None = None, *, n_features: int = 8192, k: int = 64,
-    measure: bool = False, n_probes: int = N_PROBES, seed: int = 0,
+    selection: str = "topk", threshold: float | None = None, measure: bool = False, n_probes: int = N_PROBES,
+    seed: int = 0,
 ) -> Report:  # fmt: skip
     """Outlier severity, predicted death at initialisation by every law, and the cheapest remedy.
 
@@ -54,7 +56,11 @@ def diagnose(
       activations: an array (tokens, d_model); the path of a .npy, .npz, .safetensors file or of a dataset folder; or a
         configuration, whose training tokens are taken (`data.statistics_tokens` of them).
       workdir: where report.json and the figures go; None writes nothing.
-      n_features, k: of the SAE in question.
+      n_features, k: of the SAE in question; k is that of topk and batch_topk.
+      selection: how the SAE selects: topk | batch_topk (k of each token on average) | jumprelu | relu; the laws in
+        closed form know topk.
+      threshold: of jumprelu, in the units of the activations; behind a remedy that gives tokens another size it is as
+        many of their ‖sigma‖.
       measure: also count deaths in an untrained SAE of that size under every remedy.
       n_probes: random directions to forecast with; the error of a forecast falls as 1/√n_probes. Remedies that may be
         on either side of 1 % are looked at again with more, up to about n_features.
@@ -62,29 +68,34 @@ def diagnose(
 
     Returns:
       The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead
-      at initialisation), `death_curve` (k/n → share), `remedies` (name → forecast, and count where measured),
-      `recommended` (the name of one), `advice` (a few sentences). `undecided` names the remedies that may be on either
-      side of 1 % even so, `.figures` are the pictures by their names.
+      at initialisation), `death_curve` (k/n → share; of jumprelu threshold → share), `remedies` (name → forecast, and
+      count where measured), `recommended` (the name of one), `advice` (a few sentences). `undecided` names the remedies
+      that may be on either side of 1 % even so, `.figures` are the pictures by their names.
 
     Raises:
       Refused: the activations cannot be diagnosed; nothing was written.
       RunFailed: activations made or extracted on the way are not finite.
     """
     check(n_features, k, n_probes, seed, workdir)
-    fits = partial(remedies.check_memory, n_features=n_features, n_probes=n_probes, measure=measure)
+    how = _selection(selection, threshold)
+    fits = partial(remedies.check_memory, n_features=n_features, n_probes=n_probes, measure=measure, rule=selection)
     tokens, scale = rescaled(open_tokens(activations, fits))
     severity, sample, counts = first_pass(tokens)
     ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = remedies.preprocessings(severity, median, ordinary)
-    found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed)
-    measured, over = remedies.measured(tokens, choices, n_features, k, seed + 1) if measure else ({}, {})
+    each = selections.behind(how, choices, severity, scale)
+    found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed, each)
+    measured, over = remedies.measured(tokens, choices, n_features, k, seed + 1, each) if measure else ({}, {})
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
-    band = found["none"].curve(_shares(n_features, k), n_features)
+    band = found["none"].curve(places(each["none"], n_features, k), n_features)
+    here = int(np.searchsorted(band.share, found["none"].at(n_features, k)))
+    if threshold is not None:
+        band = band._replace(share=band.share / scale)
 
-    result = Report(summary(severity), n_features=n_features, k=k)
-    result["predicted"] = predictions(severity, sample, n_features, k)
-    here = int(np.searchsorted(band.share, k / n_features))
+    result = Report(summary(severity), n_features=n_features, k=k if selection in selections.COUNTED else None)
+    result |= {"selection": selection, "threshold": threshold}
+    result["predicted"] = _known(predictions(severity, sample, n_features, k), selection)
     result["predicted"]["probe"] = {**probe["none"], "low": float(band.low[here]), "high": float(band.high[here])}
     result["death_curve"] = {repr(float(s)): float(dead) for s, dead in zip(band.share, band.dead, strict=True)}
     ends = zip(band.share, band.low, band.high, strict=True)
@@ -97,7 +108,8 @@ def diagnose(
     }
     result["recommended"] = remedies.recommended(probe)
     result["undecided"] = remedies.undecided(found, n_features, k)
-    result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"])
+    recovers = how.pathway if selection == "topk" else ""
+    result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"], recovers)
     if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
     result |= {"warnings": warnings(severity, counts.bits), "constant_dimensions": constant(severity).tolist()}
@@ -106,7 +118,7 @@ def diagnose(
     result |= {"n_giant_tokens": n_giants, "without_giants": ordinary.gammas()}
     result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
     result |= {"data": tokens.identity, "versions": tables.versions()}
-    result.figures = _figures(severity, sample, result, band, found["none"], measured)
+    result.figures = pictures.drawn(severity, sample, result, band, found["none"], measured)
     if workdir:
         folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,10 +241,22 @@ def warnings(severity: Severity, bits: int) -> list[str]:
 # -- the report ------------------------------------------------------------------------------------------------------
 
 
-def _shares(n_features: int, k: int) -> np.ndarray:
-    """k/n to draw the death curve at: four an octave from 1/n to 1/2, and the one asked about."""
-    steps = np.arange(0, 4 * np.log2(max(n_features, 4)) - 3)
-    return np.unique(np.append(0.5 * 2 ** (-steps / 4), k / n_features))
+def _selection(rule: str, threshold: float | None) -> Selection:
+    if rule not in selections.NAMES:
+        raise Refused("selection", rule, "one of " + ", ".join(selections.NAMES))
+    if rule != "jumprelu" and threshold is not None:
+        raise Refused("threshold", threshold, f"left out: {rule} has none, jumprelu has one")
+    if rule == "jumprelu" and not (threshold is not None and 0 < threshold < np.inf):
+        raise Refused("threshold", threshold, "a finite number > 0, in the units of the activations")
+    return Selection(rule, threshold)
+
+
+def _known(laws: dict[str, Any], rule: str) -> dict[str, Any]:
+    """Of a selection other than TopK the laws know death by ReLU alone."""
+    if rule == "topk":
+        return laws
+    return {name: {**found, "dead_total": found["dead_by_relu"] if rule == "relu" else None}
+            for name, found in laws.items()}  # fmt: skip
 
 
 def summary(severity: Severity) -> dict[str, Any]:
@@ -270,31 +294,4 @@ def predictions(severity: Severity, sample: Float[np.ndarray, "m d"], n_features
         "token_integral": theory.token_integral(one, rank, d_model, *size),
         "two_gammas": theory.two_gammas(gamma, gamma_raw, rank_normed, d_model, *size),
         "spectrum": theory.spectrum_law(severity.directions.across_mean, cosines, *size),
-    }
-
-
-def landscape(sample: Float[np.ndarray, "m d"], result: dict[str, Any], narrow: bool = False) -> Figure:
-    """The picture of some of the tokens, with the outlier dimensions of a report marked."""
-    shown = moments_lib.layer_norm(sample[np.linspace(0, len(sample) - 1, 200).astype(int)].astype(np.float64))
-    return figures.landscape(shown, result["outlier_dimensions"], result["n_outlier_dimensions"], narrow)
-
-
-def _figures(
-    severity: Severity, sample: np.ndarray, result: Report, band: Band, probes: Forecast,
-    measured: dict[str, theory.Deaths],
-) -> dict[str, Figure]:  # fmt: skip
-    unit = np.sqrt(severity.directions.square.mean() / severity.directions.n_tokens)
-    spread = np.sqrt(np.einsum("pd,pd->p", probes.rows @ severity.directions.covariance, probes.rows))
-    bar = float(theory.alignment_threshold(result["k"] / result["n_features"], result["d_model"]))
-    spectra = {"as they are": severity.raw.eigen[0], "after LayerNorm": severity.layer_normed.eigenvalues}
-    return {
-        "landscape": landscape(sample, result),
-        "spectrum": diagnosis_figures.spectrum(spectra),
-        "death_curve": diagnosis_figures.death_curve(
-            band, result["k"] / result["n_features"], result["predicted"], measured.get("none")),
-        "shift_signal": diagnosis_figures.shift_signal(
-            probes.rows @ severity.directions.mean / unit, spread / unit, probes.best, bar,
-            theory.median_extreme(result["n_tokens"]),
-        ),  # fmt: skip
-        "remedies": diagnosis_figures.remedies(result["remedies"]),
     }

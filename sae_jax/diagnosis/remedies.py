@@ -5,6 +5,7 @@ sends a real untrained SAE behind each.
 """
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,17 @@ from sae_jax.autoencoder import death, topk
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.models.sources import BATCH, Tokens
-from sae_jax.outliers import theory
+from sae_jax.outliers import giants, theory
+from sae_jax.outliers import selections as selections_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.preprocess import Preprocessing, whitening
 from sae_jax.outliers.probes import Forecast, stratified_rows
+from sae_jax.outliers.selections import Selection
 from sae_jax.runtime import memory, progress
 from sae_jax.training.evaluation import DeathCurve
 
 PIECE = 2**27  # cosines of tokens with probes at a time
+LENGTHS = 2**18  # tokens whose norms BatchTopK's bar is taken of
 MATRICES = 16  # d × d, float64: scatters of three views, of a batch, their sum, without giants, whitening
 HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
 # In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
@@ -57,22 +61,23 @@ def preprocessings(
     return {name: make() for name, make in made.items() if name in only}
 
 
-def _width(before: Preprocessing) -> int:
-    return before.shift.shape[0] if before.matrix is None else before.matrix.shape[0]
-
-
-@jax.jit
+@partial(jax.jit, static_argnames="of_directions")
 def _improve(
     best: dict[str, Array], choices: dict[str, Preprocessing], probes: dict[str, Array],
-    x: Float[Array, "B d"], valid: Bool[Array, "B"],
-) -> dict[str, Array]:  # fmt: skip
-    def one(best: Array, before: Preprocessing, w: Array) -> Array:
+    x: Float[Array, "B d"], valid: Bool[Array, "B"], of_directions: bool,
+) -> tuple[dict[str, Array], dict[str, Array]]:  # fmt: skip
+    """The best of each probe, now with these tokens, and the tokens' norms behind each remedy."""
+
+    def one(best: Array, before: Preprocessing, w: Array) -> tuple[Array, Array]:
         y = before(x)
         length = jnp.linalg.norm(y, axis=1, keepdims=True)
-        cosines = jnp.matmul(y, w.T, precision="highest") / jnp.where(length > 0, length, 1)
-        return jnp.maximum(best, jnp.max(jnp.where(valid[:, None], cosines, -1.0), axis=0))
+        seen = jnp.matmul(y, w.T, precision="highest")
+        if of_directions:
+            seen = seen / jnp.where(length > 0, length, 1)
+        return jnp.maximum(best, jnp.max(jnp.where(valid[:, None], seen, -jnp.inf), axis=0)), length[:, 0]
 
-    return {name: one(best[name], before, probes[name]) for name, before in choices.items()}
+    found = {name: one(best[name], before, probes[name]) for name, before in choices.items()}
+    return {name: best for name, (best, _) in found.items()}, {name: norms for name, (_, norms) in found.items()}
 
 
 @jax.jit
@@ -82,9 +87,17 @@ def _treated(choices: dict[str, Preprocessing], x: Float[Array, "B d"]) -> dict[
 
 
 def forecast(
-    tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_probes: int, seed: int
-) -> dict[str, Forecast]:
-    """One pass over the tokens with n_probes probes for every remedy; `mean` is that of the tokens."""
+    tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_probes: int, seed: int,
+    selections: dict[str, Selection] | None = None,
+) -> dict[str, Forecast]:  # fmt: skip
+    """One pass over the tokens with n_probes probes for every remedy; `mean` is that of the tokens.
+
+    Args:
+      selections: what is selected behind each remedy, as `selections.behind` has it; not given: TopK.
+    """
+    selections = selections or dict.fromkeys(choices, Selection())
+    of_directions = next(iter(selections.values())).rule == "topk"
+    lengths = {name: giants.Sample(LENGTHS) for name in choices if selections[name].rule == "batch_topk"}
     rows, means = {}, _treated(choices, jnp.asarray(mean, jnp.float32)[None])
     for name, before in choices.items():
         # Fates hang on what a remedy leaves of the mean; behind a per-token norm nothing is left of it. Every remedy
@@ -93,33 +106,38 @@ def forecast(
         rng = np.random.default_rng([seed, theory.STREAM])
         rows[name] = stratified_rows(n_probes, left * (before.norm == "none"), rng)
     probes = {name: jnp.asarray(w, jnp.float32) for name, w in rows.items()}
-    best = {name: jnp.full(n_probes, -1.0, jnp.float32) for name in choices}
+    best = {name: jnp.full(n_probes, -jnp.inf, jnp.float32) for name in choices}
     at_a_time = _rows(n_probes)
     for x, valid in padded(tokens, "forecast"):
         for start in range(0, BATCH, at_a_time):
             rows_now = slice(start, start + at_a_time)
-            best = _improve(best, choices, probes, x[rows_now], valid[rows_now])
+            best, norms = _improve(best, choices, probes, x[rows_now], valid[rows_now], of_directions)
+            for name, sample in lengths.items():
+                sample.add(np.asarray(norms[name])[valid[rows_now]])
     return {
-        name: Forecast(w, np.asarray(best[name], np.float64) * np.sqrt(w.shape[1])) for name, w in rows.items()
-    }
+        name: Forecast(
+            w, np.asarray(best[name], np.float64) * (np.sqrt(w.shape[1]) if of_directions else 1), selections[name],
+            lengths[name].rows if name in lengths else None,
+        ) for name, w in rows.items()
+    }  # fmt: skip
 
 
 def forecast_closely(
     tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_features: int, k: int,
-    n_probes: int, seed: int,
+    n_probes: int, seed: int, selections: dict[str, Selection] | None = None,
 ) -> dict[str, Forecast]:  # fmt: skip
     """`forecast`, then again and again with four times as many probes for the remedies that `undecided` names.
 
     It ends where there are as many probes as features, as more would tell nothing more about one SAE; or as many as
     have a place in memory.
     """
-    found, d_model = forecast(tokens, choices, mean, n_probes, seed), len(mean)
+    found, d_model = forecast(tokens, choices, mean, n_probes, seed, selections), len(mean)
     while (
         n_probes < n_features and memory.fits(_probe_bytes(4 * n_probes, d_model))
         and (doubtful := undecided(found, n_features, k))
     ):  # fmt: skip
         n_probes, seed = 4 * n_probes, seed + 2
-        found |= forecast(tokens, {name: choices[name] for name in doubtful}, mean, n_probes, seed)
+        found |= forecast(tokens, {name: choices[name] for name in doubtful}, mean, n_probes, seed, selections)
     return found
 
 
@@ -127,7 +145,7 @@ def undecided(found: dict[str, Forecast], n_features: int, k: int) -> list[str]:
     """Remedies that the recommendation hangs on and that may leave more or less than 1 % dead, as far as is known."""
     doubtful = []
     for name, one in found.items():
-        band = one.curve(np.array([k / n_features]))
+        band = one.curve(np.array([one.at(n_features, k)]))
         if band.high[0] < HARMLESS:
             break  # good enough for certain: what costs more does not matter
         if band.low[0] < HARMLESS:
@@ -145,29 +163,31 @@ def _probe_bytes(n_probes: int, d_model: int) -> float:
     return len(REMEDIES) * (12.0 * n_probes * d_model + 8.0 * n_probes * _rows(n_probes))
 
 
-def bytes_needed(d_model: int, n_probes: int, n_features: int = 0) -> float:
+def bytes_needed(d_model: int, n_probes: int, n_features: int = 0, rule: str = "topk") -> float:
     """Of a diagnosis: covariances, probes and, where deaths are measured, an untrained SAE of n_features behind every
     remedy with its pre-activations."""
-    rows = topk.rows_at_a_time(BATCH, n_features, d_model)
+    rows = topk.rows_at_a_time(BATCH, n_features, d_model) if rule == "topk" else 2.0 * BATCH
     # W_enc and W_dec are one array as long as nothing is trained; two more of its size while one is made.
     each = 4.0 * (d_model * (len(REMEDIES) + 2) + 2 * rows + 2 * len(REMEDIES))
     return MATRICES * 8.0 * d_model**2 + _probe_bytes(n_probes, d_model) + n_features * each
 
 
-def check_memory(d_model: int, *, n_features: int, n_probes: int, measure: bool) -> None:
+def check_memory(d_model: int, *, n_features: int, n_probes: int, measure: bool, rule: str = "topk") -> None:
     """Refuses what cannot be diagnosed in the memory there is."""
-    probes = memory.Choice("n_probes", n_probes, lambda p: bytes_needed(d_model, p, n_features if measure else 0))
+    probes = memory.Choice("n_probes", n_probes, lambda p: bytes_needed(d_model, p, n_features if measure else 0, rule))
     what = f"covariances of width {d_model} and probes"
     if not measure:
         memory.check(what, probes)
         return
-    saes = memory.Choice("n_features", n_features, lambda n: bytes_needed(d_model, n_probes, n))
+    saes = memory.Choice("n_features", n_features, lambda n: bytes_needed(d_model, n_probes, n, rule))
     memory.check(f"an untrained SAE behind every remedy, its pre-activations, {what}", saes, probes)
 
 
-@jax.jit
-def _sight(sae: SAE, before: Preprocessing, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> death.Sightings:
-    return death.sight(sae, before(x), valid)[0]
+@partial(jax.jit, static_argnames="rule")
+def _sight(
+    sae: SAE, before: Preprocessing, x: Float[Array, "B d"], valid: Bool[Array, "B"], rule: str, threshold: float
+) -> death.Sightings:
+    return selections_lib.sight(sae, before(x), valid, rule, jnp.float32(threshold))
 
 
 def measured_deaths(
@@ -178,11 +198,13 @@ def measured_deaths(
 
 
 def measured(
-    tokens: Tokens, choices: dict[str, Preprocessing], n_features: int, k: int, seed: int
-) -> tuple[dict[str, theory.Deaths], dict[str, list[list[float]]]]:
-    """`measured_deaths`, and the curve of each over the tokens seen."""
+    tokens: Tokens, choices: dict[str, Preprocessing], n_features: int, k: int, seed: int,
+    selections: dict[str, Selection] | None = None,
+) -> tuple[dict[str, theory.Deaths], dict[str, list[list[float]]]]:  # fmt: skip
+    """`measured_deaths`, and the curve of each over the tokens seen; `selections` as of `forecast`."""
+    selections = selections or dict.fromkeys(choices, Selection())
     saes = {
-        name: sae_lib.init(jax.random.key(seed), n_features, k, jnp.zeros(_width(before), jnp.float32))
+        name: sae_lib.init(jax.random.key(seed), n_features, k, jnp.zeros(before.width, jnp.float32))
         for name, before in choices.items()
     }
     seen: dict[str, death.Sightings] = {}
@@ -191,7 +213,8 @@ def measured(
     for x, valid in padded(tokens, "measure"):
         count += int(valid.sum())
         for name, before in choices.items():
-            part = _sight(saes[name], before, x, valid)
+            how = selections[name]
+            part = _sight(saes[name], before, x, valid, how.rule, how.threshold or 0.0)
             seen[name] = seen[name] | part if name in seen else part
             curves[name].add(count, seen[name])
     for name, curve in curves.items():
@@ -200,9 +223,9 @@ def measured(
     return deaths, {name: curve.points for name, curve in curves.items()}
 
 
-def padded(tokens: Tokens, what: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one shape, with the mask of the rows that are tokens."""
-    for x in progress.counted(tokens.batches(), what):
+def padded(tokens: Tokens, what: str = "") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one shape, with the mask of the rows that are tokens; progress is shown of `what`, if it is named."""
+    for x in progress.counted(tokens.batches(), what) if what else tokens.batches():
         for start in range(0, len(x), BATCH):
             part = np.asarray(x[start : start + BATCH], np.float32)
             yield np.pad(part, ((0, BATCH - len(part)), (0, 0))), np.arange(BATCH) < len(part)
@@ -227,18 +250,23 @@ def recommended(probe: dict[str, theory.Deaths]) -> str:
     return next(iter(rest))
 
 
-def advice(probe: dict[str, theory.Deaths], chosen: str, doubtful: Collection[str] = ()) -> str:
-    """The report in a few sentences; `doubtful` are the remedies that `undecided` names."""
+def advice(
+    probe: dict[str, theory.Deaths], chosen: str, doubtful: Collection[str] = (), recovers: str = "TopK"
+) -> str:
+    """The report in a few sentences.
+
+    Args:
+      doubtful: the remedies that `undecided` names.
+      recovers: the pathway that is known to be mostly left in training, "" where none is.
+    """
     none, then = probe["none"], probe[chosen]
     lines = [
         f"Untreated, {_percent(none['dead_total'])} of the features are forecast to be dead at initialisation, "
         f"{_percent(none['dead_by_relu'])} by ReLU."
     ]
     if none["dead_total"] >= HARMLESS:
-        lines.append(
-            "Death by ReLU stays until the bias has learned the mean; death by TopK mostly recovers in training: "
-            "this is a risk, not a verdict."
-        )
+        rest = f"; death by {recovers} mostly recovers in training" if recovers else ""
+        lines.append(f"Death by ReLU stays until the bias has learned the mean{rest}: this is a risk, not a verdict.")
     what = REMEDIES[chosen][0].upper() + REMEDIES[chosen][1:]
     if none["dead_total"] < HARMLESS:
         lines.append("No remedy is needed.")

@@ -41,6 +41,7 @@ from sae_jax.autoencoder import topk
 from sae_jax.autoencoder.kept import Kept, combine, is_large, on_cpu
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.outliers import preprocess
+from sae_jax.outliers.moments import LAYER_NORM_EPS
 
 COUNTED = ("topk", "abstopk", "groupmax")  # rules that keep k a token
 NAMES = {"topk": "TopK", "abstopk": "AbsTopK", "groupmax": "GroupMax", "threshold": "JumpReLU", "relu": "ReLU",
@@ -75,6 +76,11 @@ class Encoder(struct.PyTreeNode):
         """What people call it."""
         kind = " transcoder" if self.transcodes else ""
         return NAMES[self.rule] + (" skip" if kind and self.W_skip is not None else "") + kind
+
+    @property
+    def pathway(self) -> str:
+        """By what a feature dies that is positive somewhere."""
+        return "TopK" if self.rule == "topk" else "selection"
 
     def in_units(self, scale: float) -> "Encoder":
         """The encoder of scale · x that does what this one does of x; exact for powers of two."""
@@ -129,6 +135,20 @@ NORMS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def undone(x: Float[Array, "B d"], norm: str) -> tuple[Array, Array]:
+    """What a norm takes from each token, as its library puts it back: x ≈ offset + size · norm(x). Both (B, 1)."""
+    mean = x.mean(axis=1, keepdims=True)
+    length = jnp.linalg.norm(x, axis=1, keepdims=True)
+    root = x.shape[1] ** 0.5
+    if norm == "sample_layer_norm":
+        return mean, jnp.std(x, axis=1, ddof=1, keepdims=True)
+    if norm in ("layer_norm", "layer_norm_unit"):
+        deviation = jnp.sqrt(jnp.mean((x - mean) ** 2, axis=1, keepdims=True) + LAYER_NORM_EPS)
+        return mean, deviation if norm == "layer_norm" else deviation * root
+    size = {"none": jnp.ones_like(length), "unit": length, "constant_norm_rescale": length / root}[norm]
+    return jnp.zeros_like(length), size
+
+
 # -- encode and decode -----------------------------------------------------------------------------------------------
 
 
@@ -162,13 +182,22 @@ def select(encoder: Encoder, z_pre: Float[Array, "B n"], b_mag: Any) -> tuple[Bo
 
 def encode(encoder: Encoder, x: Float[Array, "B d"]) -> Float[Array, "B n"]:
     """The activations of all features, dense, as the library's own `encode` gives them."""
-    with topk.exact():
-        z_pre = (NORMS[encoder.norm](x) - encoder.b_in) @ encoder.W_enc.T + encoder.b_enc
-        kept, dense = select(encoder, z_pre, magnitude_bias(encoder))[1]
+    kept, dense = selected(encoder, x)
     if kept is None:
         assert dense is not None
         return dense
-    return jnp.zeros_like(z_pre).at[jnp.arange(len(x))[:, None], kept.indices].set(kept.values)
+    return jnp.zeros((len(x), len(encoder.b_enc))).at[jnp.arange(len(x))[:, None], kept.indices].set(kept.values)
+
+
+def selected(encoder: Encoder, x: Float[Array, "B d"]) -> Acts:
+    """The same, as its rule gives them."""
+    y = NORMS[encoder.norm](x)
+    if encoder.rule == "topk" and encoder.ranked_by is None:
+        assert encoder.k is not None
+        return Acts(topk.encode(y, encoder.W_enc, encoder.b_enc, encoder.b_in, encoder.k), None)
+    with topk.exact():
+        z_pre = (y - encoder.b_in) @ encoder.W_enc.T + encoder.b_enc
+        return select(encoder, z_pre, magnitude_bias(encoder))[1]
 
 
 def magnitude_bias(encoder: Encoder) -> Array | None:

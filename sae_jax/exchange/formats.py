@@ -88,14 +88,20 @@ def decode(path: epath.Path) -> Packed:
     return as_topk(registry.read(path), str(path))
 
 
+def is_topk(opened: Opened) -> bool:
+    """Whether an SAE can be one of ours."""
+    encoder = opened.encoder
+    return encoder.rule == "topk" and not encoder.transcodes and encoder.W_skip is None and not opened.stays
+
+
 def as_topk(opened: Opened, name: str) -> Packed:
     """An SAE of another library as one of ours, where it is TopK: its options folded into weights and biases.
 
     Raises:
-      Refused: it is of another kind, which only `diagnose --sae` takes.
+      Refused: it is of another kind: there is no training it, and no writing it in these formats.
     """
     encoder = opened.encoder
-    if encoder.rule != "topk" or encoder.transcodes or encoder.W_skip is not None or opened.stays:
+    if not is_topk(opened):
         what = f"a TopK SAE: {opened.stays or encoder.name + ' is not supported here'}, diagnose --sae takes it"
         raise Refused("--sae", name, what)
     d = encoder.W_enc.shape[1]

@@ -30,8 +30,8 @@ PICTURES = {
 }
 
 
-def load(path: str | os.PathLike[str], member: str | None = None) -> Packed:
-    """An SAE: a member of a run of ours, or a folder in the format of SAELens, dictionary_learning or sparsify.
+def load(path: str | os.PathLike[str], member: str | None = None) -> Packed | Opened:
+    """An SAE: a member of a run of ours, or anybody's that `diagnose --sae` takes.
 
         sae, before, metadata = sae_jax.load("runs/mine", "centred")
         codes = sae_jax.encode(sae, before(x))                  # x of shape (tokens, d_model)
@@ -40,20 +40,26 @@ def load(path: str | os.PathLike[str], member: str | None = None) -> Packed:
     `sae_jax.features` and `sae_jax.reconstruct` do all of that for any number of tokens, and undo a norm of each token.
 
     Args:
-      path: a workdir (its newest checkpoint is read), a folder of one of the formats, or hf://OWNER/NAME/FOLDER.
+      path: a workdir (its newest checkpoint is read), the folder or file of an SAE, hf://OWNER/NAME/PLACE or
+        saelens:RELEASE/ID.
       member: which SAE of a run that trained several.
 
     Returns:
-      The SAE (of JAX arrays), its preprocessing and its metadata. That of a run: `step`, `gamma`, `gamma_raw`,
+      Of a TopK SAE: the SAE (of JAX arrays), its preprocessing and its metadata. Of another kind (BatchTopK, JumpReLU,
+      ReLU, gated, a transcoder, …): an `Opened`, whose `encoder` has arrays and rule (`exchange/encoders.py`);
+      `features`, `reconstruct` and `dissect` take it alike. Metadata of a run: `step`, `gamma`, `gamma_raw`,
       `gamma_direction`, `mu` (of the activations as they are), `init` and `final` as in report.json,
       `num_dead_features`, `config`, …
 
     Raises:
-      Refused: there is nothing like that; see `formats.decode`.
+      Refused: there is nothing like that; see `registry.read`.
     """
     found, _ = _read(os.fspath(path), member)
-    packed = found if isinstance(found, Packed) else formats.as_topk(found, os.fspath(path))
-    return packed._replace(sae=jax.tree.map(jnp.asarray, packed.sae))
+    if isinstance(found, Opened):
+        if not formats.is_topk(found):
+            return found._replace(encoder=jax.tree.map(jnp.asarray, found.encoder))
+        found = formats.as_topk(found, os.fspath(path))
+    return found._replace(sae=jax.tree.map(jnp.asarray, found.sae))
 
 
 def _read(path: str, member: str | None) -> tuple[Packed | Opened, np.ndarray | None]:
@@ -82,17 +88,19 @@ def opened(sae: str | os.PathLike[str] | SAE | Packed | Opened, member: str | No
     return Opened(encoder, packed.metadata, "sae_jax", tokens_since_fired=silent)
 
 
-def packed_of(sae: str | os.PathLike[str] | SAE | Packed, member: str | None = None) -> Packed:
-    """What `load` takes or returns, or an SAE that takes activations as they are."""
+def packed_of(sae: str | os.PathLike[str] | SAE | Packed | Opened, member: str | None = None) -> Packed:
+    """A TopK SAE as what `load` returns: of what it takes or returns, or an SAE that takes activations as they are."""
     if isinstance(sae, SAE):
         arrays = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
         return Packed(SAE(**arrays, k=sae.k), Preprocessing(shift=np.zeros(arrays["b_dec"].shape)), {})
-    return sae if isinstance(sae, Packed) else load(sae, member)
+    name = "sae" if isinstance(sae, Packed | Opened) else os.fspath(sae)
+    found = sae if isinstance(sae, Packed | Opened) else load(sae, member)
+    return formats.as_topk(found, name) if isinstance(found, Opened) else found
 
 
 def export(
-    sae: str | SAE | Packed, out: str, format: str = "saelens", *, member: str | None = None, push: str | None = None,
-    model_name: str | None = None, hook_name: str | None = None, layer: int | None = None,
+    sae: str | SAE | Packed | Opened, out: str, format: str = "saelens", *, member: str | None = None,
+    push: str | None = None, model_name: str | None = None, hook_name: str | None = None, layer: int | None = None,
     context_size: int | None = None,
 ) -> Packed:  # fmt: skip
     """Writes an SAE in the format of another library, with a model card; `out` appears once it is complete.

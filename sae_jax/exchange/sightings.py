@@ -23,7 +23,7 @@ class Seen(NamedTuple):
     n_fired: Any  # (n,) tokens each feature fired on
     largest: Any  # (n,) its largest activation, in absolute value
     margin: Any  # (n,) its largest margin: below 0 where it never passed the bar
-    error_square: Any  # Σ ‖x − x̂‖²; of a transcoder nothing that means anything
+    error_square: Any  # Σ ‖x − x̂‖²; of a transcoder that of its target, and nothing where that is not known
     ordinary_error: Any  # the same over tokens that are no giants
 
     def __or__(self, other: "Seen") -> "Seen":
@@ -32,6 +32,13 @@ class Seen(NamedTuple):
             np.maximum(self.margin, other.margin), self.error_square + other.error_square,
             self.ordinary_error + other.ordinary_error,
         )  # fmt: skip
+
+
+class Goal(NamedTuple):
+    """What a transcoder is to reconstruct of a batch."""
+
+    rows: Any  # (B, d_out)
+    ordinary: Any  # (B,) bool: no giant
 
 
 class Best(NamedTuple):
@@ -66,33 +73,35 @@ STRETCH = 256  # tokens, of which a feature has one best
 @partial(jax.jit, static_argnames="best")
 def see(
     encoder: Encoder, places: tuple[Place, ...], point: Float[Array, "d"], x: Float[Array, "B d"],
-    valid: Bool[Array, "B"], giant_norm: Float[Array, ""], best: bool = False,
+    valid: Bool[Array, "B"], giant_norm: Float[Array, ""], goal: Goal | None = None, best: bool = False,
 ) -> tuple[tuple[Seen, ...], tuple[Best, ...]]:  # fmt: skip
     """One batch of normed tokens through the encoder at several places, with one product for all of them.
 
     W_enc (x − b_in) = W_enc (x − point) + W_enc (point − b_in): with the mean as the point neither term cancels.
 
     Args:
+      giant_norm: of a token that is no longer ordinary.
+      goal: of a transcoder, where it is known.
       best: also find the best tokens, which takes another look at all pre-activations.
     """
     with topk.exact():
         n = len(encoder.b_enc)
         rows = max(1, min(len(x), 2 ** ((PIECE // n).bit_length() - 1) if n < PIECE else 1))
         pad = -len(x) % rows
-        x, valid = jnp.pad(x, ((0, pad), (0, 0))), jnp.pad(valid, (0, pad))
-        split = lambda a: a.reshape(-1, rows, *a.shape[1:])  # noqa: E731
+        pieces = partial(jax.tree.map, lambda a: jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))).reshape(
+            -1, rows, *a.shape[1:]))  # fmt: skip
         b_mag = magnitude_bias(encoder)
 
-        def one(total: tuple[Seen, ...], batch: tuple[Array, ...]) -> tuple[tuple[Seen, ...], tuple[Best, ...]]:
-            x, valid, row = batch
+        def one(total: tuple[Seen, ...], batch: tuple[Any, ...]) -> tuple[tuple[Seen, ...], tuple[Best, ...]]:
+            x, valid, goal, row = batch
             u = (x - point) @ encoder.W_enc.T
-            found = tuple(_see(encoder, place, b_mag, u, x, valid, giant_norm, best) for place in places)
+            found = tuple(_see(encoder, place, b_mag, u, x, valid, goal, giant_norm, best) for place in places)
             tops = tuple(_best(score, row) for _, score in found if score is not None)
             return tuple(_join(a, b) for a, (b, _) in zip(total, found, strict=True)), tops
 
         zero = jnp.zeros(())
         start = Seen(jnp.zeros(n, bool), jnp.zeros(n, jnp.int32), jnp.zeros(n), jnp.full(n, -jnp.inf), zero, zero)
-        batches = (split(x), split(valid), split(jnp.arange(len(x))))
+        batches = (*pieces((x, valid, goal)), jnp.arange(len(x) + pad).reshape(-1, rows))
         total: tuple[Seen, ...]
         total, tops = jax.lax.scan(one, (start,) * len(places), batches, unroll=ABREAST)
         return total, jax.tree.map(lambda a: a.reshape(-1, n), tops)
@@ -109,15 +118,18 @@ def _best(score: Float[Array, "B n"], row: Array) -> Best:
 
 
 def _see(
-    encoder: Encoder, place: Place, b_mag: Array | None, u: Array, x: Array, valid: Array, giant_norm: Array, best: bool
-) -> tuple[Seen, Array | None]:
+    encoder: Encoder, place: Place, b_mag: Array | None, u: Array, x: Array, valid: Array, goal: Goal | None,
+    giant_norm: Array, best: bool,
+) -> tuple[Seen, Array | None]:  # fmt: skip
     z_pre = jnp.where(valid[:, None], u + (place.offset + encoder.b_enc), 0.0)
     positive, acts = select(encoder, z_pre, b_mag)
     kept, dense = acts
-    error = jnp.zeros(len(x))
-    if not encoder.transcodes:
-        error = jnp.sum((x - decode(encoder, acts, x, place.b_dec)) ** 2, axis=1)
-    ordinary = valid & (jnp.linalg.norm(x, axis=1) <= giant_norm)
+    if goal is None and not encoder.transcodes:
+        goal = Goal(x, jnp.linalg.norm(x, axis=1) <= giant_norm)
+    error, ordinary = jnp.zeros(len(x)), valid
+    if goal is not None:
+        error = jnp.sum((goal.rows - decode(encoder, acts, x, place.b_dec)) ** 2, axis=1)
+        ordinary = valid & goal.ordinary
     sums = tuple(jnp.sum(jnp.where(rows, error, 0.0)) for rows in (valid, ordinary))
     if kept is not None:
         size = jnp.where(valid[:, None], jnp.abs(kept.values), 0.0)

@@ -31,6 +31,12 @@ class Preprocessing(struct.PyTreeNode):
     inverse: Any = None  # (d, r): right inverse of the matrix
     norm: str = struct.field(pytree_node=False, default="none")
 
+    @property
+    def width(self) -> int:
+        """r, that of y."""
+        found: int = (self.shift if self.matrix is None else self.matrix).shape[0]
+        return found
+
     def __call__(self, x: Float[Array, "B d"]) -> Float[Array, "B r"]:
         y = (per_token(x, self.norm) - self.shift) * self.scale
         # Full float32, where a TPU would round its operands to bfloat16.

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from sae_jax.autoencoder.death import Shift
-from sae_jax.reports.figures import ALIVE, FATES, RELU, STYLE, TOPK, by_fate, legend_below, panels, plain
+from sae_jax.reports.figures import ALIVE, FATES, RELU, STYLE, TOPK, by_fate, fates, legend_below, panels, plain
 
 
 def density(n_fired: Int[np.ndarray, "n"], shift: Shift, narrow: bool = False) -> Figure:
@@ -18,8 +18,9 @@ def density(n_fired: Int[np.ndarray, "n"], shift: Shift, narrow: bool = False) -
         figure, (axis,) = panels(1, 1, 2.4, narrow)
         frequency = np.log10(n_fired[fired] / shift.n_tokens)
         axis.hist(frequency, np.linspace(rarest, 0, 45), color=ALIVE, lw=0, label=FATES[2])
+        names = fates(shift.pathway)
         dead = (shift.dead_by_relu, shift.dead_by_topk)
-        for at, mask, colour, name in zip((-5.4, -3.4), dead, (RELU, TOPK), FATES, strict=False):
+        for at, mask, colour, name in zip((-5.4, -3.4), dead, (RELU, TOPK), names, strict=False):
             count = int(mask.sum())
             axis.bar(rarest + at * width, count, 1.8 * width, color=colour, label=name)
             axis.annotate(f"{count}", (rarest + at * width, max(count, 0.6)), xytext=(0, 2), va="bottom", ha="center",
@@ -36,13 +37,13 @@ def density(n_fired: Int[np.ndarray, "n"], shift: Shift, narrow: bool = False) -
     return figure
 
 
-def dead_over_tokens(curve: list[list[float]], narrow: bool = False) -> Figure:
+def dead_over_tokens(curve: list[list[float]], pathway: str = "TopK", narrow: bool = False) -> Figure:
     """What has not fired yet is dead so far; where the curve still falls, more tokens would find fewer dead."""
     tokens, relu, total = np.array(curve, float).T
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = panels(1, 1, 2.2, narrow)
-        axis.fill_between(tokens, 0, 100 * relu, color=RELU, lw=0, label=FATES[0])
-        axis.fill_between(tokens, 100 * relu, 100 * total, color=TOPK, lw=0, label=FATES[1])
+        axis.fill_between(tokens, 0, 100 * relu, color=RELU, lw=0, label=fates(pathway)[0])
+        axis.fill_between(tokens, 100 * relu, 100 * total, color=TOPK, lw=0, label=fates(pathway)[1])
         axis.plot(tokens, 100 * total, "o-", ms=3, lw=1, color="black", label="dead in total", clip_on=False)
         said = [f"{100 * share:.1f} % after {count:,.0f}" for count, share in zip(tokens[-2:], total[-2:], strict=True)]
         axis.set(xscale="log", xlabel="tokens seen", ylabel="dead so far (%)", title=", ".join(said), ylim=(0, 100))

@@ -13,7 +13,7 @@ from etils import epath
 
 from sae_jax.reports import feature_table, page
 from sae_jax.reports.page import Picture
-from sae_jax.reports.tables import COLUMNS, cell
+from sae_jax.reports.tables import cell, explained_giants, title
 from sae_jax.runtime.disk import write_bytes, write_text
 
 SECTIONS = {
@@ -68,7 +68,6 @@ def render(
     lead, *rest = _set(report["advice"]).split(". ")
     name = "an SAE" if report["sae"] == "sae" else report["sae"]
     data = str(report["data"].get("path") or report["data"].get("id") or "array")
-    by = "TopK" if report["architecture"].startswith("TopK") else "TopK, here by selection,"
     body = [
         f"<h1>Feature death in {escape(name)}</h1>",
         f'<p class="soft">{escape(kind)}; {size}; {gammas}; {report["n_tokens"]:,d} tokens'
@@ -79,16 +78,16 @@ def render(
         f'<p class="soft">Dead: fired on none of {report["n_tokens"]:,d} tokens; a feature that fires on 1 in '
         f"{1 / report['highest_rate_of_dead']:,.0f} or fewer may look the same (95 %). "
         '<b class="key relu"></b>By ReLU where the pre-activation is never above 0, <b class="key topk"></b>by '
-        f'{by} where it is, but never selected. <b class="key alive"></b>Alive.</p>',
+        f'{report["pathway"]} where it is, but never selected. <b class="key alive"></b>Alive.</p>',
         "<h2>As it is, and with its bias at the mean</h2>",
         _compared(report),
-        '<p class="soft">FVE: share of the variance explained, about the mean; a feature that fires again is worth '
-        "what it explains. L0: features a token.</p>",
+        f'<p class="soft">FVE: share of the variance{" of the target" if report["target"] else ""} explained, about '
+        "the mean; a feature that fires again is worth what it explains. L0: features a token.</p>",
     ]
     for heading, those in SECTIONS.items():
         body += [f"<h2>{heading}</h2>", *(page.figure(pictures[name], caption) for name, caption in those.items())]
         if heading == TABLE_AFTER:
-            body += ["<h2>Every feature</h2>", feature_table.render(columns, texts)]
+            body += ["<h2>Every feature</h2>", feature_table.render(columns, texts, report["pathway"])]
     missing = [[str(one["dimension"]), *(_set(f"{one[key]:.4g}") for key in ("mean", "bias", "share_of_missing"))]
                for one in report["bias_missing"]]  # fmt: skip
     facts = [[key, str(value)] for key, value in {**report["data"], **report["versions"]}.items()]
@@ -113,7 +112,8 @@ def _set(text: str) -> str:
 
 def _cards(report: dict[str, Any]) -> list[str]:
     def by(found: dict[str, Any]) -> str:
-        return f"{cell('dead', found['dead_by_relu'])} by ReLU, {cell('dead', found['dead_by_topk'])} by TopK. "
+        relu, other = (cell("dead", found[key]) for key in ("dead_by_relu", "dead_by_topk"))
+        return f"{relu} by ReLU, {other} by {report['pathway']}. "
 
     moved = report["if_centred"]
     n_dead = sum(map(len, report["dead_features"].values()))
@@ -135,9 +135,9 @@ def _cards(report: dict[str, Any]) -> list[str]:
 
 def _compared(report: dict[str, Any]) -> str:
     shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve"]
-    shown += [*(["fve_without_giants"] if report["n_giant_tokens"] else []), "l0"]
+    shown += [*(["fve_without_giants"] if explained_giants(report) else []), "l0"]
     rows = [
         [name, *(_set(cell(key, found[key])) for key in shown)]
         for name, found in (("as it is", report), ("bias moved to the mean", report["if_centred"]))
     ]
-    return page.table(["SAE", *(COLUMNS[key] for key in shown)], rows, "results two")
+    return page.table(["SAE", *(title(key, report["pathway"]) for key in shown)], rows, "results two")

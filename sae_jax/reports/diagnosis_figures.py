@@ -9,7 +9,10 @@ from matplotlib.figure import Figure
 
 from sae_jax.outliers.moments import effective_rank
 from sae_jax.outliers.probes import Band
+from sae_jax.outliers.selections import COUNTED, Selection
 from sae_jax.reports.figures import ALIVE, MEMBER_COLOURS, RELU, STYLE, TOPK, WIDE, legend_below, plain
+
+TOP_K = Selection()
 
 
 def spectrum(spectra: dict[str, Float[np.ndarray, "d"]]) -> Figure:
@@ -33,37 +36,54 @@ def spectrum(spectra: dict[str, Float[np.ndarray, "d"]]) -> Figure:
 
 
 def death_curve(
-    band: Band, share: float, predicted: dict[str, dict[str, float]], measured: dict[str, float] | None
-) -> Figure:
-    """Left: death at initialisation forecast for every k/n. Right: what each law says at the one asked about."""
+    band: Band, share: float, predicted: dict[str, dict[str, Any]], measured: dict[str, float] | None,
+    selection: Selection = TOP_K,
+) -> Figure:  # fmt: skip
+    """Left: death at initialisation forecast for every k/n. Right: what each law says at the one asked about.
+
+    Of a JumpReLU SAE thresholds are in the place of k/n; a ReLU SAE has neither, and only the right side.
+    """
+    what = "k / n" if selection.rule in COUNTED else "threshold"
     rows = {name.replace("_", " "): found for name, found in predicted.items()}
     rows |= {"measured": measured} if measured else {}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDE, 2.9), layout="constrained")
+        if selection.rule == "relu":
+            laws = figure.subplots()
+            stacked(laws, rows, pathway=selection.pathway)
+            laws.set(xlabel="features dead at initialisation (%)", xlim=(0, 128))
+            legend_below(figure, laws)
+            return figure
         axis, laws = figure.subplots(1, 2, width_ratios=(1.2, 1))
         axis.axvline(share, color="black", lw=0.6, ls=":")
         axis.fill_between(band.share, 100 * band.low, 100 * band.high, color=ALIVE, alpha=0.3, lw=0,
                           label="95 % of the forecast")  # fmt: skip
         axis.plot(band.share, 100 * band.dead, color=ALIVE, lw=1.5, label="dead in total, by probes")
-        axis.set(xscale="log", xlabel="k / n", ylabel="features dead at initialisation (%)", ylim=(-4, 104))
-        axis.set_title("at every k / n")
+        axis.set(xscale="log", xlabel=what, ylabel="features dead at initialisation (%)", ylim=(-4, 104))
+        axis.set_title(f"at every {what}")
         plain(axis.xaxis)
         if measured:
             axis.plot(share, 100 * measured["dead_total"], "*", ms=9, color="black", label="measured", zorder=5)
-        stacked(laws, rows)
-        laws.set(title=f"at k / n = {share:.2g}", xlabel="features dead at initialisation (%)", xlim=(0, 128))
+        stacked(laws, rows, pathway=selection.pathway)
+        laws.set(title=f"at {what} = {share:.2g}", xlabel="features dead at initialisation (%)", xlim=(0, 128))
         axis.plot([], [], "s", ms=7, color=RELU, label="dead by ReLU")
-        axis.plot([], [], "s", ms=7, color=TOPK, label="dead by TopK")
+        axis.plot([], [], "s", ms=7, color=TOPK, label=f"dead by {selection.pathway}")
         legend_below(figure, axis)
     return figure
 
 
-def stacked(axis: Any, rows: dict[str, dict[str, float]], measured: dict[str, float] | None = None) -> None:
-    """Horizontal bars by pathway, the first row on top, the total beside each; a star where something was measured."""
+def stacked(
+    axis: Any, rows: dict[str, dict[str, Any]], measured: dict[str, float] | None = None, pathway: str = "TopK"
+) -> None:
+    """Horizontal bars by pathway, the first row on top, the total beside each; a star where something was measured.
+
+    A law that does not know the total has no bar.
+    """
+    rows = {name: found for name, found in rows.items() if found["dead_total"] is not None}
     y = np.arange(len(rows))[::-1]
     relu, total = (np.array([100 * found[key] for found in rows.values()]) for key in ("dead_by_relu", "dead_total"))
     axis.barh(y, relu, color=RELU, height=0.62, label="dead by ReLU")
-    axis.barh(y, total - relu, left=relu, color=TOPK, height=0.62, label="dead by TopK")
+    axis.barh(y, total - relu, left=relu, color=TOPK, height=0.62, label=f"dead by {pathway}")
     stars = {name: 100 * value for name, value in (measured or {}).items()}
     if stars:
         at = [place for place, name in zip(y, rows, strict=True) if name in stars]
@@ -79,7 +99,7 @@ def stacked(axis: Any, rows: dict[str, dict[str, float]], measured: dict[str, fl
 
 def shift_signal(
     shift: Float[np.ndarray, "P"], signal: Float[np.ndarray, "P"], best: Float[np.ndarray, "P"], bar: float,
-    reach: float,
+    reach: float, pathway: str = "TopK",
 ) -> Figure:  # fmt: skip
     """Each probe's mean on the directions of the tokens against its standard deviation, coloured by fate.
 
@@ -94,7 +114,7 @@ def shift_signal(
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axis = figure.subplots()
         for mask, colour, label in (
-            (relu, RELU, "dead by ReLU"), (topk, TOPK, "dead by TopK"), (~relu & ~topk, ALIVE, "alive"),
+            (relu, RELU, "dead by ReLU"), (topk, TOPK, f"dead by {pathway}"), (~relu & ~topk, ALIVE, "alive"),
         ):  # fmt: skip
             if mask.any():
                 axis.plot(shift[mask], signal[mask], "o", ms=3, mew=0, alpha=0.7, color=colour, label=label)
@@ -107,14 +127,14 @@ def shift_signal(
     return figure
 
 
-def remedies(found: dict[str, dict[str, Any]]) -> Figure:
+def remedies(found: dict[str, dict[str, Any]], pathway: str = "TopK") -> Figure:
     """What each remedy is forecast to leave dead at initialisation, by pathway, with the measurement beside it."""
     forecast = {name.replace("_", " "): one["probe"] for name, one in found.items()}
     counted = {name.replace("_", " "): one["measured"]["dead_total"] for name, one in found.items() if one["measured"]}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.2, 0.9 + 0.33 * len(found)), layout="constrained")
         axis = figure.subplots()
-        stacked(axis, forecast, counted)
+        stacked(axis, forecast, counted, pathway)
         axis.set(xlabel="features dead at initialisation (%), forecast", xlim=(0, 165 if counted else 115))
         legend_below(figure, axis)
     return figure

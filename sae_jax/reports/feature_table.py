@@ -20,7 +20,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    "fate": Column("fate", "fate", "Alive, dead by TopK (or another selection), or dead by ReLU, on these tokens."),
+    "fate": Column("fate", "fate", "Alive, dead by selection (as TopK), or dead by ReLU, on these tokens."),
     "frequency": Column("frequency", "number", "Share of these tokens on which it fires."),
     "revived_if_centred": Column("revived if centred", "flag", "Dead, but fires with the bias moved to the mean."),
     "distance_to_threshold": Column(
@@ -38,21 +38,23 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def render(columns: dict[str, np.ndarray], texts: dict[str, Any] | None = None) -> str:
+def render(columns: dict[str, np.ndarray], texts: dict[str, Any] | None = None, pathway: str = "TopK") -> str:
     """The table as a part of a page.
 
     Args:
       columns: name → value of each feature; those that COLUMNS names are shown, in its order.
+      pathway: by what features die that are positive somewhere.
       texts: `vocabulary` (strings), `tokens` (of the first tokens, each its number in the vocabulary), `breaks` (rows
         where a sequence begins), `best` (rows of each feature's best tokens); None where they are not known.
     """
     shown = [name for name in COLUMNS if name in columns]
     data = {
         "columns": [[name, *COLUMNS[name]] for name in shown], "values": [_plain(columns[name]) for name in shown],
-        "fates": FATES, "texts": texts,
+        "fates": FATES, "pathway": pathway, "texts": texts,
     }  # fmt: skip
     written = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False).replace("</", "<\\/")
-    return f'{FRAME}<script type="application/json" id="features">{written}</script><script>{SCRIPT}</script>'
+    frame = FRAME.replace("TOPK", pathway)
+    return f'{frame}<script type="application/json" id="features">{written}</script><script>{SCRIPT}</script>'
 
 
 def _plain(values: np.ndarray) -> list[Any]:
@@ -66,7 +68,7 @@ def _plain(values: np.ndarray) -> list[Any]:
 
 FRAME = """<div class="tools">
 <label>Show <select id="fate"><option value="">all</option><option value="0">alive</option>
-<option value="dead">dead</option><option value="1">dead by TopK</option><option value="2">dead by ReLU</option>
+<option value="dead">dead</option><option value="1">dead by TOPK</option><option value="2">dead by ReLU</option>
 <option value="revived">revived if centred</option><option value="left">dead even if centred</option></select></label>
 <label class="find">Find <input id="find" type="search" autocomplete="off" spellcheck="false"
 placeholder="17, or frequency &lt; 0.001, twin_cosine &gt; 0.9"></label><output id="count"></output></div>
@@ -113,7 +115,7 @@ SCRIPT = """
 "use strict";
 (() => {
 const data = JSON.parse(document.getElementById("features").textContent), HEIGHT = 30, SPARE = 8;
-const fateNames = ["alive", "dead by TopK", "dead by ReLU"], fateColours = ["alive", "topk", "relu"];
+const fateNames = ["alive", `dead by ${data.pathway}`, "dead by ReLU"], fateColours = ["alive", "topk", "relu"];
 const n = data.values[0].length, numbers = Array.from({length: n}, (_, i) => i);
 const columns = [["feature", "feature", "feature", "Its number."], ...data.columns]
   .map(([name, label, kind, meaning], i) => ({name, label, kind, meaning, values: i ? data.values[i - 1] : numbers}));

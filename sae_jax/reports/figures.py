@@ -33,6 +33,13 @@ STYLE: dict[Any, Any] = {
 WIDE, NARROW = 7.0, 3.9  # inches: on a page's 5.5, text of 9 points is still 7
 CHARACTER = 0.068  # inches that one takes, on average
 FATES = ("dead by ReLU", "dead by TopK", "alive")
+
+
+def fates(pathway: str) -> tuple[str, str, str]:
+    """The same where another rule than TopK selects."""
+    return FATES[0], f"dead by {pathway}", FATES[2]
+
+
 LEAST = 1e-4  # a distance below is drawn as this
 FLOOR = -0.5  # of FVE: an untrained SAE far below would flatten the rest
 
@@ -214,7 +221,8 @@ def by_fate(axis: Any, values: Float[np.ndarray, "n"], shift: Shift, bins: Float
     alive = ~(shift.dead_by_relu | shift.dead_by_topk)
     inside = np.clip(values, bins[0], bins[-1])
     parts = [inside[mask & np.isfinite(values)] for mask in (shift.dead_by_relu, shift.dead_by_topk, alive)]
-    axis.hist(parts, bins=bins, stacked=True, histtype="stepfilled", lw=0, color=(RELU, TOPK, ALIVE), label=FATES)
+    axis.hist(parts, bins=bins, stacked=True, histtype="stepfilled", lw=0, color=(RELU, TOPK, ALIVE),
+              label=fates(shift.pathway))  # fmt: skip
     axis.axvline(0, color="black", lw=0.6, ls=":")
 
 

@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 from sae_jax.outliers.giants import GIANT
+from sae_jax.outliers.selections import NAMES
 from sae_jax.runtime.disk import write_text
 
 COLUMNS = {
@@ -19,6 +20,11 @@ COLUMNS = {
     "fve": "FVE", "fve_without_giants": "FVE without giants", "l0": "L0",
     "bias_projection": "b·mu/‖mu‖²", "mmcs": "MMCS",
 }  # fmt: skip
+
+
+def title(key: str, pathway: str = "TopK") -> str:
+    """How a column of a report is headed; `pathway` is by what features die that are positive somewhere."""
+    return f"dead by {pathway}" if key == "dead_by_topk" else COLUMNS.get(key, key)
 
 
 def versions() -> dict[str, str]:
@@ -111,16 +117,18 @@ def diagnosis_table(report: dict[str, Any]) -> str:
         *(f"beware: {warning}" for warning in report["warnings"]),
         f"a bias that starts at 0 has 90 % of mu after {report['bias_learning_time'] / 3e-4:,.0f} steps of Adam at "
         "3e-4 (data scaled to ‖sigma‖ = √d), at the earliest",
-        f"\ndead at initialisation, n = {report['n_features']}, k = {report['k']}",
+        f"\ndead at initialisation, {_selected(report)}",
     ]
-    laws = [["law", COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
-    laws += [[name.replace("_", " "), *_deaths(found)] for name, found in report["predicted"].items()]
-    remedies = [["remedy", "forecast: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]]
-    remedies += [[_remedy(name, found, report["d_model"]), *_deaths(found["probe"])]
+    other = report["selection"] != "topk"
+    first, *rest = [title(key, "selection") for key in ("dead_by_relu", *(["dead_by_topk"] * other), "dead_total")]
+    laws = [["law", first, *rest]]
+    laws += [[name.replace("_", " "), *_deaths(found, other)] for name, found in report["predicted"].items()]
+    remedies = [["remedy", f"forecast: {first}", *rest]]
+    remedies += [[_remedy(name, found, report["d_model"]), *_deaths(found["probe"], other)]
                  for name, found in report["remedies"].items()]  # fmt: skip
     if all(found["measured"] for found in report["remedies"].values()):
-        measured = [_deaths(found["measured"]) for found in report["remedies"].values()]
-        titles = ["measured: " + COLUMNS["dead_by_relu"], COLUMNS["dead_total"]]
+        measured = [_deaths(found["measured"], other) for found in report["remedies"].values()]
+        titles = [f"measured: {first}", *rest]
         remedies = [line + more for line, more in zip(remedies, [titles, *measured], strict=True)]
     parts = [*head, _aligned(laws), "", _aligned(remedies), _dead_means(report), "", report["advice"]]
     return "\n".join(parts)
@@ -128,20 +136,33 @@ def diagnosis_table(report: dict[str, Any]) -> str:
 
 def autopsy_table(report: dict[str, Any]) -> str:
     """The report of an autopsy: the SAE as it is beside the same with its bias at the mean, and the verdict."""
-    without = ["fve_without_giants"] if report["n_giant_tokens"] else []
+    without = ["fve_without_giants"] if explained_giants(report) else []
     shown = ["dead_by_relu", "dead_by_topk", "dead_total", "fve", *without, "l0"]
-    lines = [["SAE", *(COLUMNS[key] for key in shown)]]
+    lines = [["SAE", *(title(key, report["pathway"]) for key in shown)]]
     for name, found in (("as it is", report), ("bias moved to the mean", report["if_centred"])):
         lines.append([name, *(cell(key, found[key]) for key in shown)])
     fates = [["features", "number", "median cosine with mu"]]
     for name, found in report["alignment_with_mean"].items():
         cosine = found["cosine"][1] if found["cosine"] else None
-        fates.append([COLUMNS.get(name, name), str(found["n"]), cell("cosine", cosine)])
+        fates.append([title(name, report["pathway"]), str(found["n"]), cell("cosine", cosine)])
     kind = report["architecture"] + (f", k = {report['k']}" if report["k"] else "")
     size = f"{kind}, n = {report['n_features']}, {report['n_tokens']} tokens"
     beware = [f"beware: {warning}" for warning in report["warnings"]]
-    head = [f"{size}; {_gammas(report)}", *_giants(report), *beware, _aligned(lines), _dead_means(report)]
-    return "\n".join([*head, "", _aligned(fates), "", report["advice"]])
+    head = [f"{size}; {_gammas(report)}", *_giants(report), *_target(report), *beware]
+    return "\n".join([*head, _aligned(lines), _dead_means(report), "", _aligned(fates), "", report["advice"]])
+
+
+def explained_giants(report: dict[str, Any]) -> int:
+    """How many giants are among the tokens that an autopsy's FVE is of."""
+    found: int = (report["target"] or report)["n_giant_tokens"]
+    return found
+
+
+def _target(report: dict[str, Any]) -> list[str]:
+    if not report["target"]:
+        return []
+    giants = f", {explained_giants(report)} of them giants" if explained_giants(report) else ""
+    return [f"FVE is of the target, {report['target']['d_out']} dimensions of as many tokens{giants}"]
 
 
 def _gammas(report: dict[str, Any]) -> str:
@@ -166,8 +187,18 @@ def _remedy(name: str, found: dict[str, Any], d_model: int) -> str:
     return name.replace("_", " ") + (f" ({kept} of {d_model} dimensions)" if kept < d_model else "")
 
 
-def _deaths(found: dict[str, float]) -> list[str]:
-    return [cell(key, found[key]) for key in ("dead_by_relu", "dead_total")]
+def _selected(report: dict[str, Any]) -> str:
+    """Of a diagnosis: the SAE in question."""
+    named = {"n": report["n_features"], "k": report["k"], "threshold": report["threshold"]}
+    size = ", ".join(f"{name} = {value}" for name, value in named.items() if value is not None)
+    return size if report["selection"] == "topk" else f"{NAMES[report['selection']]}, {size}"
+
+
+def _deaths(found: dict[str, float | None], between: bool) -> list[str]:
+    """By ReLU and in total; what lies `between` is dead by selection."""
+    relu, total = found["dead_by_relu"], found["dead_total"]
+    by_selection = None if relu is None or total is None else total - relu
+    return [cell("dead", share) for share in (relu, *([by_selection] * between), total)]
 
 
 def _aligned(lines: list[list[str]]) -> str:
