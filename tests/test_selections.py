@@ -10,13 +10,15 @@ import pytest
 import sae_jax
 from sae_jax import cli
 from sae_jax.autoencoder import sae as sae_lib
-from sae_jax.diagnosis import remedies
+from sae_jax.diagnosis import autopsy, remedies
 from sae_jax.errors import Refused
+from sae_jax.exchange.encoders import Encoder, Opened
 from sae_jax.models import sources
 from sae_jax.outliers import selections
 from sae_jax.outliers.preprocess import Preprocessing
 from sae_jax.outliers.probes import Forecast, places
 from sae_jax.outliers.selections import Selection
+from sae_jax.reports import tables
 
 D, N, K, TOKENS, BATCH = 48, 1024, 16, 8192, 4096
 NONE = {"none": Preprocessing(shift=np.zeros(D, np.float32))}
@@ -157,6 +159,23 @@ def test_the_command_says_what_each_remedy_leaves(tmp_path, capsys, rule):
     laws = [found["predicted"][law] for law in ("paper", "spectrum")]
     totals = [law["dead_by_relu"] if rule == "relu" else None for law in laws]
     assert [law["dead_total"] for law in laws] == totals
+
+
+@pytest.mark.parametrize(("rule", "pathway"), [("topk", "TopK"), ("threshold", "selection")])
+def test_an_autopsy_names_the_pathway_by_what_selects(tmp_path, rule, pathway):
+    x, zero = activations("alike", 4, 0)[:600], np.zeros(D, np.float32)
+    W = np.float32(rows(0, 64, D))
+    more = {"k": 2} if rule == "topk" else {"threshold": np.full(64, 12, np.float32)}
+    encoder = Encoder(W_enc=W, b_enc=np.zeros(64, np.float32), W_dec=W, b_dec=zero, b_in=zero, rule=rule, **more)
+    found = autopsy.dissect(Opened(encoder, {}, "none"), x, str(tmp_path), n_probes=16)
+    assert found["dead_by_topk"] > 0.1
+    texts = {"table": tables.autopsy_table(found), "page": (tmp_path / "report.html").read_text()}
+    for name in ("density", "dead_over_tokens", "shifts", "alignment"):
+        texts[name] = " ".join(t.get_text() for legend in found.figures[name].legends for t in legend.get_texts())
+    other = {"TopK": "selection", "selection": "TopK"}[pathway]
+    for name, text in texts.items():
+        assert f"by {pathway}" in text, name
+        assert f"dead by {other}" not in text, name
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1e25])

@@ -103,8 +103,8 @@ def shift_signal(
 ) -> Figure:  # fmt: skip
     """Each probe's mean on the directions of the tokens against its standard deviation, coloured by fate.
 
-    A feature whose shift is further below zero than its signal reaches is dead by ReLU. A token's length changes no
-    feature's fate, so both are taken over x/‖x‖, in units of the signal of an average feature.
+    A feature whose shift is further below zero than its signal reaches is dead by ReLU. No token's length changes
+    that, so both are taken over x/‖x‖, in units of the signal of an average feature.
     """
     relu, topk = best <= 0, (best > 0) & (best < bar)
     low, high = float(signal.min()), float(signal.max())

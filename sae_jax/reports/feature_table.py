@@ -20,7 +20,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = {
-    "fate": Column("fate", "fate", "Alive, dead by selection (as TopK), or dead by ReLU, on these tokens."),
+    "fate": Column("fate", "fate", "Alive, dead by ReLU, or positive and yet never selected, on these tokens."),
     "frequency": Column("frequency", "number", "Share of these tokens on which it fires."),
     "revived_if_centred": Column("revived if centred", "flag", "Dead, but fires with the bias moved to the mean."),
     "distance_to_threshold": Column(
