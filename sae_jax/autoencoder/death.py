@@ -59,6 +59,11 @@ class Shift(NamedTuple):
     pathway: str = "TopK"  # by what those die that are positive somewhere
 
 
+def pathway(rule: str) -> str:
+    """What reports call the death of a feature that is positive somewhere, where this rule selects."""
+    return "TopK" if rule == "topk" else "selection"
+
+
 def count_tokens(
     tokens_since_fired: Int[Array, "n"], fired: Bool[Array, "n"], n_tokens: Int[Array, ""] | int
 ) -> Int[Array, "n"]:

@@ -108,8 +108,7 @@ def diagnose(
     }
     result["recommended"] = remedies.recommended(probe)
     result["undecided"] = remedies.undecided(found, n_features, k)
-    recovers = how.pathway if selection == "topk" else ""
-    result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"], recovers)
+    result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"], selection)
     if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
     result |= {"warnings": warnings(severity, counts.bits), "constant_dimensions": constant(severity).tolist()}

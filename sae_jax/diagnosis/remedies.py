@@ -251,13 +251,13 @@ def recommended(probe: dict[str, theory.Deaths]) -> str:
 
 
 def advice(
-    probe: dict[str, theory.Deaths], chosen: str, doubtful: Collection[str] = (), recovers: str = "TopK"
+    probe: dict[str, theory.Deaths], chosen: str, doubtful: Collection[str] = (), rule: str = "topk"
 ) -> str:
     """The report in a few sentences.
 
     Args:
       doubtful: the remedies that `undecided` names.
-      recovers: the pathway that is known to be mostly left in training, "" where none is.
+      rule: what selects; of death by TopK alone it is known that training mostly ends it.
     """
     none, then = probe["none"], probe[chosen]
     lines = [
@@ -265,7 +265,7 @@ def advice(
         f"{_percent(none['dead_by_relu'])} by ReLU."
     ]
     if none["dead_total"] >= HARMLESS:
-        rest = f"; death by {recovers} mostly recovers in training" if recovers else ""
+        rest = "; death by TopK mostly recovers in training" if rule == "topk" else ""
         lines.append(f"Death by ReLU stays until the bias has learned the mean{rest}: this is a risk, not a verdict.")
     what = REMEDIES[chosen][0].upper() + REMEDIES[chosen][1:]
     if none["dead_total"] < HARMLESS:

@@ -37,7 +37,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from sae_jax.autoencoder import topk
+from sae_jax.autoencoder import death, topk
 from sae_jax.autoencoder.kept import Kept, combine, is_large, on_cpu
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.outliers import preprocess
@@ -80,7 +80,7 @@ class Encoder(struct.PyTreeNode):
     @property
     def pathway(self) -> str:
         """By what a feature dies that is positive somewhere."""
-        return "TopK" if self.rule == "topk" else "selection"
+        return death.pathway(self.rule)
 
     def in_units(self, scale: float) -> "Encoder":
         """The encoder of scale · x that does what this one does of x; exact for powers of two."""

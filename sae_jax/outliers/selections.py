@@ -40,7 +40,7 @@ class Selection(NamedTuple):
     @property
     def pathway(self) -> str:
         """By what a feature dies that is positive somewhere."""
-        return "TopK" if self.rule == "topk" else "selection"
+        return death.pathway(self.rule)
 
 
 def behind(
