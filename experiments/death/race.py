@@ -1,11 +1,12 @@
 """Alive to the end: balanced selection against its rivals, on the same batches of real layers.
 
-    python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=2,9 --arms=plain,balance
+    python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=9,minilm-3 --arms=plain,balance
 
-Gemma 3 270M, n 1024, k 8, 5,000 steps of 256 at 3e-4, three initialisations; b_dec starts at the geometric median but
-where an arm says uncentred. Counted on 104,000 held-out tokens. `--activations=9=PATH` takes a layer from a file or a
-dataset. Every arm of a layer is a run of its own under the workdir: what is stopped goes on, what has ended is read.
-Writes race.csv. An arm takes 3 to 8 minutes on 2 CPU cores, the extraction of a layer's 520,000 tokens 40.
+n 1024 (4 d_model where that is fewer), k 8, 5,000 steps of 256 at 3e-4, three initialisations; b_dec starts at the
+geometric median but where an arm says uncentred. Counted on 104,000 held-out tokens. A layer is a number, of Gemma 3
+270M, or MODEL-NUMBER; `--activations=9=PATH` takes one from a file or a dataset. Every arm of a layer is a run of its
+own under the workdir: what is stopped goes on, what has ended is read. Writes race.csv. An arm takes 3 to 8 minutes on
+2 CPU cores, the extraction of a layer's 520,000 tokens up to 40.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 from experiments import command
 from experiments.death import rivals
 from sae_jax.config import base
+from sae_jax.models import facts
 from sae_jax.reports import tables
 from sae_jax.training import run as run_lib
 from sae_jax.training import step as step_lib
@@ -46,7 +48,7 @@ ARMS: dict[str, dict[str, Any]] = {  # settings, and `step` in place of the pack
     "uncentred_balance": UNCENTRED | BALANCE,
 }
 GIVEN = flags.DEFINE_multi_string("activations", [], "LAYER=PATH: those of one layer, in place of extracting them")
-LAYERS = flags.DEFINE_list("layers", ["2", "9", "13"], "blocks of the model")
+LAYERS = flags.DEFINE_list("layers", ["2", "9", "13"], "blocks of Gemma 3 270M, or MODEL-BLOCK")
 CHOSEN = flags.DEFINE_list("arms", [], "which of them; all, if none is named")
 SIZE = flags.DEFINE_list("size", ["1024", "8", "5000"], "n, k, steps")
 KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0")
@@ -60,9 +62,11 @@ def said(flag: flags.FlagHolder[Any]) -> Any:
 def settings(layer: str, scale: str, arm: dict[str, Any]) -> ConfigDict:
     """Members that differ in the seed alone."""
     n, k, steps = map(int, said(SIZE))
+    model, _, block = layer.rpartition("-")
     c = base({"sae.n_features": n, "sae.k": k, "sae.center": "geometric_median", "auxk.preset": "none"})
     c.train.steps, c.train.batch_size, c.train.devices = steps, 256, 1
-    c.checkpoint.every, c.data.model.id, c.data.model.layer = max(1, steps // 5), "gemma-3-270m", int(layer)
+    c.checkpoint.every, c.data.model.id, c.data.model.layer = max(1, steps // 5), model or facts.GEMMA, int(block)
+    c.sae.n_features = min(n, 4 * facts.MODELS[c.data.model.id].width_at(int(block)))
     c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000  # a fifth is held out
     c.auxk.dead_after_tokens = 256 * max(1, steps // 20)
     if scale == "smoke":
