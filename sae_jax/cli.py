@@ -135,7 +135,7 @@ def export(words: list[str]) -> int:
     out = epath.Path(given["out"])
     held = out.is_dir() and any(out.iterdir())
     with _named({"--sae": f"--{source}"}):
-        of = {name: given[name] for name in ("member", "push", "model_name", "hook_name", "layer", "context_size")}
+        of = {name: given[name] for name in ("member", "push", *sharing.SAID)}
         sharing.export(given[source], given["out"], given["format"], **of)
     there = " is there already, as it would be written" if held else ""
     print(f"{given['format']}: {given['out']}{there}" + (f", pushed to {given['push']}" if given["push"] else ""))

@@ -91,6 +91,7 @@ VERBS = {
             "hook_name": Flag(str, None, "its hook point, as any library spells it: blocks.3.hook_resid_post"),
             "layer": Flag(int, None, "number of its block, from 0; not given: read off the hook point"),
             "context_size": Flag(int, None, "tokens a sequence"),
+            "prepend_bos": Flag(bool, None, "sequences began with a BOS token, or not: --noprepend_bos (for SAEBench)"),
             "push": Flag(str, None, "OWNER/NAME on the Hugging Face hub, which gets the folder as well"),
         },
     ),

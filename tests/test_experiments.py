@@ -66,6 +66,14 @@ def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp
 
 
 @pytest.mark.long
+def test_an_export_at_work_in_a_hooked_model(tmp_path):
+    command = [sys.executable, "-m", "experiments.trust.consumers", f"--out={tmp_path}/out.csv"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert {row["what"] for row in rows(tmp_path / "out.csv") if row["tool"] == "hooked"} >= {"L0", "x_hat, distance"}
+
+
+@pytest.mark.long
 def test_a_slice_of_the_fault_campaign(tmp_path):
     """An export killed ten times, in a process of its own, which forks."""
     command = [sys.executable, "-m", "experiments.trust.fault_campaign", f"--workdir={tmp_path}", "--tries=1",

@@ -98,9 +98,10 @@ def test_spellings(given, lens, dictionary, plain):
 
 def test_what_is_said_on_the_command_line_counts(run, tmp_path, capsys):
     command = ["export", f"--workdir={run['file']}", f"--out={tmp_path}/out", "--model_name=gpt2-small",
-               "--hook_name=resid_post_layer_3", "--context_size=128"]  # fmt: skip
+               "--hook_name=resid_post_layer_3", "--noprepend_bos", "--context_size=128"]  # fmt: skip
     assert cli.main(command) == 0
     metadata = json.loads((tmp_path / "out/cfg.json").read_text())["metadata"]
+    assert metadata["prepend_bos"] is False
     assert {key: metadata[key] for key in ("model_name", "hook_name", "layer", "context_size")} == {
         "model_name": "gpt2-small", "hook_name": "blocks.3.hook_resid_post", "layer": 3, "context_size": 128,
     }  # fmt: skip

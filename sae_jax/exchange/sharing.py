@@ -23,6 +23,7 @@ from sae_jax.runtime import checkpoint, disk
 from sae_jax.runtime import workdir as workdir_lib
 from sae_jax.training import step as step_lib
 
+SAID = ("model_name", "hook_name", "layer", "context_size", "prepend_bos")  # of `export`: where an SAE comes from
 PICTURES = {
     "deaths.png": "Features dead over the run, by pathway.",
     "bias.png": "How the decoder bias comes to the mean of the activations.",
@@ -101,7 +102,7 @@ def packed_of(sae: str | os.PathLike[str] | SAE | Packed | Opened, member: str |
 def export(
     sae: str | SAE | Packed | Opened, out: str, format: str = "saelens", *, member: str | None = None,
     push: str | None = None, model_name: str | None = None, hook_name: str | None = None, layer: int | None = None,
-    context_size: int | None = None,
+    context_size: int | None = None, prepend_bos: bool | None = None,
 ) -> Packed:  # fmt: skip
     """Writes an SAE in the format of another library, with a model card; `out` appears once it is complete.
 
@@ -115,6 +116,7 @@ def export(
         commit. Needs the extra `hub`, and a token as huggingface_hub finds it.
       model_name, hook_name, layer, context_size: what the SAE is of, where its metadata do not say or say otherwise. A
         hook point may be given as any library spells it; each gets its own spelling, and the layer is read off it.
+      prepend_bos: whether the sequences began with a BOS token, where the metadata do not say.
 
     Returns:
       What was written, as `load` returns it.
@@ -129,7 +131,7 @@ def export(
     if target.exists() and not target.is_dir():
         raise Refused("--out", out, "a folder that does not exist yet, or is empty")
     packed = packed_of(sae, member)
-    said = {"model_name": model_name, "hook_name": hook_name, "layer": layer, "context_size": context_size}
+    said = dict(zip(SAID, (model_name, hook_name, layer, context_size, prepend_bos), strict=True))
     packed = packed._replace(metadata=origin.described(packed.metadata, said))
     files = formats.encode(packed, format)
     run = epath.Path(sae) if isinstance(sae, str) and not sae.startswith((hub.HUB, saelens.HUB)) else None
