@@ -92,6 +92,24 @@ def test_the_cheapest_harmless_remedy_is_recommended(report):
     assert "No remedy is forecast to leave clearly fewer" in remedies.advice(no_help, "none")
 
 
+def test_the_recipe_is_settings_of_a_run(report, activations, tmp_path):
+    assert report["recipe"] == {"sae.center": "geometric_median", "sae.balance": True, "auxk.preset": "none"}
+    assert sae_jax.diagnose(activations, n_features=64, selection="relu")["recipe"] is None  # not trained here
+    never = {name: {"dead_by_relu": 0.2, "dead_total": 0.3} for name in remedies.REMEDIES}
+    for chosen in remedies.REMEDIES:  # where centring cannot reach them
+        sae_jax.base(remedies.recipe(never, chosen))
+    assert remedies.recipe(never, "whitening")["sae.whiten"]
+    np.save(tmp_path / "x.npy", activations)
+    small = {"data.path": f"{tmp_path}/x.npy", "sae.n_features": 64, "sae.k": 4, "train.steps": 60,
+             "train.batch_size": 64, "train.learning_rate": 3e-3, "train.devices": 1}  # fmt: skip
+    ends = {
+        name: sae_jax.train(sae_jax.base(small | more), f"{tmp_path}/{name}")["members"][0]["final"]
+        for name, more in {"recipe": report["recipe"], "as_usual": {}}.items()
+    }
+    assert ends["recipe"]["dead_total"] < ends["as_usual"]["dead_total"] / 2
+    assert ends["recipe"]["fve"] > ends["as_usual"]["fve"]
+
+
 def test_a_second_look_is_taken_only_where_the_choice_hangs_on_it():
     def forecast(n_dead):
         return Forecast(np.zeros((512, 64)), np.r_[-np.ones(n_dead), np.full(512 - n_dead, 9.0)])

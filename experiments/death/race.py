@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from experiments import command
 from experiments.death import rivals
 from sae_jax.config import base
+from sae_jax.diagnosis import pilot
 from sae_jax.models import facts
 from sae_jax.reports import tables
 from sae_jax.training import run as run_lib
@@ -51,6 +52,7 @@ GIVEN = flags.DEFINE_multi_string("activations", [], "LAYER=PATH: those of one l
 LAYERS = flags.DEFINE_list("layers", ["2", "9", "13"], "blocks of Gemma 3 270M, or MODEL-BLOCK")
 CHOSEN = flags.DEFINE_list("arms", [], "which of them; all, if none is named")
 SIZE = flags.DEFINE_list("size", ["1024", "8", "5000"], "n, k, steps")
+SHORTER = flags.DEFINE_integer("shorter", 1, "pilots in place of the runs: so many times fewer steps")
 KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0")
 
 
@@ -79,7 +81,7 @@ def settings(layer: str, scale: str, arm: dict[str, Any]) -> ConfigDict:
             c.data.path = path
     c.update_from_flattened_dict({key: value for key, value in arm.items() if key != "step"})
     c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
-    return c
+    return pilot.shortened(c, said(SHORTER))
 
 
 def main(workdir: Path, scale: str) -> None:

@@ -69,8 +69,9 @@ def diagnose(
     Returns:
       The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead
       at initialisation), `death_curve` (k/n → share; of jumprelu threshold → share), `remedies` (name → forecast, and
-      count where measured), `recommended` (the name of one), `advice` (a few sentences). `undecided` names the remedies
-      that may be on either side of 1 % even so, `.figures` are the pictures by their names.
+      count where measured), `recommended` (the name of one), `recipe` (settings of a run that keeps its features to
+      the end; none but for topk), `advice` (a few sentences). `undecided` names the remedies that may be on either
+      side of 1 % even so, `.figures` are the pictures by their names.
 
     Raises:
       Refused: the activations cannot be diagnosed; nothing was written.
@@ -108,6 +109,7 @@ def diagnose(
     }
     result["recommended"] = remedies.recommended(probe)
     result["undecided"] = remedies.undecided(found, n_features, k)
+    result["recipe"] = remedies.recipe(probe, result["recommended"]) if selection == "topk" else None
     result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"], selection)
     if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)

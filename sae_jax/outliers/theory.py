@@ -203,11 +203,6 @@ def token_integral(
     return _deaths(EncoderRows(along, spread, np.full_like(along, 1 / rank)), tokens, rest, bar, n_tokens)
 
 
-# Share of the variance of x that has to be excess before it is laid to a few massive tokens: a convention ("most of
-# it"), not a measurement. The law jumps there; experiments/death/README.md shows how much hangs on it.
-MASSIVE = 0.5
-
-
 def two_gammas(
     gamma: float, gamma_raw: float, rank: float, d_model: int, n_tokens: int, n_features: int, k: int
 ) -> Deaths:
@@ -220,12 +215,25 @@ def two_gammas(
         gamma²/(1 + gamma²)      =  E[ (1 + tau²/G²)^(−1/2) ]²                       (LayerNorm fixes each norm)
         gamma_raw²               =  G² / ( e^(v/4)·(G² + 1) − G² )                   (E tau_0² = e^(v/4)·(E tau_0)²)
 
-    Two cases have another cause. gamma_raw > gamma: LayerNorm has removed a mean along the all-ones direction, so
-    gamma_raw is taken and v = 0. gamma_raw² < gamma²/2: more than half of the variance is excess, which a few massive
-    tokens carry; they share few directions and wake nothing, so gamma is taken and v = 0.
+    A few massive tokens make a gap as well. They share few directions and wake nothing: then gamma counts and v = 0.
+    Two numbers do not tell which it is. A share 1 − gamma_raw²/gamma² of the variance is in excess of what gamma leaves
+    room for; a token drawn by its variance is one of the excess with that chance, and so it is taken for the chance
+    that massive tokens make the gap. The law is the mean over both causes.
+
+    gamma_raw > gamma has another cause: LayerNorm has removed a mean along the all-ones direction, so gamma_raw is
+    taken and v = 0.
     """
-    if gamma_raw >= gamma or gamma_raw**2 < MASSIVE * gamma**2:
-        return token_integral(max(gamma, gamma_raw), rank, d_model, n_tokens, n_features, k)
+    massive = token_integral(max(gamma, gamma_raw), rank, d_model, n_tokens, n_features, k)
+    share = (gamma_raw / gamma) ** 2 if gamma_raw < gamma else 0.0  # of the variance that is not in excess
+    if share < 1e-4:
+        return massive
+    signal, v = signal_and_spread(gamma, gamma_raw)
+    spread = token_integral(signal, rank, d_model, n_tokens, n_features, k, tau_log_variance=v)
+    return {key: share * spread[key] + (1 - share) * massive[key] for key in massive}
+
+
+def signal_and_spread(gamma: float, gamma_raw: float) -> tuple[float, float]:
+    """G and v of `two_gammas` for a gamma_raw below gamma, and above a hundredth of it."""
     z = ndtri(_midpoints(200))
 
     def signal(v: float) -> float:
@@ -239,8 +247,8 @@ def two_gammas(
 
     from scipy.optimize import brentq  # a third of a second, for this law alone
 
-    v = brentq(excess, 0.0, 60.0)
-    return token_integral(signal(v), rank, d_model, n_tokens, n_features, k, tau_log_variance=v)
+    v = float(brentq(excess, 0.0, 60.0))
+    return signal(v), v
 
 
 N_ROWS = 2048

@@ -131,6 +131,9 @@ def diagnosis_table(report: dict[str, Any]) -> str:
         titles = [f"measured: {first}", *rest]
         remedies = [line + more for line, more in zip(remedies, [titles, *measured], strict=True)]
     parts = [*head, _aligned(laws), "", _aligned(remedies), _dead_means(report), "", report["advice"]]
+    if report["recipe"]:
+        settings = " ".join(f"--config.{key}={value}" for key, value in report["recipe"].items())
+        parts.append(f"to train one whose features live to the end: {settings}")
     return "\n".join(parts)
 
 
