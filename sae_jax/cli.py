@@ -80,11 +80,15 @@ def diagnose(words: list[str]) -> int:
     else:
         given.refuse("left out: the SAE has its own", "n_features", "k", "selection", "threshold")
         given.refuse("left out: of an SAE that is there, deaths are always counted", "measure")
+        given.refuse("left out: an SAE that is there has been trained", "pilot")
     if given["selection"] in ("jumprelu", "relu"):
         given.refuse("left out: topk and batch_topk keep k", "k")
+    if given["pilot"]:
+        given.refuse("left out with --pilot: settings of the configuration, --config.sae", "n_features", "k")
+        given.refuse("left out with --pilot, which trains TopK SAEs", "selection", "threshold")
     config = flags_lib.configuration(given)
     activations = given["activations"] if config is None else config
-    names = ("n_features", "k", "threshold", "n_probes", "seed", "target")
+    names = ("n_features", "k", "threshold", "n_probes", "seed", "target", "pilot")
     typed: dict[str, str] = {name: f"--{name}" for name in names}
     if config is None:
         typed["activations"] = "--activations"
@@ -111,7 +115,7 @@ def diagnose(words: list[str]) -> int:
             n_features=sae.n_features if given["n_features"] is None else given["n_features"],
             k=sae.k if given["k"] is None else given["k"],
             selection=given["selection"], threshold=given["threshold"], measure=given["measure"],
-            n_probes=given["n_probes"], seed=given["seed"],
+            n_probes=given["n_probes"], seed=given["seed"], pilot=given["pilot"],
         )  # fmt: skip
     print(tables.diagnosis_table(found))
     print(f"report, figures: {given['workdir']}")

@@ -244,7 +244,7 @@ def _verdict(result: dict[str, Any], opened: Opened) -> str:
     n_dead = sum(len(found) for found in result["dead_features"].values())
     lines = [
         f"{percent(result)} of the features ({n_dead} of {result['n_features']}) never fire on these "
-        f"{result['n_tokens']} tokens: {percent(result, 'dead_by_relu')} by ReLU, "
+        f"{result['n_tokens']:,} tokens: {percent(result, 'dead_by_relu')} by ReLU, "
         f"{percent(result, 'dead_by_topk')} by {opened.encoder.pathway}."
     ]
     if not result["subtracts_b_dec"]:

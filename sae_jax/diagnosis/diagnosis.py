@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sae_jax.diagnosis import pictures, remedies
+from sae_jax.diagnosis import pilot as pilot_lib
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
 from sae_jax.outliers import giants, rounding, selections, theory
@@ -48,7 +49,7 @@ class Report(dict[str, Any]):
 def diagnose(
     activations: np.ndarray | str | ConfigDict, workdir: str | None = None, *, n_features: int = 8192, k: int = 64,
     selection: str = "topk", threshold: float | None = None, measure: bool = False, n_probes: int = N_PROBES,
-    seed: int = 0,
+    seed: int = 0, pilot: bool = False,
 ) -> Report:  # fmt: skip
     """Outlier severity, predicted death at initialisation by every law, and the cheapest remedy.
 
@@ -65,13 +66,15 @@ def diagnose(
       n_probes: random directions to forecast with; the error of a forecast falls as 1/√n_probes. Remedies that may be
         on either side of 1 % are looked at again with more, up to about n_features.
       seed: of probes and measured SAEs.
+      pilot: also forecast what is dead after training, for every member of a configuration, by a run of an eighth of
+        its steps in WORKDIR/pilot.
 
     Returns:
       The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead
       at initialisation), `death_curve` (k/n → share; of jumprelu threshold → share), `remedies` (name → forecast, and
       count where measured), `recommended` (the name of one), `recipe` (settings of a run that keeps its features to
-      the end; none but for topk), `advice` (a few sentences). `undecided` names the remedies that may be on either
-      side of 1 % even so, `.figures` are the pictures by their names.
+      the end; none but for topk), `after_training` (of a pilot), `advice` (a few sentences). `undecided` names the
+      remedies that may be on either side of 1 % even so, `.figures` are the pictures by their names.
 
     Raises:
       Refused: the activations cannot be diagnosed; nothing was written.
@@ -79,6 +82,9 @@ def diagnose(
     """
     check(n_features, k, n_probes, seed, workdir)
     how = _selection(selection, threshold)
+    planned = activations if pilot and isinstance(activations, ConfigDict) and workdir else None
+    if pilot and (planned is None or selection != "topk"):
+        raise Refused("pilot", pilot, "of a configuration of TopK SAEs, with a workdir for its run")
     fits = partial(remedies.check_memory, n_features=n_features, n_probes=n_probes, measure=measure, rule=selection)
     tokens, scale = rescaled(open_tokens(activations, fits))
     severity, sample, counts = first_pass(tokens)
@@ -118,6 +124,7 @@ def diagnose(
     n_giants = severity.raw.n_tokens - ordinary.raw.n_tokens
     result |= {"n_giant_tokens": n_giants, "without_giants": ordinary.gammas()}
     result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
+    result["after_training"] = pilot_lib.forecast(planned, str(workdir)) if planned else None
     result |= {"data": tokens.identity, "versions": tables.versions()}
     result.figures = pictures.drawn(severity, sample, result, band, found["none"], measured)
     if workdir:

@@ -11,15 +11,35 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
+from sae_jax.training import run as run_lib
 
-SHORTER = 8
+SHORTER, LEAST = 8, 500  # and so many steps it has at least: at first Adam's own start is most of what happens
+FOLDER = "pilot"  # its run, in the workdir
 
 
-def shortened(config: ConfigDict, shorter: int = SHORTER) -> ConfigDict:
-    """The configuration of the pilot of a run."""
+def forecast(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """What each member of a run is forecast to end with; the pilot is a run in WORKDIR/pilot, which goes on if stopped.
+
+    Returns:
+      `steps` of the pilot, `of`: those of the run, `n_tokens` that deaths are counted on, and `members`: name →
+      `dead_by_relu`, `dead_by_topk`, `dead_total`, `fve`.
+
+    Raises:
+      as `training.run.train`.
+    """
+    found = run_lib.train(shortened(config), f"{workdir}/{FOLDER}")
+    keys = ("dead_by_relu", "dead_by_topk", "dead_total", "fve")
+    members = {member["name"]: {key: member["final"][key] for key in keys} for member in found["members"]}
+    return {"steps": found["step"], "of": config.train.steps, "n_tokens": found["n_eval_tokens"], "members": members}
+
+
+def shortened(config: ConfigDict, most: int = SHORTER) -> ConfigDict:
+    """The configuration of the pilot of a run; a run of few steps is its own pilot."""
     pilot = ConfigDict(config.to_dict())
     train, every = pilot.train, config_lib.checkpoint_every(config)
-    train.steps, train.learning_rate = max(1, round(train.steps / shorter)), train.learning_rate * shorter
+    steps = min(train.steps, max(LEAST, round(train.steps / most)))
+    shorter = train.steps / max(1, steps)
+    train.steps, train.learning_rate = steps, train.learning_rate * shorter
     train.warmup_steps = round(train.warmup_steps / shorter)
     pilot.checkpoint.every = max(1, round(every / shorter))
     pilot.auxk.dead_after_tokens = max(1, round(config_lib.dead_after_tokens(config) / shorter))

@@ -1,0 +1,86 @@
+"""A pilot is the same run in fewer steps; how near it comes, experiments/death/race.py measures."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sae_jax
+from sae_jax import cli
+from sae_jax import config as config_lib
+from sae_jax.diagnosis import pilot
+from sae_jax.training import step as step_lib
+
+STEPS = 240
+
+
+@pytest.fixture
+def config(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(pilot, "LEAST", 10)
+    np.save(tmp_path / "x.npy", np.float32(rng.normal(size=(4000, 16)) * np.linspace(0.2, 2, 16) + 2))
+    found = sae_jax.base({
+        "data.path": f"{tmp_path}/x.npy", "sae.n_features": 128, "sae.k": 3, "train.steps": STEPS,
+        "train.batch_size": 64, "train.learning_rate": 1e-3, "train.devices": 1, "train.warmup_steps": 16,
+        "auxk.preset": "none", "eval.n_tokens": 800, "eval.batch_size": 400,
+    })  # fmt: skip
+    found.members = {
+        "plain": {"sae": {"center": "mean"}},
+        "fast": {"sae": {"center": "mean"}, "train": {"learning_rate": 2e-3, "warmup_steps": 8}},
+        "kept": {"sae": {"center": "mean", "balance": True}, "auxk": {"dead_after_tokens": 800}},
+    }
+    return found
+
+
+def total_rate(config):
+    static = step_lib.Static.of(config)
+    steps = jnp.arange(config.train.steps)
+    return config.train.learning_rate * float(sum(step_lib.schedule(static, step) for step in steps))
+
+
+def test_the_sum_of_the_learning_rates_is_that_of_the_run(config):
+    shorter = pilot.shortened(config)
+    assert shorter.train.steps == STEPS / 8
+    runs, pilots = config_lib.members(config), config_lib.members(shorter)
+    for name in runs:
+        assert total_rate(pilots[name]) == pytest.approx(total_rate(runs[name]), rel=0.05), name
+    assert config_lib.dead_after_tokens(pilots["kept"]) == 100
+    config.train.steps = pilot.LEAST - 1  # too few to shorten
+    assert pilot.shortened(config).train == config.train
+
+
+def test_a_diagnosis_tells_what_training_will_leave_dead(config, tmp_path, capsys):
+    """A run of few steps is its own pilot, so here what is told is what comes."""
+    config.train.steps = pilot.LEAST - 2
+    flat = config_lib.identity(config)
+    (tmp_path / "config.py").write_text(
+        f"from sae_jax import config\ndef get_config():\n    return config.from_identity({flat!r})\n"
+    )
+    assert cli.main(["diagnose", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/out", "--pilot"]) == 0
+    shown = capsys.readouterr().out
+    assert "after 8 steps of training, by a pilot of 8 on" in shown
+    found = json.loads((tmp_path / "out/report.json").read_text())["after_training"]
+    run = sae_jax.train(config, f"{tmp_path}/run")
+    assert (found["steps"], found["of"], found["n_tokens"]) == (8, 8, run["n_eval_tokens"])
+    for one in run["members"]:
+        told = found["members"][one["name"]]
+        assert told == pytest.approx({key: one["final"][key] for key in told}, rel=1e-5)
+        assert f"{100 * told['dead_total']:.1f} %" in shown
+    assert len(found["members"]) == 3
+
+
+@pytest.mark.parametrize(("more", "field"), [
+    (["--k=4"], "--k"), (["--selection=relu"], "--selection"), (["--sae=x"], "--pilot"),
+])  # fmt: skip
+def test_what_a_pilot_cannot_be_asked(config, tmp_path, capsys, more, field):
+    words = ["diagnose", "--config=configs/default.py", f"--workdir={tmp_path}/out", "--pilot", *more]
+    assert cli.main(words) == 2
+    assert f"{field} = " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pilot_is_of_a_configuration(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.ones((40, 4)))
+    assert cli.main(["diagnose", f"--activations={tmp_path}/x.npy", f"--workdir={tmp_path}/out", "--pilot"]) == 2
+    assert "--pilot = True: of a configuration" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
