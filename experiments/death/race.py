@@ -18,12 +18,16 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs import synthetic as synthetic_config
 from experiments import command
 from experiments.death import rivals
+from sae_jax.activations import synthetic
 from sae_jax.config import base
 from sae_jax.diagnosis import pilot
+from sae_jax.exchange import sharing
 from sae_jax.models import facts
 from sae_jax.reports import tables
+from sae_jax.training import recovery
 from sae_jax.training import run as run_lib
 from sae_jax.training import step as step_lib
 
@@ -49,11 +53,12 @@ ARMS: dict[str, dict[str, Any]] = {  # settings, and `step` in place of the pack
     "uncentred_balance": UNCENTRED | BALANCE,
 }
 GIVEN = flags.DEFINE_multi_string("activations", [], "LAYER=PATH: those of one layer, in place of extracting them")
-LAYERS = flags.DEFINE_list("layers", ["2", "9", "13"], "blocks of Gemma 3 270M, or MODEL-BLOCK")
+SYNTHETIC = "synthetic"
+LAYERS = flags.DEFINE_list("layers", ["2", "9", "13"], "blocks of Gemma 3 270M, MODEL-BLOCK, or synthetic")
 CHOSEN = flags.DEFINE_list("arms", [], "which of them; all, if none is named")
 SIZE = flags.DEFINE_list("size", ["1024", "8", "5000"], "n, k, steps")
 SHORTER = flags.DEFINE_integer("shorter", 1, "pilots in place of the runs: so many times fewer steps")
-KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0")
+KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0", "mmcs", "mcc")
 
 
 def said(flag: flags.FlagHolder[Any]) -> Any:
@@ -64,6 +69,12 @@ def said(flag: flags.FlagHolder[Any]) -> Any:
 def settings(layer: str, scale: str, arm: dict[str, Any]) -> ConfigDict:
     """Members that differ in the seed alone."""
     n, k, steps = map(int, said(SIZE))
+    if layer == SYNTHETIC:
+        c = synthetic_config.get_config()
+        c.sae.n_features, c.sae.k, c.train.steps, c.sae.center = n, k, steps, "geometric_median"
+        c.update_from_flattened_dict({key: value for key, value in arm.items() if key != "step"})
+        c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
+        return c
     model, _, block = layer.rpartition("-")
     c = base({"sae.n_features": n, "sae.k": k, "sae.center": "geometric_median", "auxk.preset": "none"})
     c.train.steps, c.train.batch_size, c.train.devices = steps, 256, 1
@@ -84,20 +95,29 @@ def settings(layer: str, scale: str, arm: dict[str, Any]) -> ConfigDict:
     return pilot.shortened(c, said(SHORTER))
 
 
+def found_again(config: ConfigDict, folder: str, member: str) -> dict[str, float]:
+    """Mean correlation coefficient with the true features, one row each, where they are known."""
+    if not config.data.signal or config.data.path or config.data.model.id:
+        return {}
+    truth = synthetic.build(config.data, config.seed).rows
+    return {"mcc": recovery.mcc(truth, sharing.load(folder, member).sae.W_dec)}
+
+
 def main(workdir: Path, scale: str) -> None:
     """Trains, prints and writes the table."""
     rows: list[dict[str, Any]] = []
     for layer in said(LAYERS)[: 1 if scale == "smoke" else None]:
         for name in said(CHOSEN) or ARMS:
             own, config = ARMS[name].get("step"), settings(layer, scale, ARMS[name])
+            folder = str(workdir / f"{layer}_{name}")
             with mock.patch.object(step_lib, "group_step", own) if own else contextlib.nullcontext():
-                report = run_lib.train(config, str(workdir / f"{layer}_{name}"))
+                report = run_lib.train(config, folder)
             for member in report["members"]:
                 rows.append({
                     "layer": layer, "arm": name, "seed": member["name"].removeprefix("seed"),
                     "n": str(config.sae.n_features), "k": str(config.sae.k), "steps": str(report["step"]),
                     "tokens": str(report["n_eval_tokens"]), "dead_at_init": member["init"]["dead_total"],
-                    **{key: member["final"][key] for key in KEYS},
+                    **{key: (member["final"] | found_again(config, folder, member["name"])).get(key) for key in KEYS},
                 })  # fmt: skip
             mine = rows[-len(SEEDS) :]
             means = {key: np.mean([np.nan if row[key] is None else row[key] for row in mine]) for key in KEYS}
