@@ -188,3 +188,6 @@ def test_fates_have_the_cosine_with_the_mean_at_both_ends(tiny, tmp_path):
         cosines = rows @ mu / np.linalg.norm(rows, axis=1) / np.linalg.norm(mu)
         np.testing.assert_allclose(table[f"mu_cosine_{end}"], cosines, atol=1e-3)
     assert np.abs(table["mu_cosine_init"] - table["mu_cosine_final"]).max() > 0.05
+    silent = table["tokens_since_fired"]
+    assert set(silent) <= {batch * tiny.train.batch_size for batch in range(5)}  # last fired in one of them
+    assert 0 in silent

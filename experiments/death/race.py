@@ -3,10 +3,11 @@
     python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=9,minilm-3 --arms=plain,balance
 
 n 1024 (4 d_model where that is fewer), k 8, 5,000 steps of 256 at 3e-4, three initialisations; b_dec starts at the
-geometric median but where an arm says uncentred. Counted on 104,000 held-out tokens. A layer is a number, of Gemma 3
-270M, or MODEL-NUMBER; `--activations=9=PATH` takes one from a file or a dataset. Every arm of a layer is a run of its
+geometric median but where an arm says uncentred. Counted on the held-out fifth of 520,000 tokens (of Gemma's 417,000:
+the text that is built in ends). A layer is a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic`
+(configs/synthetic.py); `--activations=9=PATH` takes one from a file or a dataset. Every arm of a layer is a run of its
 own under the workdir: what is stopped goes on, what has ended is read. Writes race.csv. An arm takes 3 to 8 minutes on
-2 CPU cores, the extraction of a layer's 520,000 tokens up to 40.
+2 CPU cores, the extraction of a layer up to 40. `--shorter=8` runs the pilots of `diagnose --pilot` in their place.
 """
 
 import contextlib

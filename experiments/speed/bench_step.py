@@ -86,10 +86,10 @@ def data(shape: Shape) -> np.ndarray:
 # -- ours ------------------------------------------------------------------------------------------------------------
 
 
-def ours(shape: Shape, half_dead: bool, precision: str = "float32") -> Step:
+def ours(shape: Shape, half_dead: bool, precision: str = "float32", balance: bool = False) -> Step:
     """`training.group_step`, AuxK enabled."""
     config = config_lib.base()
-    config.sae.n_features, config.sae.k, config.data.signal = shape.n, shape.k, "gaussian"
+    config.sae.n_features, config.sae.k, config.sae.balance, config.data.signal = shape.n, shape.k, balance, "gaussian"
     config.train.update(steps=10**6, batch_size=shape.batch, precision=precision)
     config.auxk.dead_after_tokens = NEVER
     state = step_lib.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
@@ -179,9 +179,14 @@ def in_bfloat16(shape: Shape, half_dead: bool) -> Step:
     return ours(shape, half_dead, "bfloat16")
 
 
+def balanced(shape: Shape, half_dead: bool) -> Step:
+    """Ours, with balanced selection."""
+    return ours(shape, half_dead, balance=True)
+
+
 STEPS = {
-    "ours": ours, "ours, bfloat16 encode": in_bfloat16, "naive JAX": naive, "SAELens": saelens,
-    "dictionary_learning": dictionary_learning,
+    "ours": ours, "ours, bfloat16 encode": in_bfloat16, "ours, balanced": balanced, "naive JAX": naive,
+    "SAELens": saelens, "dictionary_learning": dictionary_learning,
 }  # fmt: skip
 PACKAGES = {"SAELens": "sae_lens", "dictionary_learning": "dictionary_learning"}
 

@@ -181,8 +181,9 @@ class Ensemble:
         for group, first, last in zip(self.groups, first_states, states, strict=True):
             W_enc = [np.asarray(step_lib.in_shared_frame(state).W_enc) for state in (first, last)]
             for i, name in enumerate(group.names):
-                ends = [fates.alignment(w[i], self.mu(name)) for w in W_enc]
-                rows += fates.rows(name, fates.ledger(history, name), *ends)
+                start, end = (fates.alignment(w[i], self.mu(name)) for w in W_enc)
+                silent = np.asarray(last.tokens_since_fired[i])
+                rows += fates.rows(name, fates.ledger(history, name), start, end, silent)
         return rows
 
 

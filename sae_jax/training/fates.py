@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from sae_jax.autoencoder.death import Sightings
 
@@ -68,14 +68,17 @@ def alignment(W_enc: Float[np.ndarray, "n d"], mu: Float[np.ndarray, "d"]) -> Fl
 
 
 def rows(
-    name: str, found: Ledger, at_init: Float[np.ndarray, "n"], at_end: Float[np.ndarray, "n"]
-) -> list[dict[str, Any]]:
-    """The ledger as a table: one line a feature, with its alignment with mu at initialisation and at the end."""
+    name: str, found: Ledger, at_init: Float[np.ndarray, "n"], at_end: Float[np.ndarray, "n"],
+    silent: Int[np.ndarray, "n"],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The ledger as a table: one line a feature, with its alignment with mu at initialisation and at the end, and the
+    training tokens since it last fired: a feature that is dead to held-out tokens may be one that fires seldom."""
     return [
         {
             "member": name, "feature": i, "init": LETTERS[found.fates[0, i]], "final": LETTERS[found.fates[-1, i]],
             "born": born, "deaths": deaths, "revivals": revivals,
             "mu_cosine_init": round(float(at_init[i]), 4), "mu_cosine_final": round(float(at_end[i]), 4),
+            "tokens_since_fired": int(silent[i]),
         }
         for i, (born, deaths, revivals) in enumerate(zip(found.born(), found.deaths(), found.revivals(), strict=True))
     ]  # fmt: skip
