@@ -107,13 +107,13 @@ report["recommended"]
 {name: found["probe"] for name, found in report["remedies"].items()}
 
 # %% [markdown]
-# To train with the remedy: `numpy.save("activations.npy", x)`, then, in a clone of the repository,
+# To train by the recipe: `numpy.save("activations.npy", x)`, then, in a clone of the repository,
 #
 # ```
 # python -m sae_jax train --config=configs/default.py --config.data.path=activations.npy --workdir=runs/mine
 # ```
 #
-# or, anywhere, `sae_jax.train(sae_jax.base({"data.path": "activations.npy", "sae.center": "mean"}), "runs/mine")`.
+# or, anywhere, `sae_jax.train(sae_jax.base({"data.path": "activations.npy"} | report["recipe"]), "runs/mine")`.
 #
 # ## An SAE that exists already
 #

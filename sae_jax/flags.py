@@ -59,7 +59,7 @@ VERBS = {
             "selection": Flag(("topk", "batch_topk", "jumprelu", "relu"), "topk", "how the SAE in question selects"),
             "threshold": Flag(float, None, "with --selection=jumprelu: in the units of the activations"),
             "measure": Flag(bool, False, "also count deaths in untrained SAEs"),
-            "pilot": Flag(bool, False, "with --config: also what dies in training, by a run of an eighth of its steps"),
+            "pilot": Flag(bool, False, "with --config: also what dies in training, by a run of fewer steps"),
             "n_probes": Flag(int, 512, "random directions to forecast with"),
             "seed": Flag(int, 0, "of probes and measured SAEs"),
             "sae": Flag(str, None, "to examine: " + AN_SAE),

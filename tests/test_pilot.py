@@ -45,8 +45,15 @@ def test_the_sum_of_the_learning_rates_is_that_of_the_run(config):
     for name in runs:
         assert total_rate(pilots[name]) == pytest.approx(total_rate(runs[name]), rel=0.05), name
     assert config_lib.dead_after_tokens(pilots["kept"]) == 100
-    config.train.steps = pilot.LEAST - 1  # too few to shorten
-    assert pilot.shortened(config).train == config.train
+    for steps in (pilot.LEAST - 1, 0):  # too few to shorten
+        config.train.steps = steps
+        same = config_lib.members(pilot.shortened(config))
+        assert {name: one.train for name, one in same.items()} == {
+            name: one.train for name, one in config_lib.members(config).items()
+        }  # fmt: skip
+    config.members.kept.auxk.dead_after_tokens = 4  # 0 would mean that it is chosen
+    config.train.steps = STEPS
+    assert config_lib.members(pilot.shortened(config))["kept"].auxk.dead_after_tokens == 1
 
 
 def test_a_diagnosis_tells_what_training_will_leave_dead(config, tmp_path, capsys):
@@ -58,7 +65,7 @@ def test_a_diagnosis_tells_what_training_will_leave_dead(config, tmp_path, capsy
     )
     assert cli.main(["diagnose", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/out", "--pilot"]) == 0
     shown = capsys.readouterr().out
-    assert "after 8 steps of training, by a pilot of 8 on" in shown
+    assert "after 8 steps of training, by a pilot of 8, on" in shown
     found = json.loads((tmp_path / "out/report.json").read_text())["after_training"]
     run = sae_jax.train(config, f"{tmp_path}/run")
     assert (found["steps"], found["of"], found["n_tokens"]) == (8, 8, run["n_eval_tokens"])

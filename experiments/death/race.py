@@ -1,10 +1,10 @@
 """Alive to the end: balanced selection against its rivals, on the same batches of real layers.
 
-    python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=9,minilm-3 --arms=plain,balance
+    python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=9,minilm-l6-3 --arms=plain,balance
 
-n 1024 (4 d_model where that is fewer), k 8, 5,000 steps of 256 at 3e-4, three initialisations; b_dec starts at the
-geometric median but where an arm says uncentred. Counted on the held-out fifth of 520,000 tokens (of Gemma's 417,000:
-the text that is built in ends). A layer is a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic`
+n 1024 (4 d_model where that is fewer), k 8 (`--size`), 5,000 steps of 256 at 3e-4, three initialisations; b_dec starts
+at the geometric median but where an arm says uncentred. Counted on the held-out fifth of 520,000 tokens (of Gemma's
+417,000: the text that is built in ends). A layer is a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic`
 (configs/synthetic.py); `--activations=9=PATH` takes one from a file or a dataset. Every arm of a layer is a run of its
 own under the workdir: what is stopped goes on, what has ended is read. Writes race.csv. An arm takes 3 to 8 minutes on
 2 CPU cores, the extraction of a layer up to 40. `--shorter=8` runs the pilots of `diagnose --pilot` in their place.
@@ -58,7 +58,7 @@ SYNTHETIC = "synthetic"
 LAYERS = flags.DEFINE_list("layers", ["2", "9", "13"], "blocks of Gemma 3 270M, MODEL-BLOCK, or synthetic")
 CHOSEN = flags.DEFINE_list("arms", [], "which of them; all, if none is named")
 SIZE = flags.DEFINE_list("size", ["1024", "8", "5000"], "n, k, steps")
-SHORTER = flags.DEFINE_integer("shorter", 1, "pilots in place of the runs: so many times fewer steps")
+SHORTER = flags.DEFINE_integer("shorter", 1, "pilots in place of the runs: so many times fewer steps", 1)
 KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0", "mmcs", "mcc")
 
 
@@ -71,18 +71,17 @@ def settings(layer: str, scale: str, arm: dict[str, Any]) -> ConfigDict:
     """Members that differ in the seed alone."""
     n, k, steps = map(int, said(SIZE))
     if layer == SYNTHETIC:
-        c = synthetic_config.get_config()
-        c.sae.n_features, c.sae.k, c.train.steps, c.sae.center = n, k, steps, "geometric_median"
-        c.update_from_flattened_dict({key: value for key, value in arm.items() if key != "step"})
-        c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
-        return c
-    model, _, block = layer.rpartition("-")
-    c = base({"sae.n_features": n, "sae.k": k, "sae.center": "geometric_median", "auxk.preset": "none"})
-    c.train.steps, c.train.batch_size, c.train.devices = steps, 256, 1
-    c.checkpoint.every, c.data.model.id, c.data.model.layer = max(1, steps // 5), model or facts.GEMMA, int(block)
-    c.sae.n_features = min(n, 4 * facts.MODELS[c.data.model.id].width_at(int(block)))
-    c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000  # a fifth is held out
-    c.auxk.dead_after_tokens = 256 * max(1, steps // 20)
+        c, width = synthetic_config.get_config(), n
+    else:
+        model, _, block = layer.rpartition("-")
+        c = base()
+        c.train.batch_size, c.data.model.id, c.data.model.layer = 256, model or facts.GEMMA, int(block)
+        c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000  # a fifth is held out
+        facts.check(c.data.model, [c.data.model.layer])
+        width = facts.width(c.data.model) or n
+    c.sae.n_features, c.sae.k, c.sae.center, c.auxk.preset = min(n, 4 * width), k, "geometric_median", "none"
+    c.train.steps, c.train.devices, c.checkpoint.every = steps, 1, max(1, steps // 5)
+    c.auxk.dead_after_tokens = c.train.batch_size * max(1, steps // 20)
     if scale == "smoke":
         c.data.model.id, c.data.signal, c.data.d_model, c.data.statistics_tokens = "", "sparse", 16, 1000
         c.sae.n_features, c.train.steps, c.eval.n_tokens, c.eval.batch_size = 64, 20, 1000, 500
@@ -107,6 +106,8 @@ def found_again(config: ConfigDict, folder: str, member: str) -> dict[str, float
 def main(workdir: Path, scale: str) -> None:
     """Trains, prints and writes the table."""
     rows: list[dict[str, Any]] = []
+    for layer in said(LAYERS):
+        settings(layer, scale, {})  # a layer that is not there is refused before hours of others
     for layer in said(LAYERS)[: 1 if scale == "smoke" else None]:
         for name in said(CHOSEN) or ARMS:
             own, config = ARMS[name].get("step"), settings(layer, scale, ARMS[name])

@@ -12,7 +12,7 @@ A TopK SAE (n 96, k 4) is trained on the activations of a random transformer of 
     dashboard   pages of eight features. SAEDashboard folds the decoder's norms, which SAELens refuses for TopK SAEs
                 that do not rescale by them; rows of unit length need no folding, so that call is left out
 
-Writes consumers.csv. The exit code is 1 where a number differs by more than 1e-5 of itself.
+Writes consumers.csv. The exit code is 1 where a number differs by more than 1e-5, or 1e-5 of itself where above 1.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def sae_bench(sae: Any, model: Any, tokens: torch.Tensor, x: np.ndarray, folder:
     ))  # fmt: skip
     mine = sae_jax.dissect(f"{folder}/exported", x)
     error = np.mean(np.sum((x - np.asarray(sae_jax.reconstruct(f"{folder}/exported", x))) ** 2, axis=1))
-    variance = np.mean(np.sum(x**2, axis=1)) - np.mean(x**2) ** 2  # so in 0.6.0: about zero, not about the mean
+    variance = np.mean(np.sum(x**2, axis=1)) - np.mean(x**2) ** 2  # so in 0.6.0
     there = found["reconstruction_quality"]["explained_variance"]
     return [
         {"what": "L0", "there": found["sparsity"]["l0"], "here": mine["l0"]},

@@ -67,14 +67,14 @@ def diagnose(
         on either side of 1 % are looked at again with more, up to about n_features.
       seed: of probes and measured SAEs.
       pilot: also forecast what is dead after training, for every member of a configuration, by a run of an eighth of
-        its steps in WORKDIR/pilot.
+        its steps, at least 500, in WORKDIR/pilot. n_features and k are then those of the configuration.
 
     Returns:
       The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead
       at initialisation), `death_curve` (k/n → share; of jumprelu threshold → share), `remedies` (name → forecast, and
-      count where measured), `recommended` (the name of one), `recipe` (settings of a run that keeps its features to
-      the end; none but for topk), `after_training` (of a pilot), `advice` (a few sentences). `undecided` names the
-      remedies that may be on either side of 1 % even so, `.figures` are the pictures by their names.
+      count where measured), `recommended` (the name of one), `recipe` (settings of a run that is to keep its features,
+      see `remedies.recipe`; none but for topk), `after_training` (of a pilot), `advice` (a few sentences). `undecided`
+      names the remedies that may be on either side of 1 % even so, `.figures` are the pictures by their names.
 
     Raises:
       Refused: the activations cannot be diagnosed; nothing was written.
@@ -85,6 +85,9 @@ def diagnose(
     planned = activations if pilot and isinstance(activations, ConfigDict) and workdir else None
     if pilot and (planned is None or selection != "topk"):
         raise Refused("pilot", pilot, "of a configuration of TopK SAEs, with a workdir for its run")
+    if planned:
+        n_features, k = planned.sae.n_features, planned.sae.k
+    after_training = pilot_lib.forecast(planned, str(workdir)) if planned else None  # first: it has more to refuse
     fits = partial(remedies.check_memory, n_features=n_features, n_probes=n_probes, measure=measure, rule=selection)
     tokens, scale = rescaled(open_tokens(activations, fits))
     severity, sample, counts = first_pass(tokens)
@@ -124,7 +127,7 @@ def diagnose(
     n_giants = severity.raw.n_tokens - ordinary.raw.n_tokens
     result |= {"n_giant_tokens": n_giants, "without_giants": ordinary.gammas()}
     result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
-    result["after_training"] = pilot_lib.forecast(planned, str(workdir)) if planned else None
+    result["after_training"] = after_training
     result |= {"data": tokens.identity, "versions": tables.versions()}
     result.figures = pictures.drawn(severity, sample, result, band, found["none"], measured)
     if workdir:

@@ -1,9 +1,9 @@
-"""What will be dead after training, before it: a pilot, which is the same run in an eighth of its steps.
+"""What will be dead after training, before it: a pilot, which is the same run in an eighth of its steps, or in 500.
 
 What kills is the competition of features, and how far it has come hangs on the sum of the learning rates, as Adam moves
 a weight by about the learning rate a step. So a pilot takes SHORTER times fewer steps at as many times the rate, on
 batches of the same size, and its held-out tokens are those of the run: a share of dead features means little without
-their number.
+their number. How near it comes, and where it does not: experiments/death/README.md. Reconstruction it says little of.
 """
 
 from typing import Any
@@ -22,13 +22,13 @@ def forecast(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     Returns:
       `steps` of the pilot, `of`: those of the run, `n_tokens` that deaths are counted on, and `members`: name →
-      `dead_by_relu`, `dead_by_topk`, `dead_total`, `fve`.
+      `dead_by_relu`, `dead_by_topk`, `dead_total`.
 
     Raises:
       as `training.run.train`.
     """
     found = run_lib.train(shortened(config), f"{workdir}/{FOLDER}")
-    keys = ("dead_by_relu", "dead_by_topk", "dead_total", "fve")
+    keys = ("dead_by_relu", "dead_by_topk", "dead_total")
     members = {member["name"]: {key: member["final"][key] for key in keys} for member in found["members"]}
     return {"steps": found["step"], "of": config.train.steps, "n_tokens": found["n_eval_tokens"], "members": members}
 
@@ -36,17 +36,16 @@ def forecast(config: ConfigDict, workdir: str) -> dict[str, Any]:
 def shortened(config: ConfigDict, most: int = SHORTER) -> ConfigDict:
     """The configuration of the pilot of a run; a run of few steps is its own pilot."""
     pilot = ConfigDict(config.to_dict())
-    train, every = pilot.train, config_lib.checkpoint_every(config)
-    steps = min(train.steps, max(LEAST, round(train.steps / most)))
-    shorter = train.steps / max(1, steps)
-    train.steps, train.learning_rate = steps, train.learning_rate * shorter
-    train.warmup_steps = round(train.warmup_steps / shorter)
-    pilot.checkpoint.every = max(1, round(every / shorter))
-    pilot.auxk.dead_after_tokens = max(1, round(config_lib.dead_after_tokens(config) / shorter))
-    for overrides in pilot.members.values():
-        for section, key, factor in (("train", "learning_rate", shorter), ("train", "warmup_steps", 1 / shorter),
-                                     ("auxk", "dead_after_tokens", 1 / shorter)):  # fmt: skip
-            if key in overrides.get(section, {}):
-                kind: Any = type(overrides[section][key])
-                overrides[section][key] = kind(overrides[section][key] * factor)
+    steps = min(config.train.steps, max(LEAST, round(config.train.steps / most)))
+    shorter = config.train.steps / steps if steps else 1.0
+    pilot.train.steps, pilot.report.wandb = steps, ""
+    pilot.checkpoint.every = max(1, round(config_lib.checkpoint_every(config) / shorter))
+    for name, member in config_lib.members(config).items():
+        own = pilot.members[name] if config.members else pilot
+        for section, values in {
+            "train": {"learning_rate": member.train.learning_rate * shorter,
+                      "warmup_steps": round(member.train.warmup_steps / shorter)},
+            "auxk": {"dead_after_tokens": max(1, round(config_lib.dead_after_tokens(member) / shorter))},
+        }.items():  # fmt: skip
+            own[section] = ConfigDict({**own.get(section, {}), **values})
     return pilot

@@ -257,7 +257,10 @@ def recommended(probe: dict[str, theory.Deaths]) -> str:
 
 
 def recipe(probe: dict[str, theory.Deaths], chosen: str) -> dict[str, Any]:
-    """The settings of a training run that keeps its features to the end: where it starts, and balance.
+    """The settings of a training run that is to keep its features to the end: where it starts, and balance.
+
+    It keeps nearly all where there is something for each to find. Where rows outnumber what the data are made of, about
+    one row for each of those is left, and without balance there are more (experiments/death/README.md).
 
     Balance lifts features over the bar that training raises, and those that start dead by TopK with them. It cannot
     reach what is never positive. So the cheapest start that leaves next to none dead by ReLU will do, and the geometric

@@ -114,9 +114,9 @@ def export(
       format: saelens | dictionary_learning | sparsify.
       push: OWNER/NAME of a repository on the Hugging Face hub that gets the folder too, under its own name, in one
         commit. Needs the extra `hub`, and a token as huggingface_hub finds it.
-      model_name, hook_name, layer, context_size: what the SAE is of, where its metadata do not say or say otherwise. A
-        hook point may be given as any library spells it; each gets its own spelling, and the layer is read off it.
-      prepend_bos: whether the sequences began with a BOS token, where the metadata do not say.
+      model_name, hook_name, layer, context_size, prepend_bos (whether sequences began with a BOS token): what the SAE
+        is of, where its metadata do not say or say otherwise. A hook point may be given as any library spells it; each
+        gets its own spelling, and the layer is read off it.
 
     Returns:
       What was written, as `load` returns it.

@@ -247,6 +247,8 @@ def signal_and_spread(gamma: float, gamma_raw: float) -> tuple[float, float]:
 
     from scipy.optimize import brentq  # a third of a second, for this law alone
 
+    if excess(0.0) >= 0:  # the two gammas agree but for rounding
+        return signal(0.0), 0.0
     v = float(brentq(excess, 0.0, 60.0))
     return signal(v), v
 

@@ -133,17 +133,17 @@ def diagnosis_table(report: dict[str, Any]) -> str:
     parts = [*head, _aligned(laws), "", _aligned(remedies), _dead_means(report), "", report["advice"]]
     if report["recipe"]:
         settings = " ".join(f"--config.{key}={value}" for key, value in report["recipe"].items())
-        parts.append(f"to train one whose features live to the end: {settings}")
+        parts.append(f"recipe for training, with --config=configs/single.py: {settings}")
     if report["after_training"]:
         parts[-2:-2] = [_after_training(report["after_training"]), ""]
     return "\n".join(parts)
 
 
 def _after_training(found: dict[str, Any]) -> str:
-    shown = ("dead_by_relu", "dead_by_topk", "dead_total", "fve")
+    shown = ("dead_by_relu", "dead_by_topk", "dead_total")
     lines = [["member", *(COLUMNS[key] for key in shown)]]
     lines += [[name, *(cell(key, one[key]) for key in shown)] for name, one in found["members"].items()]
-    head = f"after {found['of']:,} steps of training, by a pilot of {found['steps']:,} on {found['n_tokens']:,} tokens"
+    head = f"after {found['of']:,} steps of training, by a pilot of {found['steps']:,}, on {found['n_tokens']:,} tokens"
     return f"{head}\n{_aligned(lines)}"
 
 
