@@ -92,7 +92,7 @@ def settings(layer: str, scale: str, arm: dict[str, Any]) -> ConfigDict:
             c.data.path = path
     c.update_from_flattened_dict({key: value for key, value in arm.items() if key != "step"})
     c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
-    return pilot.shortened(c, said(SHORTER))
+    return pilot.shortened(c, said(SHORTER)) if said(SHORTER) > 1 else c
 
 
 def found_again(config: ConfigDict, folder: str, member: str) -> dict[str, float]:
