@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sae_jax.diagnosis import pictures, remedies
-from sae_jax.diagnosis import pilot as pilot_lib
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
 from sae_jax.outliers import giants, rounding, selections, theory
@@ -85,9 +84,12 @@ def diagnose(
     planned = activations if pilot and isinstance(activations, ConfigDict) and workdir else None
     if pilot and (planned is None or selection != "topk"):
         raise Refused("pilot", pilot, "of a configuration of TopK SAEs, with a workdir for its run")
-    if planned:
+    after_training = None
+    if planned:  # first: it has more to refuse
+        from sae_jax.diagnosis import pilot as pilot_lib  # and with it orbax, which takes as long as a small diagnosis
+
         n_features, k = planned.sae.n_features, planned.sae.k
-    after_training = pilot_lib.forecast(planned, str(workdir)) if planned else None  # first: it has more to refuse
+        after_training = pilot_lib.forecast(planned, str(workdir))
     fits = partial(remedies.check_memory, n_features=n_features, n_probes=n_probes, measure=measure, rule=selection)
     tokens, scale = rescaled(open_tokens(activations, fits))
     severity, sample, counts = first_pass(tokens)
