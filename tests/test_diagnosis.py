@@ -13,7 +13,7 @@ from test_theory import count_deaths
 import sae_jax
 from sae_jax import cli
 from sae_jax.activations import store
-from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.diagnosis import diagnosis, recipes, remedies
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models import sources
 from sae_jax.outliers.probes import Forecast
@@ -97,8 +97,8 @@ def test_the_recipe_is_settings_of_a_run(report, activations, tmp_path):
     assert sae_jax.diagnose(activations, n_features=64, selection="relu")["recipe"] is None  # not trained here
     never = {name: {"dead_by_relu": 0.2, "dead_total": 0.3} for name in remedies.REMEDIES}
     for chosen in remedies.REMEDIES:  # where centring cannot reach them
-        sae_jax.base(remedies.recipe(never, chosen))
-    assert remedies.recipe(never, "whitening")["sae.whiten"]
+        sae_jax.base(recipes.recipe(never, chosen))
+    assert recipes.recipe(never, "whitening")["sae.whiten"]
     np.save(tmp_path / "x.npy", activations)
     small = {"data.path": f"{tmp_path}/x.npy", "sae.n_features": 64, "sae.k": 4, "train.steps": 60,
              "train.batch_size": 64, "train.learning_rate": 3e-3, "train.devices": 1}  # fmt: skip

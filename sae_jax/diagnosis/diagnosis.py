@@ -16,14 +16,13 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sae_jax.diagnosis import pictures, remedies
+from sae_jax.diagnosis import pictures, recipes, remedies
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
 from sae_jax.outliers import giants, rounding, selections, theory
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import places
-from sae_jax.outliers.selections import Selection
 from sae_jax.reports import figures, tables
 from sae_jax.runtime import progress
 from sae_jax.training import evaluation
@@ -72,7 +71,7 @@ def diagnose(
       The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead
       at initialisation), `death_curve` (k/n → share; of jumprelu threshold → share), `remedies` (name → forecast, and
       count where measured), `recommended` (the name of one), `recipe` (settings of a run that is to keep its features,
-      see `remedies.recipe`; none but for topk), `after_training` (of a pilot), `advice` (a few sentences). `undecided`
+      see `recipes.recipe`; none but for topk), `after_training` (of a pilot), `advice` (a few sentences). `undecided`
       names the remedies that may be on either side of 1 % even so, `.figures` are the pictures by their names.
 
     Raises:
@@ -80,7 +79,7 @@ def diagnose(
       RunFailed: activations made or extracted on the way are not finite.
     """
     check(n_features, k, n_probes, seed, workdir)
-    how = _selection(selection, threshold)
+    how = selections.named(selection, threshold)
     planned = activations if pilot and isinstance(activations, ConfigDict) and workdir else None
     if pilot and (planned is None or selection != "topk"):
         raise Refused("pilot", pilot, "of a configuration of TopK SAEs, with a workdir for its run")
@@ -107,7 +106,7 @@ def diagnose(
 
     result = Report(summary(severity), n_features=n_features, k=k if selection in selections.COUNTED else None)
     result |= {"selection": selection, "threshold": threshold}
-    result["predicted"] = _known(predictions(severity, sample, n_features, k), selection)
+    result["predicted"] = selections.known(predictions(severity, sample, n_features, k), selection)
     result["predicted"]["probe"] = {**probe["none"], "low": float(band.low[here]), "high": float(band.high[here])}
     result["death_curve"] = {repr(float(s)): float(dead) for s, dead in zip(band.share, band.dead, strict=True)}
     ends = zip(band.share, band.low, band.high, strict=True)
@@ -120,7 +119,7 @@ def diagnose(
     }
     result["recommended"] = remedies.recommended(probe)
     result["undecided"] = remedies.undecided(found, n_features, k)
-    result["recipe"] = remedies.recipe(probe, result["recommended"]) if selection == "topk" else None
+    result["recipe"] = recipes.recipe(probe, result["recommended"]) if selection == "topk" else None
     result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"], selection)
     if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
@@ -252,24 +251,6 @@ def warnings(severity: Severity, bits: int) -> list[str]:
 
 
 # -- the report ------------------------------------------------------------------------------------------------------
-
-
-def _selection(rule: str, threshold: float | None) -> Selection:
-    if rule not in selections.NAMES:
-        raise Refused("selection", rule, "one of " + ", ".join(selections.NAMES))
-    if rule != "jumprelu" and threshold is not None:
-        raise Refused("threshold", threshold, f"left out: {rule} has none, jumprelu has one")
-    if rule == "jumprelu" and not (threshold is not None and 0 < threshold < np.inf):
-        raise Refused("threshold", threshold, "a finite number > 0, in the units of the activations")
-    return Selection(rule, threshold)
-
-
-def _known(laws: dict[str, Any], rule: str) -> dict[str, Any]:
-    """Of a selection other than TopK the laws know death by ReLU alone."""
-    if rule == "topk":
-        return laws
-    return {name: {**found, "dead_total": found["dead_by_relu"] if rule == "relu" else None}
-            for name, found in laws.items()}  # fmt: skip
 
 
 def summary(severity: Severity) -> dict[str, Any]:

@@ -11,7 +11,7 @@ the bar t of many tokens is where the mean of that share over tokens is k/n: the
 tokens and features. A long token takes from the budget of the others. Batches are taken to be alike, and n to be large.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from sae_jax.autoencoder import death
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.death import Sightings
 from sae_jax.autoencoder.sae import SAE
+from sae_jax.errors import Refused
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.preprocess import Preprocessing
 
@@ -114,3 +115,22 @@ def _nth_largest(z: Float[Array, "B n"], count: Array) -> Array:
 
     found = jax.lax.fori_loop(0, 31, one, jnp.zeros((), jnp.int32))
     return jax.lax.bitcast_convert_type(found, jnp.float32)
+
+
+def named(rule: str, threshold: float | None) -> Selection:
+    """The selection of these names; refuses what is none."""
+    if rule not in NAMES:
+        raise Refused("selection", rule, "one of " + ", ".join(NAMES))
+    if rule != "jumprelu" and threshold is not None:
+        raise Refused("threshold", threshold, f"left out: {rule} has none, jumprelu has one")
+    if rule == "jumprelu" and not (threshold is not None and 0 < threshold < np.inf):
+        raise Refused("threshold", threshold, "a finite number > 0, in the units of the activations")
+    return Selection(rule, threshold)
+
+
+def known(laws: dict[str, Any], rule: str) -> dict[str, Any]:
+    """Of a selection other than TopK the laws know death by ReLU alone."""
+    if rule == "topk":
+        return laws
+    return {name: {**found, "dead_total": found["dead_by_relu"] if rule == "relu" else None}
+            for name, found in laws.items()}  # fmt: skip

@@ -216,12 +216,9 @@ def two_gammas(
         gamma_raw²               =  G² / ( e^(v/4)·(G² + 1) − G² )                   (E tau_0² = e^(v/4)·(E tau_0)²)
 
     A few massive tokens make a gap as well. They share few directions and wake nothing: then gamma counts and v = 0.
-    Two numbers do not tell which it is. A share 1 − gamma_raw²/gamma² of the variance is in excess of what gamma leaves
-    room for; a token drawn by its variance is one of the excess with that chance, and so it is taken for the chance
-    that massive tokens make the gap. The law is the mean over both causes.
-
-    gamma_raw > gamma has another cause: LayerNorm has removed a mean along the all-ones direction, so gamma_raw is
-    taken and v = 0.
+    Two numbers do not tell which it is. The share of the variance that gamma leaves no room for, 1 − gamma_raw²/gamma²,
+    is taken for the chance that massive tokens make the gap, and the law is the mean over both causes. Where gamma_raw
+    is above gamma, LayerNorm has removed a mean along the all-ones direction: gamma_raw is taken and v = 0.
     """
     massive = token_integral(max(gamma, gamma_raw), rank, d_model, n_tokens, n_features, k)
     share = (gamma_raw / gamma) ** 2 if gamma_raw < gamma else 0.0  # of the variance that is not in excess
