@@ -115,11 +115,12 @@ def main(workdir: Path, scale: str) -> None:
             with mock.patch.object(step_lib, "group_step", own) if own else contextlib.nullcontext():
                 report = run_lib.train(config, folder)
             for member in report["members"]:
+                end = member["final"] | found_again(config, folder, member["name"])
                 rows.append({
                     "layer": layer, "arm": name, "seed": member["name"].removeprefix("seed"),
                     "n": str(config.sae.n_features), "k": str(config.sae.k), "steps": str(report["step"]),
                     "tokens": str(report["n_eval_tokens"]), "dead_at_init": member["init"]["dead_total"],
-                    **{key: (member["final"] | found_again(config, folder, member["name"])).get(key) for key in KEYS},
+                    **{key: end.get(key) for key in KEYS},
                 })  # fmt: skip
             mine = rows[-len(SEEDS) :]
             means = {key: np.mean([np.nan if row[key] is None else row[key] for row in mine]) for key in KEYS}

@@ -130,12 +130,13 @@ def diagnosis_table(report: dict[str, Any]) -> str:
         measured = [_deaths(found["measured"], other) for found in report["remedies"].values()]
         titles = [f"measured: {first}", *rest]
         remedies = [line + more for line, more in zip(remedies, [titles, *measured], strict=True)]
-    parts = [*head, _aligned(laws), "", _aligned(remedies), _dead_means(report), "", report["advice"]]
+    parts = [*head, _aligned(laws), "", _aligned(remedies), _dead_means(report), ""]
+    if report["after_training"]:
+        parts += [_after_training(report["after_training"]), ""]
+    parts.append(report["advice"])
     if report["recipe"]:
         settings = " ".join(f"--config.{key}={value}" for key, value in report["recipe"].items())
         parts.append(f"recipe for training, with --config=configs/single.py: {settings}")
-    if report["after_training"]:
-        parts[-2:-2] = [_after_training(report["after_training"]), ""]
     return "\n".join(parts)
 
 
