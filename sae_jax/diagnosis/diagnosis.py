@@ -4,28 +4,34 @@ Two passes over the tokens: moments, then probes under every remedy at once. Mea
 every remedy, is a third pass and costs what the first two save.
 """
 
+from __future__ import annotations
+
+import importlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sae_jax.diagnosis import pictures, recipes, remedies
+from sae_jax.diagnosis import recipes, remedies
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
 from sae_jax.outliers import giants, rounding, selections, theory
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import places
-from sae_jax.reports import figures, tables
+from sae_jax.reports import tables
 from sae_jax.runtime import progress
 from sae_jax.training import evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
 MIN_TOKENS = 256  # with fewer, or fewer than 2 a dimension, the report warns
@@ -96,7 +102,10 @@ def diagnose(
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = remedies.preprocessings(severity, median, ordinary)
     each = selections.behind(how, choices, severity, scale)
-    found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed, each)
+    with ThreadPoolExecutor(1) as beside:  # XLA leaves the interpreter to the laws, and to matplotlib's import
+        laws = beside.submit(predictions, severity, sample, n_features, k)
+        pictures = beside.submit(importlib.import_module, "sae_jax.diagnosis.pictures")
+        found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed, each)
     measured, over = remedies.measured(tokens, choices, n_features, k, seed + 1, each) if measure else ({}, {})
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
     band = found["none"].curve(places(each["none"], n_features, k), n_features)
@@ -106,7 +115,7 @@ def diagnose(
 
     result = Report(summary(severity), n_features=n_features, k=k if selection in selections.COUNTED else None)
     result |= {"selection": selection, "threshold": threshold}
-    result["predicted"] = selections.known(predictions(severity, sample, n_features, k), selection)
+    result["predicted"] = selections.known(laws.result(), selection)
     result["predicted"]["probe"] = {**probe["none"], "low": float(band.low[here]), "high": float(band.high[here])}
     result["death_curve"] = {repr(float(s)): float(dead) for s, dead in zip(band.share, band.dead, strict=True)}
     ends = zip(band.share, band.low, band.high, strict=True)
@@ -130,8 +139,10 @@ def diagnose(
     result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
     result["after_training"] = after_training
     result |= {"data": tokens.identity, "versions": tables.versions()}
-    result.figures = pictures.drawn(severity, sample, result, band, found["none"], measured)
+    result.figures = pictures.result().drawn(severity, sample, result, band, found["none"], measured)
     if workdir:
+        from sae_jax.reports import figures
+
         folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in result.figures.items():

@@ -31,6 +31,8 @@ def spectrum(spectra: dict[str, Float[np.ndarray, "d"]]) -> Figure:
             xscale="log", yscale="log", xlabel="eigenvalue number", ylabel="share of the variance",
         )  # fmt: skip
         axis.margins(y=0.1)
+        for each in (axis.xaxis, axis.yaxis):
+            plain(each)
         figure.legend(title="effective rank", loc="outside right upper")
     return figure
 
