@@ -2,11 +2,12 @@
 
     python -m experiments.trust.mutants --workdir=runs/mutants --n=150 --seed=0
 
-First every test file runs by itself under coverage: which lines of the package it runs, and how long it takes. Then
-faults are drawn from the kinds of `KINDS`, as many of each as can be, over the modules of `ROOMS`. Each goes into a
-copy of the tree, and the test files that run its line are run, the quickest first, until one fails. A fault that no
-test notices survives; one whose line no test runs does so untried. Writes covered.json, and mutants.csv, a line a
-fault: run again to go on. Some two hours for 150 on 2 CPU cores. Tests marked `long` are left out.
+First every test file runs by itself under coverage: which lines and branches of the package it takes, and how long.
+What all of them take together is printed. Then faults are drawn from the kinds of `KINDS`, as many of each as can be,
+over the modules of `ROOMS`. Each goes into a copy of the tree, and the test files that run its line are run, the
+quickest first, until one fails. A fault that no test notices survives; one whose line no test runs does so untried.
+Writes covered.json, and mutants.csv, a line a fault: run again to go on. Some two hours for 150 on 2 CPU cores. Tests
+marked `long` are left out.
 """
 
 import ast
@@ -23,7 +24,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
@@ -180,7 +181,7 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def covered(workdir: Path) -> dict[str, dict[str, object]]:
+def covered(workdir: Path) -> dict[str, dict[str, Any]]:
     """Of every test file: the lines of each module that it runs, and its seconds."""
     path = workdir / "covered.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -197,7 +198,9 @@ def covered(workdir: Path) -> dict[str, dict[str, object]]:
         for words in (["combine", f"--rcfile={rc}"], ["json", f"--rcfile={rc}", "-o", str(report)]):
             subprocess.run([sys.executable, "-m", "coverage", *words], cwd=folder, capture_output=True, check=False)
         found = json.loads(report.read_text())["files"] if report.exists() else {}
-        entry = {"code": code, "seconds": seconds, "lines": {file: of["executed_lines"] for file, of in found.items()}}
+        entry = {"code": code, "seconds": seconds}
+        for what in ("executed_lines", "executed_branches", "missing_branches"):
+            entry[what] = {file: of[what] for file, of in found.items()}
         shutil.rmtree(folder)
         with lock:
             known[name] = entry
@@ -209,14 +212,26 @@ def covered(workdir: Path) -> dict[str, dict[str, object]]:
     return known
 
 
-def tried(fault: Fault, folder: Path, cover: dict[str, dict[str, object]]) -> dict[str, object]:
+def branches(cover: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Of every module: branches that some test file takes, and all."""
+    taken: dict[str, set[tuple[int, int]]] = {}
+    every: dict[str, set[tuple[int, int]]] = {}
+    for entry in cover.values():
+        for what, sets in (("executed_branches", (taken, every)), ("missing_branches", (every,))):
+            for file, found in entry[what].items():
+                for one in sets:
+                    one.setdefault(file, set()).update(map(tuple, found))
+    return {file: (len(taken.get(file, ())), len(found)) for file, found in every.items() if found}
+
+
+def tried(fault: Fault, folder: Path, cover: dict[str, dict[str, Any]]) -> dict[str, object]:
     """The fault in a copy of the tree, and what notices it."""
     path = folder / fault.module
     whole = path.read_bytes()
     path.write_bytes(put(fault, whole))
     reach = sorted(
-        (float(str(entry["seconds"])), name) for name, entry in cover.items()
-        if entry["code"] in (0, 5) and fault.line in dict(entry["lines"]).get(fault.module, [])  # type: ignore[call-overload]
+        (entry["seconds"], name) for name, entry in cover.items()
+        if entry["code"] in (0, 5) and fault.line in entry["executed_lines"].get(fault.module, [])
     )  # fmt: skip
     caught, began, spent = "", time.monotonic(), 0.0
     try:
@@ -239,6 +254,11 @@ def main(_: list[str]) -> None:
     workdir = Path(WORKDIR.value).resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     cover = covered(workdir)
+    taken = branches(cover)
+    ways, of = (sum(column) for column in zip(*taken.values(), strict=True))
+    print(f"branches of sae_jax/ that the tests take: {ways} of {of} ({ways / of:.1%}); fewest:")
+    for file, (some, whole) in sorted(taken.items(), key=lambda item: item[1][0] - item[1][1])[:8]:
+        print(f"  {file}: {some} of {whole}")
     table = workdir / "mutants.csv"
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     done = {(row["module"], row["line"], row["kind"], row["was"]) for row in rows}
