@@ -95,7 +95,7 @@ def test_evaluations_come_at_checkpoints_and_evenly_in_log(tiny):
 
 
 def test_ledger_counts_births_deaths_and_revivals():
-    seen = [Sightings(positive=np.array(p, bool), fired=np.array(f, bool)) for p, f in (
+    seen = [Sightings(positive=np.array(p, bool), n_fired=np.array(f)) for p, f in (
         ([1, 1, 0, 0], [1, 0, 0, 0]), ([1, 1, 1, 0], [0, 1, 0, 0]), ([0, 1, 1, 0], [0, 1, 1, 0]),
         ([1, 1, 0, 0], [1, 0, 0, 0]),
     )]  # fmt: skip

@@ -89,7 +89,7 @@ def of_autopsies(rng):
         yield f"alignment, {case}", autopsy_figures.alignment(rng.standard_normal(len(shift.mean)) / 20, shift, narrow)
         seen = [*(n for n in 1024 * 2 ** np.arange(12) if n < n_tokens), n_tokens]
         curve = [[int(n), 0.3, 0.3 + 0.6 / (1 + i)] for i, n in enumerate(seen)]
-        yield f"dead_over_tokens, {case}", autopsy_figures.dead_over_tokens(curve, narrow)
+        yield f"dead_over_tokens, {case}", autopsy_figures.dead_over_tokens(curve, 0.02 * (scale > 1), narrow=narrow)
 
 
 def texts(figure, monkeypatch):

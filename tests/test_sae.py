@@ -107,6 +107,18 @@ def test_pathways_equal_an_independent_count(rng):
         "dead_by_topk": (~relu_dead & ~fired).mean(),
         "dead_total": (~fired).mean(),
     }
+    times = (numpy_codes(sae, x) > 0).sum(axis=0)
+    np.testing.assert_array_equal(seen.n_fired, times)
+    assert death.fired_once(seen) == (times == 1).mean()
+
+
+def test_as_many_tokens_again_wake_no_more_than_fired_once(rng):
+    rates = np.concatenate([np.logspace(-6, -1, 4000), np.full(1000, 1 / 5000), np.zeros(500)])
+    first, second = rng.binomial(5000, rates, (2, len(rates)))
+    woken = np.mean((first == 0) & (second > 0))
+    once = death.fired_once(death.Sightings(positive=first > 0, n_fired=first))
+    assert 0.5 * once < woken < once + 3 * np.sqrt(once / len(rates))
+    assert death.fired_once(death.Sightings(positive=second > 0, n_fired=np.minimum(second, 1) * 2)) == 0
 
 
 def test_counters_count_tokens_and_saturate():

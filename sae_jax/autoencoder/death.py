@@ -23,19 +23,24 @@ MAX_TOKENS = 2**31 - 1  # the counters saturate here instead of wrapping round
 
 
 class Sightings(struct.PyTreeNode):
-    """What has been seen of every feature over the tokens so far; n flags, whatever the number of tokens."""
+    """What has been seen of every feature over the tokens so far, in memory that does not grow with them."""
 
     positive: Any  # (n,) bool: z_pre > 0 on some token
-    fired: Any  # (n,) bool: kept with a value > 0 on some token
+    n_fired: Any  # (n,) int: tokens on which it was kept with a value > 0
+
+    @property
+    def fired(self) -> Any:
+        """(n,) bool: on some token."""
+        return self.n_fired > 0
 
     def __or__(self, other: "Sightings") -> "Sightings":
-        return Sightings(positive=self.positive | other.positive, fired=self.fired | other.fired)
+        return Sightings(positive=self.positive | other.positive, n_fired=self.n_fired + other.n_fired)
 
 
 def sight(sae: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> tuple[Sightings, Kept]:
     """Sightings on one batch (rows that are not `valid` are padding), and its codes."""
     positive, codes = topk.seen(x, valid, sae.W_enc, sae.b_enc, sae.b_dec, sae.k)
-    return Sightings(positive, sae_lib.fired(codes, len(positive)) > 0), codes
+    return Sightings(positive, sae_lib.fired(codes, len(positive))), codes
 
 
 def pathways(seen: Sightings) -> dict[str, float]:
@@ -46,6 +51,16 @@ def pathways(seen: Sightings) -> dict[str, float]:
         "dead_by_topk": float(np.mean(positive & ~fired)),
         "dead_total": float(np.mean(~fired)),
     }
+
+
+def fired_once(seen: Sightings) -> float:
+    """Share of the n features that fired on one token alone.
+
+    As many tokens again are expected to wake at most so many of the dead, if tokens are independent: a feature of rate
+    λ per N tokens is dead to the first N and not to the next with e^(−λ)·(1 − e^(−λ)), and fires once with λ·e^(−λ).
+    The first sum over features is that of Good and Toulmin, Biometrika 43 (1956).
+    """
+    return float(np.mean(np.asarray(seen.n_fired) == 1))
 
 
 class Shift(NamedTuple):

@@ -124,7 +124,9 @@ def dissect(
     result.features = {"fate": here.fates, "n_fired": here.n_fired, "distance_to_threshold": here.margin / scale}
     draw = {
         "density": partial(autopsy_figures.density, here.n_fired, here.shift),
-        "dead_over_tokens": partial(autopsy_figures.dead_over_tokens, curve, encoder.pathway),
+        "dead_over_tokens": partial(
+            autopsy_figures.dead_over_tokens, curve, here.numbers["fired_once"], encoder.pathway
+        ),
         "shifts": partial(
             figures.shifts, {"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}
         ),
@@ -215,7 +217,7 @@ def _looks(
 
 
 def _sightings(seen: Seen) -> death.Sightings:
-    return death.Sightings(seen.positive, seen.n_fired > 0)
+    return death.Sightings(seen.positive, seen.n_fired)
 
 
 def _look(seen: Seen, shift: evaluation.Shift, explained: tuple[Moments, Moments] | None) -> Look:
@@ -224,6 +226,7 @@ def _look(seen: Seen, shift: evaluation.Shift, explained: tuple[Moments, Moments
     errors = zip(("fve", "fve_without_giants"), (seen.error_square, seen.ordinary_error), strict=True)
     numbers = {
         **death.pathways(_sightings(seen)),
+        "fired_once": death.fired_once(_sightings(seen)),
         **{key: evaluation.explained(error, float(explained[i].square.sum())) if explained else None
            for i, (key, error) in enumerate(errors)},
         "l0": float(seen.n_fired.sum()) / shift.n_tokens,

@@ -102,7 +102,7 @@ def sight(
         fired = positive & (z > threshold)
     elif rule == "batch_topk":
         fired = positive & (z >= _nth_largest(z, sae.k * valid.sum()))
-    return Sightings(positive.any(axis=0), fired.any(axis=0))
+    return Sightings(positive.any(axis=0), fired.sum(axis=0, dtype=jnp.int32))
 
 
 def _nth_largest(z: Float[Array, "B n"], count: Array) -> Array:

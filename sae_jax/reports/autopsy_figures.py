@@ -37,14 +37,20 @@ def density(n_fired: Int[np.ndarray, "n"], shift: Shift, narrow: bool = False) -
     return figure
 
 
-def dead_over_tokens(curve: list[list[float]], pathway: str = "TopK", narrow: bool = False) -> Figure:
-    """What has not fired yet is dead so far; where the curve still falls, more tokens would find fewer dead."""
+def dead_over_tokens(
+    curve: list[list[float]], fired_once: float, pathway: str = "TopK", narrow: bool = False
+) -> Figure:
+    """What has not fired yet is dead so far; and down to where as many tokens again may bring it (`death.fired_once`).
+    """
     tokens, relu, total = np.array(curve, float).T
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = panels(1, 1, 2.2, narrow)
         axis.fill_between(tokens, 0, 100 * relu, color=RELU, lw=0, label=fates(pathway)[0])
         axis.fill_between(tokens, 100 * relu, 100 * total, color=TOPK, lw=0, label=fates(pathway)[1])
         axis.plot(tokens, 100 * total, "o-", ms=3, lw=1, color="black", label="dead in total", clip_on=False)
+        least, now = 100 * max(total[-1] - fired_once, 0), 100 * total[-1]
+        ahead = f"as many tokens again: {least:.1f} to {now:.1f} %"
+        axis.fill_between([tokens[-1], 2 * tokens[-1]], [now, least], now, color="black", alpha=0.25, lw=1, label=ahead)
         said = [f"{100 * share:.1f} % after {count:,.0f}" for count, share in zip(tokens[-2:], total[-2:], strict=True)]
         axis.set(xscale="log", xlabel="tokens seen", ylabel="dead so far (%)", title=", ".join(said), ylim=(0, 100))
         if len(tokens) < 2:

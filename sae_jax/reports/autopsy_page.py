@@ -19,8 +19,8 @@ from sae_jax.runtime.disk import write_bytes, write_text
 SECTIONS = {
     "How often features fire": {
         "density": "Features by the share of tokens on which they fire; those that fire on none stand to the left.",
-        "dead_over_tokens": "What has not fired yet counts as dead. Where the curve still falls, more tokens would "
-        "find fewer dead.",
+        "dead_over_tokens": "What has not fired yet counts as dead. Grey: as many tokens again are expected to "
+        "wake at most as many features as fired once, if tokens are independent.",
     },
     "The mechanism": {
         "shifts": "Each feature's mean pre-activation over its standard deviation, as the SAE is and with its bias "

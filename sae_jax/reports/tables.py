@@ -186,7 +186,10 @@ def _gammas(report: dict[str, Any]) -> str:
 def _dead_means(report: dict[str, Any]) -> str:
     """What a count of deaths on so many tokens says."""
     rate = 1 / report["highest_rate_of_dead"]
-    return f"dead: fired on none of these tokens; one that fires on 1 in {rate:,.0f} or fewer may look the same (95 %)"
+    said = f"dead: fired on none of these tokens; one that fires on 1 in {rate:,.0f} or fewer may look the same (95 %)"
+    if "fired_once" in report:
+        said += f"\nas many tokens again would wake {100 * report['fired_once']:.1f} % at most: as many as fired once"
+    return said
 
 
 def _giants(report: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sae_jax.autoencoder import death, topk
+from sae_jax.autoencoder import death
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.death import Shift, Sightings
 from sae_jax.autoencoder.objective import AllSum
@@ -21,7 +21,6 @@ class Sums(NamedTuple):
 
     error_square: Any  # Σ ‖x − x̂‖²
     ordinary_error: Any  # the same over tokens that are no giants
-    n_fired: Any  # Σ over tokens of features fired
 
 
 class Totals(NamedTuple):
@@ -64,12 +63,11 @@ def evaluate_batch(
             _, error, codes = sae_lib.square_error(sae, x, shards)
             codes = codes._replace(values=jnp.where(valid[:, None], codes.values, 0.0))
             positive = (sae_lib.preactivations(sae, x) > 0) & valid[:, None]
-            fired = sae_lib.fired(codes, sae.W_enc.shape[0]) > 0
-            seen = Sightings(positive.any(axis=0) | fired, fired)  # two products, which may round apart
+            n_fired = sae_lib.fired(codes, sae.W_enc.shape[0])
+            seen = Sightings(positive.any(axis=0) | (n_fired > 0), n_fired)  # two products, which may round apart
         square = jnp.sum(error**2, axis=1)
-        n_fired = topk.over_shards(jnp.sum(codes.values > 0, dtype=x.dtype), shards)
         error_square, ordinary_error = (jnp.sum(jnp.where(rows, square, 0.0)) for rows in (valid, ordinary))
-        return seen, Sums(error_square, ordinary_error, n_fired)
+        return seen, Sums(error_square, ordinary_error)
 
     def totals(rows: Bool[Array, "B"], point: Float[Array, "d"]) -> Totals:
         about = jnp.where(rows[:, None], x - point, 0.0)
@@ -77,7 +75,8 @@ def evaluate_batch(
 
     data = (totals(valid, shift), totals(ordinary, shift if ordinary_shift is None else ordinary_shift))
     members = tuple(sae_lib.each_member(one, sae) for sae in groups)
-    seen = tuple(jax.tree.map(lambda flag: allsum(flag.astype(jnp.int32)) > 0, s) for s, _ in members)
+    added = allsum(tuple((s.positive.astype(jnp.int32), s.n_fired) for s, _ in members))
+    seen = tuple(Sightings(positive > 0, n_fired) for positive, n_fired in added)
     return seen, allsum((tuple(sums for _, sums in members), data))
 
 
@@ -111,7 +110,7 @@ def highest_rate_of_dead(n_tokens: int) -> float:
 
 
 def _one(seen: Sightings, member: int) -> Sightings:
-    return Sightings(seen.positive[member], seen.fired[member])
+    return Sightings(seen.positive[member], seen.n_fired[member])
 
 
 def evaluate(
@@ -125,7 +124,8 @@ def evaluate(
     """Held-out metrics of every member of every group: deaths, `fve`, `fve_about_zero`, `l0`; and its `Sightings`.
 
     `fve_without_giants` leaves out `n_giant_tokens` tokens whose norm is many times the median's: they make most of
-    the variance, and an SAE that explains them and nothing else has a high `fve`. `dead_over_tokens` is a `DeathCurve`.
+    the variance, and an SAE that explains them and nothing else has a high `fve`. `dead_over_tokens` is a `DeathCurve`,
+    and `fired_once` bounds how far it would fall over as many tokens again.
 
     Args:
       run: the compiled `evaluate_batch` as run(groups, input, valid).
@@ -164,11 +164,12 @@ def evaluate(
             square = variance + n_tokens * float(np.sum((mean + moved[i]) ** 2))
             group.append({
                 **death.pathways(sightings),
+                "fired_once": death.fired_once(sightings),
                 "fve": explained(error, variance),
                 "fve_without_giants": explained(sums.ordinary_error[i], ordinary_variance),
                 "n_giant_tokens": n_giants,
                 "fve_about_zero": explained(error, square),
-                "l0": float(sums.n_fired[i]) / n_tokens,
+                "l0": float(sightings.n_fired.sum(dtype=np.int64)) / n_tokens,
                 "dead_over_tokens": those[i].points,
                 "seen": sightings,
             })
