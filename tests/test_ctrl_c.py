@@ -95,7 +95,9 @@ def interrupted(verb, inputs, out, after):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux what a process has caught and used")
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [
+    pytest.param(verb, marks=pytest.mark.long) if verb in ("measure", "export") else verb for verb in VERBS
+])  # fmt: skip
 def test_ctrl_c_at_any_moment_is_one_line_and_the_next_run_comes_to_the_end(verb, inputs, tmp_path):
     rng = np.random.default_rng(None if TRIES else list(verb.encode()))
     for _ in range(max(1, TRIES)):

@@ -40,7 +40,7 @@ def rows(path):
 @pytest.mark.parametrize(("script", "tables", "pictures"), [
     ("paper.fig1_mechanism", ["fig1_mechanism"], ["fig1_mechanism"]),
     ("paper.fig2b_landscape", ["fig2b_landscape"], ["fig2b_gemma-3-270m", "fig2b_minilm-l6"]),
-    ("paper.fig4a_theory", ["fig4a_theory"], ["fig4a_theory"]),
+    pytest.param("paper.fig4a_theory", ["fig4a_theory"], ["fig4a_theory"], marks=pytest.mark.long),
     pytest.param("paper.fig6_centering", ["fig6_rates", "fig6_synthetic"], ["fig6_centering"], marks=pytest.mark.long),
     pytest.param("paper.figS7_real_dynamics", ["figS7_real_dynamics"], ["figS7_real_dynamics"], marks=pytest.mark.long),
     pytest.param("paper.lr_sensitivity", ["lr_sensitivity"], ["lr_sensitivity"],
@@ -50,7 +50,7 @@ def rows(path):
     ("death.auxk_idle", ["auxk_idle"], []),
     pytest.param("death.race", ["race"], [], marks=pytest.mark.long),
     pytest.param("trust.concept_f1", ["concept_f1"], [], marks=pytest.mark.long),
-    ("death.one_dimension", ["one_dimension"], []),
+    pytest.param("death.one_dimension", ["one_dimension"], [], marks=pytest.mark.long),
     pytest.param("speed.bench_ensemble", ["bench_ensemble"], [], marks=pytest.mark.long),
     ("speed.bfloat16_error", ["bfloat16_error"], []),
 ])  # fmt: skip

@@ -54,7 +54,7 @@ def command(*flags, environment=None):
 
 @pytest.mark.usefixtures("tokens")
 def test_without_a_terminal_lines_say_how_far_a_training_is():
-    flags = ("--config.train.steps=400", "--config.report.every_seconds=0.05", "--config.auxk.dead_after_tokens=3200")
+    flags = ("--config.train.steps=200", "--config.report.every_seconds=0.05", "--config.auxk.dead_after_tokens=1600")
     done = command("train", DEFAULT, "--config.data.path=x.npy", "--workdir=w", *SMALL, *flags)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.strip().splitlines()
@@ -63,9 +63,9 @@ def test_without_a_terminal_lines_say_how_far_a_training_is():
     assert all(found), done.stderr
     steps = [int(match[1]) for match in found]
     assert steps == sorted(set(steps))
-    assert {int(match[2]) for match in found} == {400}
-    for step, match in zip(steps, found, strict=True):  # nothing can be dead before it was silent for 100 steps
-        assert (match[3] == "–") == (step < 100)
+    assert {int(match[2]) for match in found} == {200}
+    for step, match in zip(steps, found, strict=True):  # nothing can be dead before it was silent for 50 steps
+        assert (match[3] == "–") == (step < 50)
     assert done.stdout.startswith("n = 32")  # what programs read is as it was
 
 
