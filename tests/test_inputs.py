@@ -21,6 +21,39 @@ def test_built_in_sequences_are_variants_of_antibodies_and_the_dna_that_codes_fo
     assert "".join(back[dna[i : i + 3]] for i in range(0, len(dna), 3)) == sequences[0]
 
 
+def test_built_in_text_is_what_this_python_says_of_itself():
+    from pydoc_data.topics import topics
+
+    texts = first(inputs.read("text", ""), len(topics) + 40)
+    assert texts[: len(topics)] == [topics[name] for name in sorted(topics)]
+    assert all(len(one) >= inputs.MIN_DOCSTRING for one in texts[len(topics) :])
+    assert texts == first(inputs.read("text", ""), len(topics) + 40)
+
+
+def test_built_in_photos_are_pictures_and_always_the_same():
+    pytest.importorskip("skimage", reason="needs the extra models")
+    one, other = (first(inputs.read("images", ""), 3) for _ in range(2))
+    for picture, again in zip(one, other, strict=True):
+        assert picture.dtype == np.uint8
+        assert picture.shape[2] == 3
+        np.testing.assert_array_equal(picture, again)
+    assert not np.array_equal(one[0], one[1])
+    assert inputs.identity("images", "").startswith("photos of scikit-image")
+
+
+def test_a_folder_of_pictures_is_known_by_their_names_and_sizes(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="needs the extra models")
+    (tmp_path / "deep").mkdir()
+    image.new("L", (4, 3), 200).save(tmp_path / "b.png")
+    image.new("RGB", (5, 2), (1, 2, 3)).save(tmp_path / "deep" / "a.png")
+    grey, colour = inputs.read("images", str(tmp_path))
+    assert (grey.shape, colour.shape) == ((3, 4, 3), (2, 5, 3))
+    assert (grey == 200).all()
+    before = inputs.identity("images", str(tmp_path))
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    assert inputs.identity("images", str(tmp_path)) != before
+
+
 def test_files_are_read_as_what_they_are(tmp_path):
     (tmp_path / "a.fasta").write_text(">one\nMKT\nAYI\n\n>two\nGSHM\n")
     (tmp_path / "plain.txt").write_text("MKT\nGSHM\n")

@@ -367,6 +367,70 @@ def test_what_is_refused_is_refused_plainly(tmp_path):
     assert "saelens:RELEASE/ID knows it" in refused(tmp_path / "l")
 
 
+def arrays_spoilt(path, **changed):
+    """Other arrays under some of a file's names; None takes one out."""
+    held = {key: value for key, value in (load_file(path) | changed).items() if value is not None}
+    save_file(held, path)
+
+
+def with_config(folder, name, **changed):
+    held = json.loads((folder / name).read_text()) | changed
+    (folder / name).write_text(json.dumps({key: value for key, value in held.items() if value is not None}))
+
+
+SPOILT = {
+    "a decoder of another width": (
+        gemma_2, lambda f: arrays_spoilt(f / "params.safetensors", w_dec=torch.ones(N, D + 1), b_dec=torch.ones(D + 1)),
+        f"w_dec = ({N}, {D + 1}): the width {D} of the encoder"),
+    "an encoder that is no matrix": (
+        gemma_2, lambda f: arrays_spoilt(f / "params.safetensors", w_enc=torch.ones(D)), f"w_enc = ({D},): a matrix"),
+    "no encoder": (gemma_2, lambda f: arrays_spoilt(f / "params.safetensors", w_enc=None), "w_enc = 'missing'"),
+    "a skip of other widths": (
+        gemma_2, lambda f: arrays_spoilt(f / "params.safetensors", affine_skip_connection=torch.ones(D + 1, D)),
+        "the widths of encoder and decoder"),
+    "no thresholds of Llama Scope R1": (
+        llama_r1, lambda f: arrays_spoilt(f / "sae_weights.safetensors", log_jumprelu_threshold=None),
+        "log_jumprelu_threshold among them"),
+    "a norm of nothing": (
+        llama_r1, lambda f: with_config(f, "config.json", dataset_average_activation_norm={"in": -1.0}),
+        "dataset_average_activation_norm.in = -1.0: > 0"),
+    "a norm in words": (
+        llama_r1, lambda f: with_config(f, "config.json", dataset_average_activation_norm={"in": "7"}), "a number"),
+    "norms that are none": (
+        llama_r1, lambda f: with_config(f, "config.json", dataset_average_activation_norm=[7.0]), "an object"),
+    "a width in words": (llama_r1, lambda f: with_config(f, "config.json", d_model="16"), "d_model = '16': an integer"),
+    "no decoders": (cross_layer, lambda f: (f / "W_dec_2.safetensors").unlink(), "the decoders beside their encoder"),
+    "decoders of one layer": (
+        cross_layer, lambda f: arrays_spoilt(f / "W_dec_2.safetensors", W_dec_2=torch.ones(N, D)), "(n, layers, d)"),
+    "decoders of another layer": (
+        cross_layer, lambda f: arrays_spoilt(f / "W_dec_2.safetensors", W_dec_2=None, W_dec_3=torch.ones(N, 4, D)),
+        "W_dec_2 = 'missing'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_a_release_that_lacks_something_is_refused_by_the_name_of_it(tmp_path, spoil):
+    release, change, said = SPOILT[spoil]
+    path, _ = release(tmp_path / "sae")
+    change(tmp_path / "sae")
+    assert said in refused(path)
+
+
+def test_a_norm_that_is_an_array_of_the_file_counts(tmp_path):
+    folder, _ = llama_r1(tmp_path / "sae")
+    plain = registry.read(epath.Path(folder)).encoder
+    with_config(folder, "config.json", dataset_average_activation_norm=None)
+    arrays_spoilt(folder / "sae_weights.safetensors", **{"dataset_average_activation_norm.h": torch.tensor([14.0])})
+    np.testing.assert_allclose(registry.read(epath.Path(folder)).encoder.W_enc, plain.W_enc / 2, rtol=1e-6)
+
+
+def test_a_layer_of_gemma_scope_2_by_its_name_and_by_its_arrays(x, tmp_path):
+    folder, encode = gemma_2(tmp_path / "g")
+    for name in ("layer_3.safetensors", "anything.safetensors"):
+        (tmp_path / name).write_bytes((folder / "params.safetensors").read_bytes())
+        same(registry.read(epath.Path(tmp_path / name)), x, torch.as_tensor(encode(x)))
+
+
 def test_a_folder_of_several_lists_them(x, tmp_path):
     for name in ("layer_1/width_16k", "layer_2/width_16k"):
         (tmp_path / name).parent.mkdir()
