@@ -133,8 +133,9 @@ LEFT = {
 
 @pytest.mark.parametrize("spec", LEFT)
 @pytest.mark.parametrize("dataset", [False, True])
-def test_tokens_are_left_out_by_place_by_id_and_by_norm(tmp_path, x, spec, dataset):
+def test_tokens_are_left_out_by_place_by_id_and_by_norm(tmp_path, x, spec, dataset, monkeypatch):
     """Padded on the left, so that the first token of a sequence is not the one at position 0."""
+    monkeypatch.setattr(tokens, "BLOCK", 7)  # sequences go over from one block to the next
     mask = MASK[:, ::-1]
     np.savez(tmp_path / "x.npz", acts=x, token_ids=IDS, mask=mask)
     path = str(tmp_path / "x.npz")

@@ -439,7 +439,9 @@ def test_a_folder_of_several_lists_them(x, tmp_path):
     assert refused(tmp_path).endswith("one of the 3 SAEs in it: layer_1/width_16k, layer_2/width_16k, other")
     for number in range(20):
         torch.save({}, tmp_path / f"layer{number}.sae.pt")
-    assert "(23 in all)" in refused(tmp_path)
+    said = refused(tmp_path)
+    assert said.endswith(", … (23 in all)")
+    assert said.count(", ") == registry.SHOWN  # so many are named
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -480,6 +482,7 @@ def test_an_unknown_release_is_refused_before_anything_is_loaded(tmp_path, capsy
     for name, said in {
         "saelens:gemma-scope-2b-pt-res/nothing": "one of the 316 SAEs of gemma-scope-2b-pt-res",
         "saelens:nothing": "saelens:RELEASE/ID, a release of SAELens' list",
+        "saelens:Gemma-Scope-9b": "a release of SAELens' list as gemma-scope-9b-",
     }.items():
         argv = ["diagnose", f"--sae={name}", f"--activations={tmp_path}/x.npy", f"--workdir={tmp_path}/w"]
         assert cli.main(argv) == 2
