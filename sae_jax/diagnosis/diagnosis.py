@@ -4,15 +4,13 @@ Two passes over the tokens: moments, then probes under every remedy at once. Mea
 every remedy, is a third pass and costs what the first two save.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -30,9 +28,6 @@ from sae_jax.reports import tables
 from sae_jax.runtime import progress
 from sae_jax.training import evaluation
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
 MIN_TOKENS = 256  # with fewer, or fewer than 2 a dimension, the report warns
 FEWEST = 16
@@ -46,7 +41,7 @@ class Report(dict[str, Any]):
     That of an autopsy also has `features`: `fate`, `n_fired` and `distance_to_threshold` of each, as in features.csv.
     """
 
-    figures: dict[str, Figure]
+    figures: dict[str, Any]
     features: dict[str, np.ndarray]
 
 

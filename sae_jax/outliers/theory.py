@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betainccinv, betaincinv, gammaincinv, ndtr, ndtri
 
 Deaths = dict[str, float]  # dead_by_relu, dead_total: fractions of n
+N_ROWS = 2048  # of `spectrum_law`
 STREAM = 2605_31518  # keeps random rows apart from activations that somebody made with the same seed
 
 
@@ -120,27 +121,24 @@ def _deaths(rows: EncoderRows, tokens: Cosines, rest: np.ndarray, bar: float, n_
     cosine = tokens.cosine
     sine = np.sqrt(np.maximum(1 - cosine**2, 1e-12))
     square, share = (rows.spread**2)[:, None], rows.share[:, None]
-    found = []
-    for height in (0.0, bar):
+    # Where there is no rest (rank 1), w·v has two values only: the floor leaves the infinities as they are.
+    roots, found = np.sqrt(np.maximum(rest, 1e-12)), {}
+    for key, height in (("dead_by_relu", 0.0), ("dead_total", bar)):
         needed = (height - rows.along[:, None] * cosine) / sine  # of w·v
         room = square - share * needed**2
         with np.errstate(divide="ignore", invalid="ignore"):
             per_root = np.where(room > 0, needed / np.sqrt(np.maximum(room, 0)), np.copysign(np.inf, needed))
-        # Where there is no rest (rank 1), w·v has two values only: the floor leaves the infinities as they are.
-        roots = np.sqrt(np.maximum(rest, 1e-12))
-        chance = np.minimum((_beyond(per_root, roots) @ tokens.weight), 1.0)
-        with np.errstate(divide="ignore"):
-            found.append(float(np.mean(np.exp(n_tokens * np.log1p(-chance)))))
-    return {"dead_by_relu": found[0], "dead_total": found[1]}
+            chance = np.minimum(_beyond(per_root, roots) @ tokens.weight, 1.0)
+            found[key] = float(np.mean(np.exp(n_tokens * np.log1p(-chance))))
+    return found
 
 
 def _beyond(height: np.ndarray, roots: np.ndarray) -> np.ndarray:
     """P(z > height·root), the mean over the roots, of heights (F, M); roots (J, 1) or (J, F)."""
-    weights = REST_LEVELS[1]
-    if roots.shape[1] == 1:  # one curve for all: its logarithm in a table, a tenth of the time and 1e-4 of the value
-        values = (ndtr(-HEIGHTS * roots) * weights[:, None]).sum(axis=0)
+    if roots.shape[1] == 1:  # one curve for all: its logarithm in a table, in a fifth of the time, to 1e-4 of the value
+        values = REST_LEVELS[1] @ ndtr(-HEIGHTS * roots)
         return np.exp(np.interp(height, HEIGHTS, np.log(np.maximum(values, 1e-300))))
-    return sum(weight * ndtr(-height * root[:, None]) for root, weight in zip(roots, weights, strict=True))
+    return sum(weight * ndtr(-height * root[:, None]) for root, weight in zip(roots, REST_LEVELS[1], strict=True))
 
 
 def _midpoints(count: int) -> np.ndarray:
@@ -194,7 +192,7 @@ def token_integral(
     p(a, b) = P( gamma·a + b·z/√r > t·√(gamma² + (z² + q)/r) );  dead = E[(1 − p)^N], with t = 0 for dead-by-ReLU.
     With `tau_log_variance` the signal (z and √q) is multiplied by a lognormal tau of E tau² = 1, Var log tau² as given.
     """
-    rank = min(rank, max(d_model - 1, 1))
+    rank, gamma = min(rank, max(d_model - 1, 1)), min(gamma, 1e8)
     along, level = (grid.ravel() for grid in np.meshgrid(along_axis(_midpoints(200), d_model), _midpoints(32)))
     within = betaincinv(rank / 2, (d_model - 1 - rank) / 2, level) if rank < d_model - 1 else np.ones_like(along)
     spread = np.sqrt(np.maximum(d_model - along**2, 0) * within / rank)
@@ -205,7 +203,6 @@ def token_integral(
         tau_square = np.exp(np.sqrt(tau_log_variance) * ndtri(level))
         square = np.outer(tau_square / (weight @ tau_square), square).ravel()
         weight = np.outer(weight, weight).ravel()
-    gamma = min(gamma, 1e8)
     tokens = _condensed(gamma / np.sqrt(np.maximum(gamma**2 + square, 1e-300)), weight)
     bar = float(alignment_threshold(k / n_features, d_model))
     return _deaths(EncoderRows(along, spread, np.full_like(along, 1 / rank)), tokens, rest, bar, n_tokens)
@@ -258,9 +255,6 @@ def signal_and_spread(gamma: float, gamma_raw: float) -> tuple[float, float]:
     return signal(v), v
 
 
-N_ROWS = 2048
-
-
 def spectrum_law(
     eigenvalues: Float[np.ndarray, "r"], cosines: Float[np.ndarray, "m"], n_tokens: int, n_features: int, k: int
 ) -> Deaths:
@@ -277,8 +271,7 @@ def spectrum_law(
     """
     d = len(eigenvalues) + 1
     eigenvalues = eigenvalues / eigenvalues.sum() if eigenvalues.sum() > 0 else np.full(d - 1, 1 / max(d - 1, 1))
-    rng = np.random.default_rng([0, STREAM])
-    square = rng.chisquare(1, size=(N_ROWS, d - 1))
+    square = np.random.default_rng([0, STREAM]).chisquare(1, size=(N_ROWS, d - 1))
     along = along_axis(_midpoints(N_ROWS), d)
     # A row of length √d: what is not along the mean lies in a random direction perpendicular to it.
     square *= (np.maximum(d - along**2, 1e-12) / square.sum(axis=1))[:, None]
@@ -304,5 +297,4 @@ def bias_learning_time(mu: Float[np.ndarray, "d"], fraction: float = 0.9) -> flo
     size = np.sort(np.abs(np.asarray(mu, np.float64)))
     wanted = fraction * float(size @ size)
     reached = np.cumsum(size**2) + size * (size.sum() - np.cumsum(size))  # the left side at T = each |mu_j|
-    knots = np.concatenate([[0.0], size])
-    return float(np.interp(wanted, np.concatenate([[0.0], reached]), knots))
+    return float(np.interp(wanted, np.r_[0.0, reached], np.r_[0.0, size]))
