@@ -322,6 +322,16 @@ def test_releases_with_a_layout_of_their_own(x, tmp_path, release):
         same(registry.read(epath.Path(path.parent)), x, theirs)
 
 
+def test_decoders_of_a_cross_layer_transcoder_are_summed_and_a_skip_is_turned(tmp_path):
+    folder, _ = gemma_2(tmp_path / "g", w_dec=(N, 3, D), affine_skip_connection=(D, D))
+    held, encoder = load_file(folder / "params.safetensors"), registry.read(epath.Path(folder)).encoder
+    np.testing.assert_allclose(encoder.W_dec, held["w_dec"].sum(dim=1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(encoder.W_skip, held["affine_skip_connection"].T)
+    path, _ = cross_layer(tmp_path / "c")
+    decoders = load_file(tmp_path / "c/W_dec_2.safetensors")["W_dec_2"]
+    np.testing.assert_allclose(registry.read(epath.Path(path)).encoder.W_dec, decoders.sum(dim=1), rtol=1e-6, atol=1e-6)
+
+
 def test_a_single_file_goes_through_the_command(x, tmp_path, capsys):
     path, encode = gemma_1(tmp_path / "r")
     np.save(tmp_path / "x.npy", x)

@@ -4,10 +4,11 @@
 
 First every test file runs by itself under coverage: which lines and branches of the package it takes, and how long.
 What all of them take together is printed. Then faults are drawn from the kinds of `KINDS`, as many of each as can be,
-over the modules of `ROOMS`. Each goes into a copy of the tree, and the test files that run its statement are run until
-one fails: first those that import its module, then the others, the quickest first. A fault that no test notices
-survives; one whose statement no test runs does so untried. Writes covered.json, and mutants.csv, a line a fault: run
-again to go on. Some two hours for 150 on 2 CPU cores. Tests marked `long` are left out.
+over the modules of `ROOMS`. Each goes into a copy of the tree, and what runs its statement is run until a test fails:
+the tests themselves, of files that import the module and then of the others, the quickest first; then the whole of
+those files, as a program that one test has traced another may use. A fault that no test notices survives; one whose
+statement no test runs does so untried. Writes covered.json, and mutants.csv, a line a fault: run again to go on. Some
+two hours for 150 on 2 CPU cores. Tests marked `long` are left out.
 """
 
 import ast
@@ -37,7 +38,7 @@ WORKERS = flags.DEFINE_integer("workers", 2, "faults tried side by side")
 ROOMS = ("autoencoder", "outliers", "activations", "training", "runtime", "diagnosis", "exchange", "sweeps")
 TREE = ("sae_jax", "tests", "configs", "experiments", "colab", "README.md", "CONTRIBUTING.md", "pyproject.toml",
         "setup.cfg", ".ci", "CHANGELOG.md", "CITATION.cff", "LICENSE")  # fmt: skip
-LIMIT = 900  # seconds of tests for one fault, as they take without it
+LIMIT = 900  # seconds of tests for one fault
 FIELDS = ("module", "line", "kind", "was", "is", "caught_by", "seconds")
 
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
@@ -210,7 +211,8 @@ def covered(workdir: Path) -> dict[str, dict[str, Any]]:
             return
         folder = copied(workdir / f"cover_{name}")
         rc = folder / "coverage.ini"
-        rc.write_text("[run]\nbranch = True\nparallel = True\npatch = subprocess\nsource = sae_jax\n")
+        rc.write_text("[run]\nbranch = True\nparallel = True\npatch = subprocess\nsource = sae_jax\n"
+                      "dynamic_context = test_function\n[json]\nshow_contexts = True\n")  # fmt: skip
         code, seconds = run(folder, [f"tests/{name}"], 3600, under=rc)
         report = folder / "covered.json"
         for words in (["combine", f"--rcfile={rc}"], ["json", f"--rcfile={rc}", "-o", str(report)]):
@@ -219,6 +221,12 @@ def covered(workdir: Path) -> dict[str, dict[str, Any]]:
         entry = {"code": code, "seconds": seconds}
         for what in ("executed_lines", "executed_branches", "missing_branches"):
             entry[what] = {file: of[what] for file, of in found.items()}
+        tests: dict[str, dict[str, list[int]]] = {}
+        for file, of in found.items():
+            for line, contexts in of["contexts"].items():
+                for test in filter(None, (context.rpartition(".")[2] for context in contexts)):
+                    tests.setdefault(test, {}).setdefault(file, []).append(int(line))
+        entry["tests"] = tests
         shutil.rmtree(folder)
         with lock:
             known[name] = entry
@@ -242,24 +250,34 @@ def branches(cover: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int]]:
     return {file: (len(taken.get(file, ())), len(found)) for file, found in every.items() if found}
 
 
+def runs(fault: Fault, cover: dict[str, dict[str, Any]]) -> list[tuple[str, list[str], float]]:
+    """What may notice a fault, in the order in which it is run: test file, words for pytest, seconds of the file."""
+    reach = sorted(
+        (not imports(name, fault.module), entry["seconds"], name) for name, entry in cover.items()
+        if entry["code"] in (0, 5) and reached(fault, entry["executed_lines"].get(fault.module, []))
+    )  # fmt: skip
+    some, whole = [], []
+    for _, seconds, name in reach:
+        tests = [f"tests/{name}::{test}" for test, lines in cover[name]["tests"].items()
+                 if reached(fault, lines.get(fault.module, []))]  # fmt: skip
+        some += [(name, tests, seconds)] if tests else []
+        whole.append((name, [f"tests/{name}"], seconds))
+    return some + whole
+
+
 def tried(fault: Fault, folder: Path, cover: dict[str, dict[str, Any]]) -> dict[str, object]:
     """The fault in a copy of the tree, and what notices it."""
     path = folder / fault.module
     whole = path.read_bytes()
     path.write_bytes(put(fault, whole))
-    reach = sorted(
-        (not imports(name, fault.module), entry["seconds"], name) for name, entry in cover.items()
-        if entry["code"] in (0, 5) and reached(fault, entry["executed_lines"].get(fault.module, []))
-    )  # fmt: skip
-    caught, began, spent = "", time.monotonic(), 0.0
+    caught, began = "", time.monotonic()
     try:
-        for place, (_, seconds, name) in enumerate(reach):
-            spent += seconds
-            if spent > LIMIT and place:
-                break
-            code, _ = run(folder, [f"tests/{name}"], 3 * seconds + 60)
+        for name, words, seconds in runs(fault, cover):
+            code, _ = run(folder, words, 3 * seconds + 60)
             if code not in (0, 5):
                 caught = name if code > 0 else f"{name} (hangs)"
+                break
+            if time.monotonic() - began > LIMIT:
                 break
     finally:
         path.write_bytes(whole)
