@@ -16,6 +16,7 @@ from sae_jax.diagnosis import autopsy
 from sae_jax.errors import Refused
 from sae_jax.exchange import encoders, registry, sharing
 from sae_jax.exchange.encoders import Encoder, Opened
+from sae_jax.reports import tables
 
 D, N, K, TOKENS = 12, 48, 5, 1200
 
@@ -76,6 +77,8 @@ def check(folder, x, acts, z_pre, moved, W_dec, b_dec, b_in, transcodes=False):
         assert (margin[n_fired > 0] >= -1e-4).all()
         assert (margin[n_fired == 0] <= 1e-4).all()
         assert (margin[n_fired == 0] < 0).any() or (n_fired > 0).all()
+    assert found["fired_once"] == (n_fired == 1).mean()
+    assert f"wake at most the {(n_fired == 1).sum()} that fired once" in tables.autopsy_table(found)
     positive = (z_pre > 0).any(axis=0)
     assert found["dead_features"]["dead_by_relu"] == np.flatnonzero(~positive).tolist()
     assert found["dead_features"]["dead_by_topk"] == np.flatnonzero(positive & (n_fired == 0)).tolist()

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.special import ndtr
 from scipy.stats import norm
 
 from sae_jax.outliers import theory
@@ -154,6 +155,19 @@ def test_two_gammas_finds_the_spread_it_assumes(rng):
     signal, v = theory.signal_and_spread(gamma, raw)
     own_cause = theory.token_integral(signal, d, d, n_tokens, n, k, tau_log_variance=v)["dead_total"]
     assert abs(own_cause - counted) < 0.03 < abs(both - counted) < abs(plain - counted)
+
+
+@pytest.mark.parametrize("rank", [1, 1.01, 2, 20, 700])
+def test_the_table_of_a_law_is_its_sum(rank):
+    """Over the whole range of float64 that decides anything, also where there is no rest at all."""
+    rest = theory._rest((rank - 1) / 2, max(1 - 1 / rank, 1e-9))
+    roots = np.sqrt(np.maximum(rest, 1e-12))
+    height = np.concatenate([np.linspace(-40, 40, 4001), np.geomspace(1e-6, 1e7, 500), [-np.inf, np.inf]])
+    whole = np.sum(theory.REST_LEVELS[1][:, None] * ndtr(-height * roots), axis=0)
+    found = theory._beyond(height[None], roots)[0]
+    counts = whole > 1e-30
+    np.testing.assert_allclose(found[counts], whole[counts], rtol=2e-4)
+    assert (found[~counts] < 1e-29).all()
 
 
 def test_bias_learning_time_by_direction_of_the_mean():

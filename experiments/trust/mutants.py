@@ -6,13 +6,14 @@ First every test file runs by itself under coverage: which lines and branches of
 What all of them take together is printed. Then faults are drawn from the kinds of `KINDS`, as many of each as can be,
 over the modules of `ROOMS`. Each goes into a copy of the tree, and what runs its statement is run until a test fails:
 the tests themselves, of files that import the module and then of the others, the quickest first; then the whole of
-those files, as a program that one test has traced another may use. A fault that no test notices survives; one whose
-statement no test runs does so untried. Writes covered.json, and mutants.csv, a line a fault: run again to go on. Some
-two hours for 150 on 2 CPU cores. Tests marked `long` are left out.
+those files, as a program that one test has traced another may use. A fault that nothing notices within `LIMIT` seconds
+survives; one whose statement no test runs does so untried. Writes covered.json, and mutants.csv, a line a fault: run
+again to go on. Some two hours for 150 on 2 CPU cores. Tests marked `long` are left out.
 """
 
 import ast
 import csv
+import hashlib
 import itertools
 import json
 import os
@@ -141,14 +142,17 @@ def drawn(seed: int) -> list[Fault]:
     return order
 
 
-def reached(fault: Fault, lines: list[int]) -> bool:
-    """Whether a test that runs these first lines of statements runs the fault. Of a default value: the function."""
+def wanted(fault: Fault) -> set[int]:
+    """First lines of statements: what runs one of them runs the fault. Of a default value or a decorator: the body."""
+
+    def first(node: ast.stmt) -> int:
+        return min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
+
     inside = [node for node in ast.walk(ast.parse((ROOT / fault.module).read_text()))
-              if isinstance(node, ast.stmt) and node.lineno <= fault.line <= (node.end_lineno or 0)]  # fmt: skip
-    innermost = max(inside, key=lambda node: node.lineno)
-    if isinstance(innermost, ast.FunctionDef):
-        return any(node.lineno in lines for node in innermost.body)
-    return innermost.lineno in lines
+              if isinstance(node, ast.stmt) and first(node) <= fault.line <= (node.end_lineno or 0)]  # fmt: skip
+    innermost = max(inside, key=first)
+    defines = isinstance(innermost, ast.FunctionDef | ast.ClassDef)
+    return {node.lineno for node in innermost.body} if defines else {innermost.lineno}
 
 
 def imports(name: str, module: str) -> bool:
@@ -200,14 +204,20 @@ def copied(folder: Path) -> Path:
     return folder
 
 
+def state(name: str) -> str:
+    """What a test file's coverage is true of: the file, and the package."""
+    files = [ROOT / "tests" / name, *sorted((ROOT / "sae_jax").rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def covered(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Of every test file: the lines of each module that it runs, and its seconds."""
+    """Of every test file: lines and branches of each module that it takes, the lines of each test, and seconds."""
     path = workdir / "covered.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     lock = threading.Lock()
 
     def one(name: str) -> None:
-        if name in known:
+        if known.get(name, {}).get("of") == state(name):
             return
         folder = copied(workdir / f"cover_{name}")
         rc = folder / "coverage.ini"
@@ -224,9 +234,10 @@ def covered(workdir: Path) -> dict[str, dict[str, Any]]:
         tests: dict[str, dict[str, list[int]]] = {}
         for file, of in found.items():
             for line, contexts in of["contexts"].items():
-                for test in filter(None, (context.rpartition(".")[2] for context in contexts)):
-                    tests.setdefault(test, {}).setdefault(file, []).append(int(line))
-        entry["tests"] = tests
+                for module, _, test in (context.rpartition(".") for context in contexts):
+                    if module == Path(name).stem:  # libraries have functions of such names too
+                        tests.setdefault(test, {}).setdefault(file, []).append(int(line))
+        entry |= {"tests": tests, "of": state(name)}
         shutil.rmtree(folder)
         with lock:
             known[name] = entry
@@ -252,14 +263,15 @@ def branches(cover: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int]]:
 
 def runs(fault: Fault, cover: dict[str, dict[str, Any]]) -> list[tuple[str, list[str], float]]:
     """What may notice a fault, in the order in which it is run: test file, words for pytest, seconds of the file."""
+    lines = wanted(fault)
     reach = sorted(
         (not imports(name, fault.module), entry["seconds"], name) for name, entry in cover.items()
-        if entry["code"] in (0, 5) and reached(fault, entry["executed_lines"].get(fault.module, []))
+        if entry["code"] in (0, 5) and lines.intersection(entry["executed_lines"].get(fault.module, []))
     )  # fmt: skip
     some, whole = [], []
     for _, seconds, name in reach:
-        tests = [f"tests/{name}::{test}" for test, lines in cover[name]["tests"].items()
-                 if reached(fault, lines.get(fault.module, []))]  # fmt: skip
+        tests = [f"tests/{name}::{test}" for test, taken in cover[name]["tests"].items()
+                 if lines.intersection(taken.get(fault.module, []))]  # fmt: skip
         some += [(name, tests, seconds)] if tests else []
         whole.append((name, [f"tests/{name}"], seconds))
     return some + whole
@@ -292,14 +304,14 @@ def main(_: list[str]) -> None:
     cover = covered(workdir)
     taken = branches(cover)
     ways, of = (sum(column) for column in zip(*taken.values(), strict=True))
-    print(f"branches of sae_jax/ that the tests take: {ways} of {of} ({ways / of:.1%}); fewest:")
+    print(f"branches of sae_jax/ that the tests take: {ways} of {of} ({ways / of:.1%}); most missing:")
     for file, (some, whole) in sorted(taken.items(), key=lambda item: item[1][0] - item[1][1])[:8]:
         print(f"  {file}: {some} of {whole}")
     table = workdir / "mutants.csv"
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     done = {(row["module"], row["line"], row["kind"], row["was"]) for row in rows}
     chosen = list(itertools.islice(filter(stands, drawn(SEED.value)), N.value))
-    wanted = [fault for fault in chosen
+    left = [fault for fault in chosen
               if (fault.module, str(fault.line), fault.kind, fault.was.strip()) not in done]  # fmt: skip
     lock, free = threading.Lock(), [copied(workdir / f"copy{i}") for i in range(WORKERS.value)]
 
@@ -318,7 +330,7 @@ def main(_: list[str]) -> None:
                   f"{row['caught_by'] or 'SURVIVES'}", flush=True)  # fmt: skip
 
     with ThreadPoolExecutor(WORKERS.value) as pool:
-        list(pool.map(one, wanted))
+        list(pool.map(one, left))
     caught = sum(bool(row["caught_by"]) for row in rows)
     print(f"{caught} of {len(rows)} caught ({caught / len(rows):.0%}), in {len({r['module'] for r in rows})} modules")
     for row in rows:

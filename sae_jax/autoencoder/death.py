@@ -9,6 +9,7 @@ Definitions: Simon, Adams and Zou, arXiv:2605.31518 (their `dead_pct_init_topk` 
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -51,6 +52,12 @@ def pathways(seen: Sightings) -> dict[str, float]:
         "dead_by_topk": float(np.mean(positive & ~fired)),
         "dead_total": float(np.mean(~fired)),
     }
+
+
+def fetched(seen: Sightings) -> Sightings:
+    """From the device, with counts wide enough for any number of tokens."""
+    seen = jax.device_get(seen)
+    return seen.replace(n_fired=np.asarray(seen.n_fired, np.int64))
 
 
 def fired_once(seen: Sightings) -> float:

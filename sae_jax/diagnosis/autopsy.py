@@ -61,9 +61,10 @@ def dissect(
 
     Returns:
       The report: `dead_by_relu`, `dead_by_topk` (by selection: positive, never selected), `dead_total` (fractions),
-      `dead_features` (which), `fve` (null for a transcoder without its target), `l0`, b_dec against mu, `gamma_left` =
-      ‖mu − b_in‖ / ‖sigma‖ (what the encoder still sees of the mean), `if_centred` (the same SAE with its bias at mu),
-      `at_init` (forecast for an untrained one). Behind a norm of each token, all of it is of the normed tokens.
+      `fired_once` (what as many tokens again are expected to wake, at most), `dead_features` (which), `fve` (null for
+      a transcoder without its target), `l0`, b_dec against mu, `gamma_left` = ‖mu − b_in‖ / ‖sigma‖ (what the encoder
+      still sees of the mean), `if_centred` (the same SAE with its bias at mu), `at_init` (forecast for an untrained
+      one). Behind a norm of each token, all of it is of the normed tokens.
 
     Raises:
       Refused: the SAE, the activations or the target cannot be read, or their widths or numbers of tokens differ;

@@ -99,8 +99,9 @@ def diagnose(
     each = selections.behind(how, choices, severity, scale)
     with ThreadPoolExecutor(1) as beside:  # XLA leaves the interpreter to the laws, and to matplotlib's import
         laws = beside.submit(predictions, severity, sample, n_features, k)
-        pictures = beside.submit(importlib.import_module, "sae_jax.diagnosis.pictures")
+        drawing = beside.submit(importlib.import_module, "sae_jax.diagnosis.pictures")
         found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed, each)
+        predicted, pictures = laws.result(), drawing.result()
     measured, over = remedies.measured(tokens, choices, n_features, k, seed + 1, each) if measure else ({}, {})
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
     band = found["none"].curve(places(each["none"], n_features, k), n_features)
@@ -110,7 +111,7 @@ def diagnose(
 
     result = Report(summary(severity), n_features=n_features, k=k if selection in selections.COUNTED else None)
     result |= {"selection": selection, "threshold": threshold}
-    result["predicted"] = selections.known(laws.result(), selection)
+    result["predicted"] = selections.known(predicted, selection)
     result["predicted"]["probe"] = {**probe["none"], "low": float(band.low[here]), "high": float(band.high[here])}
     result["death_curve"] = {repr(float(s)): float(dead) for s, dead in zip(band.share, band.dead, strict=True)}
     ends = zip(band.share, band.low, band.high, strict=True)
@@ -134,7 +135,7 @@ def diagnose(
     result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
     result["after_training"] = after_training
     result |= {"data": tokens.identity, "versions": tables.versions()}
-    result.figures = pictures.result().drawn(severity, sample, result, band, found["none"], measured)
+    result.figures = pictures.drawn(severity, sample, result, band, found["none"], measured)
     if workdir:
         from sae_jax.reports import figures
 

@@ -210,7 +210,7 @@ def measured(
         count += int(valid.sum())
         for name, before in choices.items():
             how = selections[name]
-            part = _sight(saes[name], before, x, valid, how.rule, how.threshold or 0.0)
+            part = death.fetched(_sight(saes[name], before, x, valid, how.rule, how.threshold or 0.0))
             seen[name] = seen[name] | part if name in seen else part
             curves[name].add(count, seen[name])
     for name, curve in curves.items():

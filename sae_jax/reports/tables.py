@@ -188,8 +188,8 @@ def _dead_means(report: dict[str, Any]) -> str:
     rate = 1 / report["highest_rate_of_dead"]
     said = f"dead: fired on none of these tokens; one that fires on 1 in {rate:,.0f} or fewer may look the same (95 %)"
     if "fired_once" in report:
-        once = 100 * report["fired_once"]
-        said += f"\nas many tokens again are expected to wake {once:.1f} % at most, as many as fired once"
+        once = round(report["fired_once"] * report["n_features"])
+        said += f"\nas many tokens again, if independent, are expected to wake at most the {once} that fired once"
     return said
 
 

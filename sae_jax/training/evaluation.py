@@ -125,7 +125,7 @@ def evaluate(
 
     `fve_without_giants` leaves out `n_giant_tokens` tokens whose norm is many times the median's: they make most of
     the variance, and an SAE that explains them and nothing else has a high `fve`. `dead_over_tokens` is a `DeathCurve`,
-    and `fired_once` bounds how far it would fall over as many tokens again.
+    and `fired_once` bounds how far it is expected to fall over as many tokens again.
 
     Args:
       run: the compiled `evaluate_batch` as run(groups, input, valid).
@@ -143,6 +143,7 @@ def evaluate(
     curves = [[DeathCurve() for _ in moved] for moved in mean_shifts]
     for number, (given, valid) in enumerate(batches):
         part_seen, sums = jax.device_get(run(groups, given, valid))
+        part_seen = tuple(map(death.fetched, part_seen))
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
         if not np.isfinite(sums[1][0].square):
             raise RunFailed(f"held-out batch {number}: activations that are not finite")
