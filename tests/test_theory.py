@@ -132,7 +132,7 @@ def test_two_gammas_goes_without_a_jump_from_one_cause_of_the_gap_to_the_other()
         assert dead(raw) == pytest.approx(integral(1.5)["dead_total"], abs=0.01)
     for gamma in np.geomspace(1e-3, 1e3, 300):  # of LayerNormed tokens the two agree but for rounding
         signal, v = theory.signal_and_spread(gamma, np.nextafter(gamma, 0))
-        assert (signal, v) == pytest.approx((gamma, 0), rel=1e-9, abs=1e-9)
+        assert (signal, v) == pytest.approx((gamma, 0), abs=1e-9)
     found = np.array([dead(raw) for raw in np.linspace(0.05, 1.5, 30)])
     assert np.abs(np.diff(found)).max() < 0.08
     assert found.min() < integral(1.5)["dead_total"] - 0.1

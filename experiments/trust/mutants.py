@@ -217,7 +217,8 @@ def covered(workdir: Path) -> dict[str, dict[str, Any]]:
     lock = threading.Lock()
 
     def one(name: str) -> None:
-        if known.get(name, {}).get("of") == state(name):
+        now = state(name)
+        if known.get(name, {}).get("of") == now:
             return
         folder = copied(workdir / f"cover_{name}")
         rc = folder / "coverage.ini"
@@ -237,7 +238,7 @@ def covered(workdir: Path) -> dict[str, dict[str, Any]]:
                 for module, _, test in (context.rpartition(".") for context in contexts):
                     if module == Path(name).stem:  # libraries have functions of such names too
                         tests.setdefault(test, {}).setdefault(file, []).append(int(line))
-        entry |= {"tests": tests, "of": state(name)}
+        entry |= {"tests": tests, "of": now}
         shutil.rmtree(folder)
         with lock:
             known[name] = entry

@@ -225,9 +225,9 @@ def _look(seen: Seen, shift: evaluation.Shift, explained: tuple[Moments, Moments
     """`explained` are the moments of what is reconstructed: of all tokens, and of those that are no giants."""
     found = np.where(shift.dead_by_relu, FATES[2], np.where(shift.dead_by_topk, FATES[1], FATES[0]))
     errors = zip(("fve", "fve_without_giants"), (seen.error_square, seen.ordinary_error), strict=True)
+    sighted = _sightings(seen)
     numbers = {
-        **death.pathways(_sightings(seen)),
-        "fired_once": death.fired_once(_sightings(seen)),
+        **death.pathways(sighted), "fired_once": death.fired_once(sighted),
         **{key: evaluation.explained(error, float(explained[i].square.sum())) if explained else None
            for i, (key, error) in enumerate(errors)},
         "l0": float(seen.n_fired.sum()) / shift.n_tokens,

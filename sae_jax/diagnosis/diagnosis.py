@@ -99,9 +99,12 @@ def diagnose(
     each = selections.behind(how, choices, severity, scale)
     with ThreadPoolExecutor(1) as beside:  # XLA leaves the interpreter to the laws, and to matplotlib's import
         laws = beside.submit(predictions, severity, sample, n_features, k)
-        drawing = beside.submit(importlib.import_module, "sae_jax.diagnosis.pictures")
+        beside.submit(importlib.import_module, "matplotlib.figure")
         found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed, each)
-        predicted, pictures = laws.result(), drawing.result()
+    from sae_jax.diagnosis import pictures
+    from sae_jax.reports import figures
+
+    predicted = laws.result()
     measured, over = remedies.measured(tokens, choices, n_features, k, seed + 1, each) if measure else ({}, {})
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
     band = found["none"].curve(places(each["none"], n_features, k), n_features)
@@ -137,8 +140,6 @@ def diagnose(
     result |= {"data": tokens.identity, "versions": tables.versions()}
     result.figures = pictures.drawn(severity, sample, result, band, found["none"], measured)
     if workdir:
-        from sae_jax.reports import figures
-
         folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in result.figures.items():

@@ -250,9 +250,10 @@ def signal_and_spread(gamma: float, gamma_raw: float) -> tuple[float, float]:
     if excess(0.0) >= 0:  # the two gammas agree but for rounding
         return signal(0.0), 0.0
     low, high = 0.0, 60.0
-    while (v := (low + high) / 2) not in (low, high):  # halved here: scipy.optimize takes a third of a second to import
+    while high - low > 2e-12:  # as brentq; halved here, as scipy.optimize takes a third of a second to import
+        v = (low + high) / 2
         low, high = (v, high) if excess(v) < 0 else (low, v)
-    return signal(v), v
+    return signal(low), low
 
 
 def spectrum_law(
@@ -295,6 +296,5 @@ def bias_learning_time(mu: Float[np.ndarray, "d"], fraction: float = 0.9) -> flo
     for steps. A mean in one dimension takes √d times as long as one of the same length spread over d.
     """
     size = np.sort(np.abs(np.asarray(mu, np.float64)))
-    wanted = fraction * float(size @ size)
     reached = np.cumsum(size**2) + size * (size.sum() - np.cumsum(size))  # the left side at T = each |mu_j|
-    return float(np.interp(wanted, np.r_[0.0, reached], np.r_[0.0, size]))
+    return float(np.interp(fraction * (size @ size), np.r_[0.0, reached], np.r_[0.0, size]))

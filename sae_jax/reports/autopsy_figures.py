@@ -40,8 +40,7 @@ def density(n_fired: Int[np.ndarray, "n"], shift: Shift, narrow: bool = False) -
 def dead_over_tokens(
     curve: list[list[float]], fired_once: float, pathway: str = "TopK", narrow: bool = False
 ) -> Figure:
-    """What has not fired yet is dead so far; and down to where as many tokens again may bring it (`death.fired_once`).
-    """
+    """What has not fired yet is dead so far; as many tokens again may wake as many as `fired_once` (`death.py`)."""
     tokens, relu, total = np.array(curve, float).T
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = panels(1, 1, 2.2, narrow)
