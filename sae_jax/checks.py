@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sae_jax.autoencoder.dense import ACTIVATIONS, PENALTIES
 from sae_jax.autoencoder.objective import PRESETS
 from sae_jax.errors import Refused
 
@@ -64,8 +65,22 @@ def member(config: ConfigDict, prefix: str, feature: int) -> None:
     _at_least(config, "sae.n_features", 1, prefix)
     for key in ("seed", "train.warmup_steps"):
         _at_least(config, key, 0, prefix)
-    if not 1 <= config.sae.k <= config.sae.n_features:
+    _one_of(f"{prefix}sae.activation", config.sae.activation, ACTIVATIONS)
+    if config.sae.activation in PENALTIES:
+        if config.sae.k:
+            others = f"sparsity.preset is one of {', '.join(PENALTIES[config.sae.activation])}, auxk.preset none"
+            allowed = f"0 with sae.activation = {config.sae.activation}; {others}"
+            raise Refused(f"{prefix}sae.k", config.sae.k, allowed)
+    elif not 1 <= config.sae.k <= config.sae.n_features:
         raise Refused(f"{prefix}sae.k", config.sae.k, f"1 to sae.n_features = {config.sae.n_features}")
+    if not 0 < config.sae.init_norm < math.inf or (config.sae.unit_decoder and config.sae.init_norm != 1):
+        allowed = "1 with sae.unit_decoder" if config.sae.unit_decoder else "a finite number > 0"
+        raise Refused(f"{prefix}sae.init_norm", config.sae.init_norm, allowed)
+    _sparsity(config, prefix)
+    if feature > 1 and (config.sae.activation != "topk" or config.sae.groups):
+        what = f"{prefix}sae.groups" if config.sae.groups else f"{prefix}sae.activation"
+        value = config.sae.groups or config.sae.activation
+        raise Refused(what, value, "topk without groups where train.mesh spreads the features")
     if config.sae.n_features % feature:
         raise Refused(f"{prefix}sae.n_features", config.sae.n_features, f"a multiple of {feature}, as of train.mesh")
     _one_of(f"{prefix}sae.center", config.sae.center, ("none", "mean", "geometric_median"))
@@ -85,6 +100,44 @@ def member(config: ConfigDict, prefix: str, feature: int) -> None:
             raise Refused(f"{prefix}train.{key}", config.train[key], "a number from 0 to under 1")
     if not 0 <= config.train.decay_fraction <= 1:
         raise Refused(f"{prefix}train.decay_fraction", config.train.decay_fraction, "a number from 0 to 1")
+
+
+def _sparsity(config: ConfigDict, prefix: str) -> None:
+    """What asks for few activations: k, or a penalty."""
+    activation, given = config.sae.activation, config.sparsity
+    presets = PENALTIES.get(activation, {"none": None})
+    if given.preset not in presets:
+        allowed = "one of " + ", ".join(presets) if activation in PENALTIES else "none"
+        raise Refused(f"{prefix}sparsity.preset", given.preset, f"{allowed}, with sae.activation = {activation}")
+    target = getattr(presets[given.preset], "has_target", False)
+    if not (0 < given.target_l0 <= config.sae.n_features if target else given.target_l0 == 0):
+        allowed = f"over 0, up to sae.n_features = {config.sae.n_features}" if target else "0"
+        what = f"with sae.activation = {activation}, sparsity.preset = {given.preset}"
+        raise Refused(f"{prefix}sparsity.target_l0", given.target_l0, f"{allowed}, {what}")
+    parts, n = config.sae.groups.split(",") if config.sae.groups else [], config.sae.n_features
+    if parts:
+        ends = [int(part) if part.isdecimal() and len(part) < 12 else 0 for part in parts]
+        if ends[-1] != n or any(a >= b for a, b in zip((0, *ends), ends, strict=False)):
+            allowed = f"rising widths without spaces that end at sae.n_features, as {max(1, n // 4)},{n}"
+            raise Refused(f"{prefix}sae.groups", config.sae.groups, allowed)
+    _at_least(config, "sparsity.warmup_steps", 0, prefix)
+    used = {"relu": ("weight", "warmup_steps")}.get(activation, ("weight", "warmup_steps", "threshold", "bandwidth"))
+    for key, unused in (("weight", -1), ("warmup_steps", 0), ("threshold", -1), ("bandwidth", -1)):
+        if given[key] != unused and (key not in used or activation not in PENALTIES):
+            raise Refused(f"{prefix}sparsity.{key}", given[key], f"{unused} with sae.activation = {activation}")
+    if given.warmup_steps > config.train.steps:
+        raise Refused(f"{prefix}sparsity.warmup_steps", given.warmup_steps, f"up to train.steps = {config.train.steps}")
+    for key in ("weight", "threshold", "bandwidth"):
+        low = "> 0" if key == "bandwidth" else "≥ 0"
+        fine = 0 < given[key] < math.inf or (given[key] == 0 and key != "bandwidth")
+        if given[key] != -1 and not fine:
+            raise Refused(f"{prefix}sparsity.{key}", given[key], f"a finite number {low}, or -1 for the preset's own")
+    if activation in PENALTIES and config.auxk.preset != "none":
+        raise Refused(f"{prefix}auxk.preset", config.auxk.preset, f"none with sae.activation = {activation}")
+    if activation == "relu" and config.sae.balance:
+        raise Refused(f"{prefix}sae.balance", True, "False with sae.activation = relu, which selects nothing")
+    if (activation != "topk" or config.sae.groups) and config.train.precision != "float32":
+        raise Refused(f"{prefix}train.precision", config.train.precision, "float32, but for topk without groups")
 
 
 def _at_least(config: ConfigDict, key: str, low: int, prefix: str = "") -> None:

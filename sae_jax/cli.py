@@ -81,12 +81,13 @@ def diagnose(words: list[str]) -> int:
         given.refuse("left out: the SAE has its own", "n_features", "k", "selection", "threshold")
         given.refuse("left out: of an SAE that is there, deaths are always counted", "measure")
         given.refuse("left out: an SAE that is there has been trained", "pilot")
-    if given["selection"] in ("jumprelu", "relu"):
-        given.refuse("left out: topk and batch_topk keep k", "k")
     if given["pilot"]:
         given.refuse("left out with --pilot: settings of the configuration, --config.sae", "n_features", "k")
         given.refuse("left out with --pilot, which trains TopK SAEs", "selection", "threshold")
     config = flags_lib.configuration(given)
+    selection = given["selection"] or ("topk" if config is None else config.sae.activation)
+    if selection in ("jumprelu", "relu"):
+        given.refuse("left out: topk and batch_topk keep k", "k")
     activations = given["activations"] if config is None else config
     names = ("n_features", "k", "threshold", "n_probes", "seed", "target", "pilot")
     typed: dict[str, str] = {name: f"--{name}" for name in names}
@@ -113,8 +114,8 @@ def diagnose(words: list[str]) -> int:
         found = diagnosis.diagnose(
             activations, given["workdir"],
             n_features=sae.n_features if given["n_features"] is None else given["n_features"],
-            k=sae.k if given["k"] is None else given["k"],
-            selection=given["selection"], threshold=given["threshold"], measure=given["measure"],
+            k=(sae.k or config_lib.base().sae.k) if given["k"] is None else given["k"],
+            selection=selection, threshold=given["threshold"], measure=given["measure"],
             n_probes=given["n_probes"], seed=given["seed"], pilot=given["pilot"],
         )  # fmt: skip
     print(tables.diagnosis_table(found))

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax import checks
+from sae_jax.autoencoder.dense import PENALTIES
 from sae_jax.autoencoder.objective import PRESETS
 from sae_jax.checks import MOST
 from sae_jax.errors import Refused
@@ -20,7 +21,7 @@ FREE_KEYS = ("train.devices", "checkpoint.keep", "data.model.cache", "report.eve
 PATH_KEYS = ("data.path", *(f"data.model.{kind}" for kind in ("text", "images", "proteins", "dna", "activations")))
 # Keys that all members of a run share: they see the same batches for the same number of steps.
 SHARED_KEYS = ("train.steps", "train.batch_size", "train.steps_per_dispatch", "train.devices", "train.mesh")
-MEMBER_SECTIONS = ("seed", "sae", "auxk", "train")
+MEMBER_SECTIONS = ("seed", "sae", "sparsity", "auxk", "train")
 MEMBER_DATA = "data.gamma"  # synthetic data: the members share the signal and differ in how far the mean is
 
 
@@ -34,12 +35,24 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
     config.sae = sae = ConfigDict()
     sae.n_features = 8192  # n, dictionary size
-    sae.k = 64  # features kept per token
+    sae.activation = "topk"  # topk | batch_topk | jumprelu | relu
+    sae.k = 64  # features kept per token, of batch_topk on average; 0 where a penalty decides: jumprelu, relu
+    sae.groups = ""  # Matryoshka: widths of the prefixes that reconstruct by themselves, as 1024,4096,8192
     sae.center = "none"  # where b_dec starts: none (zeros) | mean | geometric_median
     sae.whiten = False  # trained behind PCA whitening, which is part of the SAE: held-out metrics are of x itself
-    sae.balance = False  # features that starve get a head start in the choice of the k, gone at the end: few die
+    sae.balance = False  # features that starve get a head start in the selection, gone at the end: few die
     sae.freeze_bias = False  # b_dec stays where it starts
     sae.unit_decoder = True  # decoder rows kept at unit norm: gradient projected, rows renormalised
+    sae.init_norm = 1.0  # of decoder rows at the start, where they may have any norm; SAELens has 0.1
+
+    # The penalty of jumprelu and relu, by the library it is from (autoencoder/jumprelu.py, autoencoder/relu.py).
+    config.sparsity = sparsity = ConfigDict()
+    sparsity.preset = "none"  # none | saelens | dictionary_learning, and of jumprelu saelens_tanh | saelens_quadratic
+    sparsity.weight = -1.0  # -1: the preset's own
+    sparsity.target_l0 = 0.0  # features a token, of jumprelu's saelens_quadratic and dictionary_learning
+    sparsity.warmup_steps = 0  # over which the weight grows from 0
+    sparsity.threshold = -1.0  # where those of jumprelu start, of tokens with ‖sigma‖ = √d; -1: the preset's own
+    sparsity.bandwidth = -1.0  # of jumprelu's pseudo-derivative, in the same units; -1: the preset's own
 
     # Where activations come from: `path` if set, else `model.id` if set, else `signal`.
     config.data = data = ConfigDict()
@@ -141,6 +154,13 @@ def dead_after_tokens(config: ConfigDict) -> int:
 def auxk_weight(config: ConfigDict) -> float:
     """The weight of the auxiliary loss."""
     return PRESETS[config.auxk.preset].weight if config.auxk.weight == -1 else config.auxk.weight
+
+
+def of_penalty(config: ConfigDict, field: str) -> float:
+    """A number of `sparsity`, or the preset's own where it is -1; 0 where there is none."""
+    presets = PENALTIES.get(config.sae.activation, {})
+    own = getattr(presets.get(config.sparsity.preset), field, 0.0)
+    return float(own if config.sparsity[field] == -1 else config.sparsity[field])
 
 
 def mesh(config: ConfigDict) -> dict[str, int]:

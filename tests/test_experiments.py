@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.death import race, rivals
+from experiments.death import architectures, race, rivals
 from sae_jax.activations import synthetic
 from sae_jax.models.facts import MODELS, PAPER
 from sae_jax.training import step as step_lib
@@ -25,6 +25,8 @@ FEWER = {
                                                       "resampling", "ghost gradients")},
     "death.race": {"ARMS": {name: race.ARMS[name] for name in ("balance", "annealed_d", "multi_topk", "resampling",
                                                                "ghost_gradients")}},
+    "death.architectures": {"ARCHITECTURES": {"relu": architectures.ARCHITECTURES["relu"]}, "WEIGHTS": (0.1, 1.0),
+                            "SEEDS": (0,)},
     "trust.concept_f1": {"SEEDS": (0,), "ARMS": {"centred 1": {"sae": {"center": "mean"}, "share": 1}}},
     "death.one_dimension": {"VARIANTS": {}},
     "death.auxk_idle": {"ARMS": {"AuxK on the encoder": (4, True, False)}},
@@ -49,6 +51,7 @@ def rows(path):
     pytest.param("death.bias_timescales", ["bias_timescales", "bias_interventions"], [], marks=pytest.mark.long),
     ("death.auxk_idle", ["auxk_idle"], []),
     pytest.param("death.race", ["race"], [], marks=pytest.mark.long),
+    pytest.param("death.architectures", ["architectures"], ["architectures"], marks=pytest.mark.long),
     pytest.param("trust.concept_f1", ["concept_f1"], [], marks=pytest.mark.long),
     pytest.param("death.one_dimension", ["one_dimension"], [], marks=pytest.mark.long),
     pytest.param("speed.bench_ensemble", ["bench_ensemble"], [], marks=pytest.mark.long),

@@ -9,6 +9,7 @@ import pytest
 
 import sae_jax
 from sae_jax import cli
+from sae_jax.autoencoder import batch_topk
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.diagnosis import autopsy, remedies
 from sae_jax.errors import Refused
@@ -113,8 +114,9 @@ def test_the_nth_largest_is_that_of_a_sort(rng):
     z = np.float32(rng.normal(size=(30, 70)))
     z[0, :5] = [0.0, -0.0, 1e-30, np.inf, 3e38]
     for count in (1, 2, 3, 100, (z > 0).sum()):
-        assert float(selections._nth_largest(jnp.asarray(z), jnp.int32(count))) == np.sort(z.ravel())[-count]
-    assert float(selections._nth_largest(jnp.asarray(z), jnp.int32((z > 0).sum() + 1))) == 0
+        assert float(batch_topk.bar(jnp.asarray(z), jnp.int32(count))) == np.sort(z.ravel())[-count]
+    assert float(batch_topk.bar(jnp.asarray(z), jnp.int32((z > 0).sum() + 1))) == z[z > 0].min()  # there is no other
+    assert float(batch_topk.bar(jnp.asarray(-np.abs(z)), jnp.int32(3))) == 0
 
 
 def test_the_curve_of_jumprelu_rises_with_its_threshold(rng):

@@ -125,6 +125,13 @@ def test_every_configuration_builds_and_names_are_unique_and_stable():
     assert {facts.domain for facts in MODELS.values()} == {"language", "vision", "biology"}
 
 
+def test_a_sweep_of_before_goes_on_as_its_hashes_stay():
+    config = config_lib.base({"data.model.id": "gpt2", "data.model.layer": 6, "sae.center": "mean"})
+    assert combinations.Job("gpt2", config).hash == "cc78c8f8a9698d68"  # before there were other activations than TopK
+    config.sae.activation, config.sae.k = "relu", 0
+    assert combinations.Job("gpt2", config).hash != "cc78c8f8a9698d68"
+
+
 def test_grids_filters_and_shares_choose_among_them():
     every = jobs("sweep", "seed=0,1", "sae.k=32,64")
     assert len(every) == 4 * 454

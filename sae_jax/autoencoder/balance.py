@@ -1,6 +1,7 @@
 """Balanced selection: features that fall silent get a head start in the choice of the k, and in nothing else.
 
     chosen      the k largest of z_pre + beta, where z_pre > 0; what is kept of them is z_pre
+                (BatchTopK: the k·B largest of the batch; JumpReLU: where z_pre + beta > threshold)
     beta      ← max(0, beta + u) while a feature fires less than once in T tokens, max(0, beta − u) otherwise
     T         = PATIENCE · n / k, so many times the mean distance between two firings
     u         = PACE · √d · learning rate of the step: the bar below rises by about √d · learning rate
@@ -21,9 +22,11 @@ FADE = 0.2  # the last part of a run, over which beta goes to 0
 
 def update(
     beta: Float[Array, "n"], n_fired: Int[Array, "n"], tokens_since_fired: Int[Array, "n"], n_tokens: Int[Array, ""],
-    *, n_features: int, k: int, d_model: int, rate: Float[Array, ""],
+    *, n_features: int, k: int | Float[Array, ""], d_model: int, rate: Float[Array, ""],
 ) -> Float[Array, "n"]:  # fmt: skip
     """beta after a step of `n_tokens` tokens at this learning rate; `n_features` counts those of all shards.
+
+    `k` is L0 where the SAE has no k, and at least 1.
 
     A batch longer than T shows by itself how often a feature fires; shorter ones are counted from its last firing on.
     """

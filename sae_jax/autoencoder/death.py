@@ -15,10 +15,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from sae_jax.autoencoder import dense, topk
 from sae_jax.autoencoder import sae as sae_lib
-from sae_jax.autoencoder import topk
-from sae_jax.autoencoder.kept import Kept
-from sae_jax.autoencoder.sae import SAE
+from sae_jax.autoencoder.sae import SAE, AllSum
 
 MAX_TOKENS = 2**31 - 1  # the counters saturate here instead of wrapping round
 
@@ -38,8 +37,17 @@ class Sightings(struct.PyTreeNode):
         return Sightings(positive=self.positive | other.positive, n_fired=self.n_fired + other.n_fired)
 
 
-def sight(sae: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> tuple[Sightings, Kept]:
-    """Sightings on one batch (rows that are not `valid` are padding), and its codes."""
+def sight(
+    sae: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"], allsum: AllSum = lambda tree: tree
+) -> tuple[Sightings, Any]:
+    """Sightings on one batch (rows that are not `valid` are padding), and its codes: Kept, or dense activations.
+
+    `allsum` adds up over the devices that share the batch, as the budget of BatchTopK is shared by all.
+    """
+    if isinstance(sae, dense.DenseSAE):
+        z = jnp.where(valid[:, None], sae_lib.preactivations(sae, x), -1.0)
+        acts = dense.select(sae, z, allsum(valid.sum()), allsum)
+        return Sightings((z > 0).any(axis=0), sae_lib.fired(acts, z.shape[1])), acts
     positive, codes = topk.seen(x, valid, sae.W_enc, sae.b_enc, sae.b_dec, sae.k)
     return Sightings(positive, sae_lib.fired(codes, len(positive))), codes
 

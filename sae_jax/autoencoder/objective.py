@@ -14,19 +14,15 @@ sides, which trains the bias a second time and confounds its convergence (its va
 openai's factor 1 / mean (x − x̄)² on the first term is 1 here, because the data is scaled to unit variance.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sae_jax.autoencoder import dense, topk
 from sae_jax.autoencoder import sae as sae_lib
-from sae_jax.autoencoder import topk
-from sae_jax.autoencoder.kept import Kept
-from sae_jax.autoencoder.sae import SAE
-
-AllSum = Callable[[Any], Any]
+from sae_jax.autoencoder.sae import SAE, AllSum
 
 
 class Preset(NamedTuple):
@@ -47,10 +43,23 @@ PRESETS = {
 }
 
 
+class Sparsity(NamedTuple):
+    """What fixes the part of the loss that asks for few activations, and how the reconstruction is counted."""
+
+    preset: str = "none"  # a name in `dense.PENALTIES` of the activation
+    target: float = 0.0  # L0, of presets that have one
+    bandwidth: float = 0.0  # of JumpReLU's pseudo-derivative
+    groups: tuple[int, ...] = ()  # prefixes of a Matryoshka SAE
+
+
+PLAIN = Sparsity()
+
+
 class Batch(NamedTuple):
     """What one batch tells, beyond its loss. Sums run over all devices."""
 
-    codes: Kept
+    codes: Any  # Kept of TopK, else dense activations
+    least: Any  # of BatchTopK: the least activation that was selected
     fve: jax.Array  # fraction of the variance about the batch mean that is explained
     l0: jax.Array  # features fired per token
 
@@ -67,6 +76,8 @@ def loss(
     shards: str | None = None,
     precision: str = "float32",
     lift: Float[Array, "n"] | None = None,
+    sparsity: Sparsity = PLAIN,
+    sparsity_weight: Float[Array, ""] | float = 0.0,
 ) -> tuple[Float[Array, ""], Batch]:
     """This device's share of the loss (the shares add up to the loss of the whole batch), and what the batch tells.
 
@@ -81,22 +92,39 @@ def loss(
       shards: the mesh axis over which the features are split, where they are.
       precision: of the encoder's matmul: float32 | bfloat16.
       lift: what positive pre-activations have more in the choice of the k, see `balance`.
+      sparsity: of SAEs that are not TopK, and of Matryoshka ones.
+      sparsity_weight: of its penalty.
     """
     d = x.shape[1]
-    square, e, codes = sae_lib.square_error(sae, x, shards, precision, lift)
+    n_tokens = allsum(jnp.asarray(x.shape[0], x.dtype))
+    found: dense.Loss | None = None
+    codes: Any
+    if isinstance(sae, dense.DenseSAE) or sparsity.groups:
+        found = dense.square_error(
+            sae, x, sparsity.groups, n_tokens, allsum, sparsity.bandwidth, sparsity.preset, lift
+        )  # fmt: skip
+        square, e, codes = found.square, found.e, jax.lax.stop_gradient(found.acts)
+    else:
+        square, e, codes = sae_lib.square_error(sae, x, shards, precision, lift)
     fixed_e = jax.lax.stop_gradient(e)
 
-    n_tokens = allsum(jnp.asarray(x.shape[0], x.dtype))
     x_sum, e_sum = allsum((x.sum(0), fixed_e.sum(0)))
     variance, e_variance, e_square, n_fired = allsum((
         _square(x - x_sum / n_tokens),
         _square(fixed_e - e_sum / n_tokens),
-        jax.lax.stop_gradient(square),
-        topk.over_shards((codes.values > 0).sum(dtype=x.dtype), shards),
+        jax.lax.stop_gradient(square) if found is None else _square(fixed_e),
+        topk.over_shards(((codes.values if found is None else codes) > 0).sum(dtype=x.dtype), shards),
     ))
 
     divisors = {"openai": n_tokens * d, "sparsify": variance}
     total = square / (divisors[preset] if preset in divisors else n_tokens)
+    if sparsity.groups and preset == "dictionary_learning":
+        total = total / len(sparsity.groups) ** 2
+    if found is not None and sparsity.preset != "none":
+        total = total + dense.penalty(
+            sae, found, dead, sparsity.preset, weight=jnp.asarray(sparsity_weight), target=sparsity.target,
+            bandwidth=sparsity.bandwidth, n_tokens=n_tokens, allsum=allsum,
+        )  # fmt: skip
     if auxk and preset != "none":
         n_dead = topk.over_shards(dead.sum(), shards)
         aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], shards, precision)
@@ -107,7 +135,8 @@ def loss(
         scale = jnp.minimum(n_dead / _half(d), 1.0) if PRESETS[preset].gradual else 1.0
         term = jnp.where(aux_divisor > 0, scale * aux / jnp.where(aux_divisor > 0, aux_divisor, 1.0), 0.0)
         total = total + jnp.where((auxk_weight > 0) & (n_dead > 0), auxk_weight * term, 0.0)
-    return total, Batch(codes, fve=1 - e_square / variance, l0=n_fired / n_tokens)
+    least = None if found is None else found.least
+    return total, Batch(codes, least, fve=1 - e_square / variance, l0=n_fired / n_tokens)
 
 
 def _auxiliary_square(

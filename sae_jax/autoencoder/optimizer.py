@@ -58,7 +58,7 @@ def update(
         # ‖g − a w‖² of every row, from one pass over g and w.
         taken = jnp.sum(along**2 * (2 - jnp.sum(sae.W_dec * sae.W_dec, axis=1)))
         squares = squares.replace(W_dec=squares.W_dec - taken)
-    of_features = topk.over_shards(squares.W_enc + squares.b_enc + squares.W_dec, shards)
+    of_features = topk.over_shards(sum(jax.tree.leaves(squares.replace(b_dec=None))), shards)
     norm = jnp.sqrt(jnp.maximum(of_features + squares.b_dec, 0.0))
     scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
     beta1, beta2 = betas
@@ -87,8 +87,9 @@ def update(
 
             return jax.lax.fori_loop(0, len(p) // size, block, (p, m, v))
 
-        size = next((size for size in range(BLOCK, BLOCK // 8, -2) if len(p) % size == 0), 0)
-        whole = p.ndim == 1 or not kept.is_large(*p.shape) or not size
+        is_matrix = p.ndim == 2
+        size = next((size for size in range(BLOCK, BLOCK // 8, -2) if is_matrix and len(p) % size == 0), 0)
+        whole = not size or not kept.is_large(*p.shape)
         done: tuple[Array, Array, Array] = kept.on_cpu(at_once if whole else in_blocks, at_once, p, m, v, g, along)
         return done
 

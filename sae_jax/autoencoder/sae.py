@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sae_jax.autoencoder import topk
 from sae_jax.autoencoder.kept import Kept
+from sae_jax.errors import Refused
+
+AllSum = Callable[[Any], Any]  # adds a pytree up over the devices that share a batch
 
 
 class SAE(struct.PyTreeNode):
@@ -47,9 +50,9 @@ def each_member(fn: Callable[[Any], Any], members: Any) -> Any:
     return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], members)))
 
 
-def init(key: PRNGKeyArray, n_features: int, k: int, center: Float[Array, "d"]) -> SAE:
-    """Random unit decoder rows, encoder tied to them, b_enc = 0, b_dec = center (zeros: the uncentred start)."""
-    rows = unit_rows(jax.random.normal(key, (n_features, center.shape[0]), center.dtype))
+def init(key: PRNGKeyArray, n_features: int, k: int, center: Float[Array, "d"], norm: float = 1.0) -> SAE:
+    """Random decoder rows of one norm, encoder tied to them, b_enc = 0, b_dec = center (zeros: the uncentred start)."""
+    rows = norm * unit_rows(jax.random.normal(key, (n_features, center.shape[0]), center.dtype))
     return SAE(W_enc=rows, b_enc=jnp.zeros(n_features, center.dtype), W_dec=rows, b_dec=center, k=k)
 
 
@@ -73,15 +76,23 @@ def encode(sae: SAE, x: Float[Array | np.ndarray, "B d"]) -> Kept:
 
     Returns:
       `values` (B, k), in the units of x, 0 where fewer than k pre-activations are positive, and their `indices`.
+
+    Raises:
+      Refused: the SAE has another activation than TopK.
     """
+    if hasattr(sae, "activation"):  # a `dense.DenseSAE`
+        raise Refused("sae", sae.activation, "a TopK SAE: sae_jax.features takes those of other kinds")
     sae = jax.tree.map(jnp.asarray, sae)
     return topk.encode(jnp.asarray(x), sae.W_enc, sae.b_enc, sae.b_dec, sae.k)
 
 
-def decode(sae: SAE, codes: Kept) -> Float[Array, "B d"]:
-    """x̂ from the kept features, in the units that `encode` was given."""
+def decode(sae: SAE, codes: Kept | Float[Array, "B n"]) -> Float[Array, "B d"]:
+    """x̂ from the kept features, or from activations that are dense, in the units that `encode` was given."""
     sae, codes = jax.tree.map(jnp.asarray, (sae, codes))  # a row of NumPy cannot be looked up by a traced index
-    return topk.decode(codes, sae.W_dec) + sae.b_dec
+    if isinstance(codes, Kept):
+        return topk.decode(codes, sae.W_dec) + sae.b_dec
+    with topk.exact():
+        return codes @ sae.W_dec + sae.b_dec
 
 
 def reconstruct(sae: SAE, x: Float[Array | np.ndarray, "B d"]) -> tuple[Float[Array, "B d"], Kept]:
@@ -103,6 +114,8 @@ def square_error(
     return topk.square_error(x, x - sae.b_dec, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, None, lift, way)
 
 
-def fired(codes: Kept, n_features: int) -> Int[Array, "n"]:
+def fired(codes: Kept | Float[Array, "B n"], n_features: int) -> Int[Array, "n"]:
     """How often each feature fired in the batch: kept **and** > 0. An index kept with value 0 has not fired."""
+    if not isinstance(codes, Kept):
+        return (codes > 0).sum(axis=0, dtype=jnp.int32)
     return jnp.zeros(n_features, jnp.int32).at[codes.indices.ravel()].add((codes.values > 0).ravel().astype(jnp.int32))

@@ -17,6 +17,7 @@ from etils import epath
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from sae_jax import config as config_lib
 from sae_jax.diagnosis import recipes, remedies
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Tokens, open_tokens
@@ -60,13 +61,13 @@ def diagnose(
       selection: how the SAE selects: topk | batch_topk (k of each token on average) | jumprelu | relu; the laws in
         closed form know topk.
       threshold: of jumprelu, in the units of the activations; behind a remedy that gives tokens another size it is as
-        many of their ‖sigma‖.
+        many of their ‖sigma‖. Of a configuration of such SAEs it is where they start, if left out.
       measure: also count deaths in an untrained SAE of that size under every remedy.
-      n_probes: random directions to forecast with; the error of a forecast falls as 1/√n_probes. Remedies that may be
-        on either side of 1 % are looked at again with more, up to about n_features.
+      n_probes: random directions to forecast with; a forecast errs by 1/√n_probes. Remedies that may be on either side
+        of 1 % are looked at again with more, up to about n_features.
       seed: of probes and measured SAEs.
       pilot: also forecast what is dead after training, for every member of a configuration, by a run of an eighth of
-        its steps, at least 500, in WORKDIR/pilot. n_features and k are then those of the configuration.
+        its steps, at least 500, in WORKDIR/pilot; n_features and k are then the configuration's.
 
     Returns:
       The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead
@@ -80,7 +81,10 @@ def diagnose(
       RunFailed: activations made or extracted on the way are not finite.
     """
     check(n_features, k, n_probes, seed, workdir)
-    how = selections.named(selection, threshold)
+    theta = None  # where a run of a configuration starts its thresholds, of tokens with ‖sigma‖ = √d
+    if threshold is None and isinstance(activations, ConfigDict) and activations.sae.activation == selection:
+        theta = config_lib.of_penalty(activations, "threshold") or None
+    how = selections.named(selection, theta or threshold)
     planned = activations if pilot and isinstance(activations, ConfigDict) and workdir else None
     if pilot and (planned is None or selection != "topk"):
         raise Refused("pilot", pilot, "of a configuration of TopK SAEs, with a workdir for its run")
@@ -96,6 +100,9 @@ def diagnose(
     ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = remedies.preprocessings(severity, median, ordinary)
+    if theta:
+        how = how._replace(threshold=selections.in_activations(theta, severity, scale))
+        threshold = how.threshold
     each = selections.behind(how, choices, severity, scale)
     with ThreadPoolExecutor(1) as beside:  # XLA leaves the interpreter to the laws, and to matplotlib's import
         laws = beside.submit(predictions, severity, sample, n_features, k)
@@ -133,11 +140,10 @@ def diagnose(
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
     result |= {"warnings": warnings(severity, counts.bits), "constant_dimensions": constant(severity).tolist()}
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
-    n_giants = severity.raw.n_tokens - ordinary.raw.n_tokens
-    result |= {"n_giant_tokens": n_giants, "without_giants": ordinary.gammas()}
+    result["n_giant_tokens"] = severity.raw.n_tokens - ordinary.raw.n_tokens
+    result["without_giants"] = ordinary.gammas()
     result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
-    result["after_training"] = after_training
-    result |= {"data": tokens.identity, "versions": tables.versions()}
+    result |= {"after_training": after_training, "data": tokens.identity, "versions": tables.versions()}
     result.figures = pictures.drawn(severity, sample, result, band, found["none"], measured)
     if workdir:
         folder = epath.Path(workdir)

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
+from sae_jax.errors import Refused
 from sae_jax.training import run as run_lib
 
 SHORTER, LEAST = 8, 500  # and so many steps it has at least: at first Adam's own start is most of what happens
@@ -25,8 +26,13 @@ def forecast(config: ConfigDict, workdir: str) -> dict[str, Any]:
       `dead_by_relu`, `dead_by_topk`, `dead_total`.
 
     Raises:
-      as `training.run.train`.
+      Refused: an SAE is not TopK; and as `training.run.train`.
     """
+    for name, member in config_lib.members(config).items():
+        if member.sae.activation != "topk":
+            prefix = f"members.{name}." if config.members else ""
+            allowed = "topk, where a pilot is to forecast what is dead after training"
+            raise Refused(f"{prefix}sae.activation", member.sae.activation, allowed)
     found = run_lib.train(shortened(config), f"{workdir}/{FOLDER}")
     keys = ("dead_by_relu", "dead_by_topk", "dead_total")
     members = {member["name"]: {key: member["final"][key] for key in keys} for member in found["members"]}

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from sae_jax.autoencoder.dense import DenseSAE, groups_of
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused
 from sae_jax.exchange import arrays as arrays_lib
@@ -33,28 +34,64 @@ RULES = {
     "MatryoshkaBatchTopKSAE": "threshold", "JumpReluAutoEncoder": "threshold", "GatedAutoEncoder": "gated",
 }  # fmt: skip
 
+TRAINERS = {
+    "AutoEncoder": "StandardTrainer", "AutoEncoderTopK": "TopKTrainer", "BatchTopKSAE": "BatchTopKTrainer",
+    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer", "JumpReluAutoEncoder": "JumpReluTrainer",
+}  # fmt: skip
+
 
 def write(sae: SAE, flag: str, metadata: dict[str, Any]) -> dict[str, bytes]:
-    """The files of a TopK SAE."""
+    """The files of an SAE, as one of its classes. Its JumpReLU subtracts no b_dec, which is left to the bias: float32
+    loses digits of that where gamma is high."""
     torch = module("torch", "hf")
     n, d = sae.W_enc.shape
+    kind, state = _state(sae, metadata)
     config = {
         "trainer": {
-            "trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "activation_dim": d, "dict_size": n,
-            "k": sae.k, "layer": metadata.get("layer"), "lm_name": metadata.get("model_name"),
+            "trainer_class": TRAINERS[kind], "dict_class": kind, "activation_dim": d, "dict_size": n,
+            **({"k": sae.k} if sae.k else {}), "layer": metadata.get("layer"), "lm_name": metadata.get("model_name"),
             "submodule_name": origin.spelled(metadata.get("hook_name"), "dictionary_learning"),
         },
         "buffer": {"ctx_len": metadata.get("context_size")},
         "metadata": metadata,
     }  # fmt: skip
-    state = {
-        "encoder.weight": torch.tensor(sae.W_enc), "encoder.bias": torch.tensor(sae.b_enc),
-        "decoder.weight": torch.tensor(sae.W_dec.T.copy()), "b_dec": torch.tensor(sae.b_dec),
-        "k": torch.tensor(sae.k, dtype=torch.int), "threshold": torch.tensor(-1.0),  # −1: not set
-    }  # fmt: skip
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save({key: torch.tensor(value) for key, value in state.items()}, buffer)
     return {WEIGHTS: buffer.getvalue(), "config.json": arrays_lib.to_json(config)}
+
+
+def _state(sae: SAE, metadata: dict[str, Any]) -> tuple[str, Arrays]:
+    """The class that an SAE is there, and its arrays."""
+    kind, groups = _class(sae, metadata), groups_of(metadata.get("config", {}).get("sae.groups", ""))
+    linear = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "decoder.weight": sae.W_dec.T.copy()}
+    turned = {"W_enc": sae.W_enc.T.copy(), "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    counted = {"k": np.asarray(sae.k, np.int32), "threshold": np.asarray(-1, np.float32)}  # −1: not set
+    if isinstance(sae, DenseSAE) and sae.threshold is not None:
+        counted["threshold"] = np.asarray(sae.threshold, np.float32)
+    if kind == "AutoEncoder":
+        return kind, linear | {"bias": sae.b_dec}
+    if kind == "JumpReluAutoEncoder":
+        b_enc = sae.b_enc - np.asarray(sae.W_enc, np.float64) @ sae.b_dec
+        return kind, turned | {"b_enc": np.float32(b_enc), "threshold": counted["threshold"]}
+    if kind == "MatryoshkaBatchTopKSAE":
+        return kind, turned | counted | {"group_sizes": np.diff((0, *groups))}
+    return kind, linear | {"b_dec": sae.b_dec} | counted
+
+
+def _class(sae: SAE, metadata: dict[str, Any]) -> str:
+    activation = sae.activation if isinstance(sae, DenseSAE) else "topk"
+    if activation == "batch_topk" and metadata.get("config", {}).get("sae.groups"):
+        return "MatryoshkaBatchTopKSAE"
+    return {"topk": "AutoEncoderTopK", "batch_topk": "BatchTopKSAE", "jumprelu": "JumpReluAutoEncoder",
+            "relu": "AutoEncoder"}[activation]  # fmt: skip
+
+
+def loaded_by(sae: SAE, metadata: dict[str, Any]) -> dict[str, str]:
+    """The class that an SAE is there, and the module that has it."""
+    kind = _class(sae, metadata)
+    places = {"AutoEncoderTopK": "trainers.top_k", "BatchTopKSAE": "trainers.batch_top_k",
+              "MatryoshkaBatchTopKSAE": "trainers.matryoshka_batch_top_k"}  # fmt: skip
+    return {"kind": kind, "place": places.get(kind, "dictionary")}
 
 
 def read(path: epath.Path) -> Opened:

@@ -38,6 +38,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from sae_jax.autoencoder import death, topk
+from sae_jax.autoencoder.dense import DenseSAE
 from sae_jax.autoencoder.kept import Kept, combine, is_large, on_cpu
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.outliers import preprocess
@@ -106,9 +107,14 @@ class Opened(NamedTuple):
 
 
 def of_sae(sae: SAE, norm: str = "none") -> Encoder:
-    """Our own SAE, whose b_dec is subtracted."""
+    """Our own SAE, whose b_dec is subtracted. Of BatchTopK whose threshold was never set all fires that is positive."""
     arrays: Any = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    return Encoder(**arrays, b_in=arrays["b_dec"], k=sae.k, norm=norm)
+    if not isinstance(sae, DenseSAE):
+        return Encoder(**arrays, b_in=arrays["b_dec"], k=sae.k, norm=norm)
+    rule = "relu" if sae.threshold is None else "threshold"
+    if rule == "threshold":
+        arrays["threshold"] = np.full(len(arrays["b_enc"]), np.maximum(sae.threshold, 0), np.float32)
+    return Encoder(**arrays, b_in=arrays["b_dec"], rule=rule, norm=norm)
 
 
 # -- norms of each token ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused, first_line
 from sae_jax.exchange import arrays as arrays_lib
 from sae_jax.exchange.arrays import Arrays
-from sae_jax.exchange.encoders import Encoder, Opened
+from sae_jax.exchange.encoders import Encoder, Opened, of_sae
 from sae_jax.runtime.optional import module
 
 SAELENS_VERSION = "6.54.12"  # whose layout is written
@@ -45,17 +45,22 @@ NORMS = {
 
 
 def write(sae: SAE, flag: str, metadata: dict[str, Any]) -> dict[str, bytes]:
-    """The files of a TopK SAE; `flag` is its normalize_activations."""
+    """The files of an SAE; `flag` is its normalize_activations. BatchTopK becomes JumpReLU, as in SAELens itself."""
     from safetensors.numpy import save as to_bytes
 
     n, d = sae.W_enc.shape
+    encoder = of_sae(sae)
+    own: dict[str, dict[str, Any]] = {
+        "topk": {"architecture": "topk", "k": sae.k, "rescale_acts_by_decoder_norm": False},
+        "threshold": {"architecture": "jumprelu"}, "relu": {"architecture": "standard"},
+    }  # fmt: skip
     config = {
-        "architecture": "topk", "d_in": d, "d_sae": n, "k": sae.k, "dtype": "float32", "device": "cpu",
+        **own[encoder.rule], "d_in": d, "d_sae": n, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": flag, "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
         "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
     }  # fmt: skip
     arrays = {"W_enc": np.ascontiguousarray(sae.W_enc.T), "W_dec": sae.W_dec, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+    arrays |= {"threshold": encoder.threshold} if encoder.rule == "threshold" else {}
     return {WEIGHTS: to_bytes(arrays), "cfg.json": arrays_lib.to_json(config)}
 
 

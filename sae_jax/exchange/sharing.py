@@ -11,12 +11,15 @@ import numpy as np
 from etils import epath
 
 from sae_jax import config as config_lib
+from sae_jax.autoencoder import death
+from sae_jax.autoencoder.dense import DenseSAE
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused
+from sae_jax.exchange import dictionary_learning, formats, hub, origin, registry, saelens
 from sae_jax.exchange import encoders as encoders_lib
-from sae_jax.exchange import formats, hub, origin, registry, saelens
 from sae_jax.exchange.encoders import Opened
 from sae_jax.exchange.formats import Packed
+from sae_jax.outliers import selections
 from sae_jax.outliers.preprocess import Preprocessing, fold
 from sae_jax.reports import tables
 from sae_jax.runtime import checkpoint, disk
@@ -47,19 +50,20 @@ def load(path: str | os.PathLike[str], member: str | None = None) -> Packed | Op
 
     Returns:
       Of a TopK SAE: the SAE (of JAX arrays), its preprocessing and its metadata. Of another kind (BatchTopK, JumpReLU,
-      ReLU, gated, a transcoder, …): an `Opened`, whose `encoder` has arrays and rule (`exchange/encoders.py`);
+      ReLU, gated, …), of a run as well: an `Opened`, whose `encoder` has arrays and rule (`exchange/encoders.py`);
       `features`, `reconstruct` and `dissect` take it alike. Metadata of a run: `step`, `gamma`, `gamma_raw`,
-      `gamma_direction`, `mu` (of the activations as they are), `init` and `final` as in report.json,
-      `num_dead_features`, `config`, …
+      `gamma_direction`, `mu` (of the activations as they are), `init` and `final` as in report.json, `config`, …
 
     Raises:
       Refused: there is nothing like that; see `registry.read`.
     """
     found, _ = _read(os.fspath(path), member)
+    if isinstance(found, Packed) and isinstance(found.sae, DenseSAE):
+        found = opened(found)
     if isinstance(found, Opened):
-        if not formats.is_topk(found):
+        if found.encoder.rule != "topk" or not formats.is_ours(found):
             return found._replace(encoder=jax.tree.map(jnp.asarray, found.encoder))
-        found = formats.as_topk(found, os.fspath(path))
+        found = formats.as_ours(found, os.fspath(path))
     return found._replace(sae=jax.tree.map(jnp.asarray, found.sae))
 
 
@@ -86,24 +90,26 @@ def opened(sae: str | os.PathLike[str] | SAE | Packed | Opened, member: str | No
         return found
     packed = packed_of(found)
     encoder = encoders_lib.of_sae(formats.folded(packed), packed.before.norm)
-    return Opened(encoder, packed.metadata, "sae_jax", tokens_since_fired=silent)
+    unset = isinstance(packed.sae, DenseSAE) and packed.sae.activation == "batch_topk" and packed.sae.threshold < 0
+    notes = ("Its threshold was never set, so every positive feature fires.",) if unset else ()
+    return Opened(encoder, packed.metadata, "sae_jax", notes, tokens_since_fired=silent)
 
 
 def packed_of(sae: str | os.PathLike[str] | SAE | Packed | Opened, member: str | None = None) -> Packed:
-    """A TopK SAE as what `load` returns: of what it takes or returns, or an SAE that takes activations as they are."""
+    """An SAE with its preprocessing: of what `load` takes or returns, or an SAE that takes activations as they are."""
     if isinstance(sae, SAE):
-        arrays = {name: np.asarray(getattr(sae, name), np.float32) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        return Packed(SAE(**arrays, k=sae.k), Preprocessing(shift=np.zeros(arrays["b_dec"].shape)), {})
+        own: SAE = jax.tree.map(lambda a: np.asarray(a, np.float32), sae)
+        return Packed(own, Preprocessing(shift=np.zeros(own.b_dec.shape)), {})
     name = "sae" if isinstance(sae, Packed | Opened) else os.fspath(sae)
-    found = sae if isinstance(sae, Packed | Opened) else load(sae, member)
-    return formats.as_topk(found, name) if isinstance(found, Opened) else found
+    found = sae if isinstance(sae, Packed | Opened) else _read(name, member)[0]
+    return formats.as_ours(found, name) if isinstance(found, Opened) else found
 
 
 def export(
     sae: str | SAE | Packed | Opened, out: str, format: str = "saelens", *, member: str | None = None,
     push: str | None = None, model_name: str | None = None, hook_name: str | None = None, layer: int | None = None,
     context_size: int | None = None, prepend_bos: bool | None = None,
-) -> Packed:  # fmt: skip
+) -> Packed | Opened:  # fmt: skip
     """Writes an SAE in the format of another library, with a model card; `out` appears once it is complete.
 
     Names of files and folders of this machine are left out of all that is written.
@@ -145,7 +151,7 @@ def export(
         _write(target, files)
     if push:
         hub.commit(api, push, target)
-    return packed
+    return opened(packed) if isinstance(packed.sae, DenseSAE) else packed
 
 
 def _write(target: epath.Path, files: dict[str, bytes]) -> None:
@@ -178,7 +184,10 @@ def _unpacked(
     groups = step_lib.group_members(members, len(mu))
     number, place = next((i, g.names.index(name)) for i, g in enumerate(groups) if name in g.names)
     group = saved.groups[number]
-    sae = SAE(**{key: np.asarray(value[place]) for key, value in group["sae"].items()}, k=members[name].sae.k)
+    kind = members[name].sae
+    arrays = {key: np.asarray(value[place]) for key, value in group["sae"].items() if value is not None}
+    sae = SAE(**arrays, k=kind.k) if kind.activation == "topk" else DenseSAE(
+        **arrays, k=kind.k, activation=kind.activation)  # fmt: skip
     before = Preprocessing(shift=np.zeros_like(mu), scale=scale, norm=config.data.norm)
     gammas = dict(zip(("gamma", "gamma_raw", "gamma_direction"), saved.statistics["gammas"].tolist(), strict=True))
     own: dict[str, Any] = {key: np.asarray(value[place]) for key, value in (group["hyper"].get("before") or {}).items()
@@ -221,16 +230,25 @@ def _facts(folder: epath.Path) -> dict[str, Any]:
 
 LOADING = {
     "saelens": 'from sae_lens import SAE\nsae = SAE.load_from_disk("{folder}")',
-    "dictionary_learning": "from dictionary_learning.trainers.top_k import AutoEncoderTopK\n"
-    'sae = AutoEncoderTopK.from_pretrained("{folder}/ae.pt")',
+    "dictionary_learning": "from dictionary_learning.{place} import {kind}\n"
+    'sae = {kind}.from_pretrained("{folder}/ae.pt")',
     "sparsify": 'from sparsify import SparseCoder\nsae = SparseCoder.load_from_disk("{folder}")',
 }
+
+
+KEPT = {  # which features are kept
+    "topk": "among the k largest pre-activations **and** above 0", "batch_topk": "above the SAE's threshold",
+    "jumprelu": "above a threshold of their own", "relu": "above 0",
+}  # fmt: skip
 
 
 def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] = ()) -> str:
     """README.md of an exported SAE: what it is, how to load it, what is dead in it and why, where it comes from."""
     sae, known = packed.sae, packed.metadata
     n, d = sae.W_enc.shape[0], packed.before.shift.shape[0]
+    activation = sae.activation if isinstance(sae, DenseSAE) else "topk"
+    kind, k = selections.NAMES[activation], f"k = {sae.k}, " if sae.k else ""
+    loading = LOADING[format].format(folder=name, **dictionary_learning.loaded_by(sae, known))
     of = f"`{known['model_name']}`, `{known.get('hook_name')}`" if known.get("model_name") else "activations"
     lines = [
         "---",
@@ -240,16 +258,16 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
         "",
         f"# {name}",
         "",
-        f"A TopK sparse autoencoder on {of}: {n} features, k = {sae.k}, d_model = {d}, in the format of {format}.",
+        f"A {kind} sparse autoencoder on {of}: {n} features, {k}d_model = {d}, in the format of {format}.",
         "",
         "```python",
-        *LOADING[format].format(folder=name).splitlines(),
+        *loading.splitlines(),
         "```",
         "",
         "Scaling, centring and whitening are folded into the weights: it takes activations as they are."
         if packed.before.norm == "none"
         else f"Each token goes through `{formats.NORM_FLAGS[packed.before.norm][0]}`, as the configuration says.",
-        "Features are kept where they are among the k largest pre-activations **and** above 0.",
+        f"Features are kept where they are {KEPT[activation]}.",
     ]
     if known.get("final"):
         rows = [known["init"], known["final"]]
@@ -261,7 +279,7 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
             f"On held-out tokens, whose gamma ‖mu‖ / ‖sigma‖ is {known['gamma_raw']:.2f}"
             + (f", and {known['gamma']:.2f} after LayerNorm." if "gamma" in known else "."),
             "",
-            "| step | " + " | ".join(tables.COLUMNS[key] for key in shown) + " |",
+            "| step | " + " | ".join(tables.title(key, death.pathway(activation)) for key in shown) + " |",
             "| --- |" + " --- |" * len(shown),
             *(
                 f"| {step} | " + " | ".join(tables.cell(key, row[key]) for key in shown) + " |"
@@ -269,8 +287,8 @@ def model_card(packed: Packed, format: str, name: str, pictures: Iterable[str] =
             ),
             "",
             f"{known['num_dead_features']} of {n} features are dead, {known['num_dead_by_relu']} of them by ReLU "
-            "(pre-activation never above 0), the others by TopK (never among the k largest). The decoder bias has "
-            f"{tables.cell('bias_projection', known['final']['bias_projection'])} of the mean (b·mu/‖mu‖²).",
+            f"(pre-activation never above 0), the others by {death.pathway(activation)} (never kept). The decoder bias "
+            f"has {tables.cell('bias_projection', known['final']['bias_projection'])} of the mean (b·mu/‖mu‖²).",
         ]
     if pictures:
         member = f" This SAE is the member `{known['member']}`." if known.get("member") else ""

@@ -13,13 +13,12 @@ tokens and features. A long token takes from the budget of the others. Batches a
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from scipy.special import betaincc
 
-from sae_jax.autoencoder import death
+from sae_jax.autoencoder import batch_topk, death
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.death import Sightings
 from sae_jax.autoencoder.sae import SAE
@@ -63,6 +62,11 @@ def behind(
     }
 
 
+def in_activations(threshold: float, severity: Severity, scale: float = 1.0) -> float:
+    """A threshold of a run, whose tokens have ‖sigma‖ = √d, as one of the activations, `scale` of which are here."""
+    return threshold * float(np.linalg.norm(severity.raw.sigma)) / len(severity.raw.sigma) ** 0.5 / scale
+
+
 def share_above(height: Float[np.ndarray, "..."], d_model: int) -> np.ndarray:
     """P(√d·cos(w, x) > height) for a random direction w in d dimensions and a height ≥ 0."""
     if d_model == 1:
@@ -101,20 +105,8 @@ def sight(
     if rule == "jumprelu":
         fired = positive & (z > threshold)
     elif rule == "batch_topk":
-        fired = positive & (z >= _nth_largest(z, sae.k * valid.sum()))
+        fired = positive & (z >= batch_topk.bar(z, sae.k * valid.sum()))
     return Sightings(positive.any(axis=0), fired.sum(axis=0, dtype=jnp.int32))
-
-
-def _nth_largest(z: Float[Array, "B n"], count: Array) -> Array:
-    """The count-th largest of the positive entries, 0 where there are fewer: bit by bit, without sorting them."""
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(z, 0.0).astype(jnp.float32), jnp.int32)
-
-    def one(i: Array, found: Array) -> Array:
-        tried = found | jnp.left_shift(1, 30 - i)
-        return jnp.where((bits >= tried).sum() >= count, tried, found)
-
-    found = jax.lax.fori_loop(0, 31, one, jnp.zeros((), jnp.int32))
-    return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
 def named(rule: str, threshold: float | None) -> Selection:

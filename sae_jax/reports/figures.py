@@ -106,8 +106,8 @@ def _series(history: list[dict[str, Any]], name: str, key: str) -> Float[np.ndar
     return np.array([entry["members"][name][key] for entry in history], float)
 
 
-def deaths(history: list[dict[str, Any]], narrow: bool = False) -> Figure:
-    """Dead-by-ReLU and dead-by-TopK over steps, stacked to the total; one panel a member."""
+def deaths(history: list[dict[str, Any]], narrow: bool = False, pathway: str = "TopK") -> Figure:
+    """Dead by ReLU and by the other pathway over steps, stacked to the total; one panel a member."""
     names = list(history[0]["members"])
     across = 1 if narrow else min(len(names), 3)
     with matplotlib.rc_context(STYLE):
@@ -117,11 +117,11 @@ def deaths(history: list[dict[str, Any]], narrow: bool = False) -> Figure:
             relu, topk = (100 * _series(history, name, key) for key in ("dead_by_relu", "dead_by_topk"))
             total = relu + topk
             if len(steps) > 1:
-                axis.stackplot(steps, relu, topk, colors=(RELU, TOPK), labels=FATES[:2], lw=0)
+                axis.stackplot(steps, relu, topk, colors=(RELU, TOPK), labels=fates(pathway)[:2], lw=0)
                 axis.plot(steps, total, color="black", lw=1, label="dead in total")
             else:
                 axis.bar(steps, relu, 0.5, color=RELU, label=FATES[0])
-                axis.bar(steps, topk, 0.5, bottom=relu, color=TOPK, label=FATES[1])
+                axis.bar(steps, topk, 0.5, bottom=relu, color=TOPK, label=fates(pathway)[1])
             if not total.any():
                 axis.text(0.5, 0.5, "none dead", transform=axis.transAxes, ha="center", va="center")
             change = " → ".join(f"{value:.1f}\u00a0%" for value in (total[0], total[-1])[: len(steps)])
@@ -176,7 +176,7 @@ def bias_convergence(history: list[dict[str, Any]], narrow: bool = False) -> Fig
     return figure
 
 
-def comparison(members: list[dict[str, Any]], narrow: bool = False) -> Figure:
+def comparison(members: list[dict[str, Any]], narrow: bool = False, pathway: str = "TopK") -> Figure:
     """Conditions side by side: dead by pathway at the start (pale) and at the end, one pair of bars a member."""
     names = [wrapped(member["name"], 1.4 if narrow else 2.6) for member in members]
     with matplotlib.rc_context(STYLE):
@@ -187,7 +187,7 @@ def comparison(members: list[dict[str, Any]], narrow: bool = False) -> Figure:
             relu, topk = (np.array([100 * m[when][key] for m in members]) for key in ("dead_by_relu", "dead_by_topk"))
             label = "at init" if when == "init" else "at the end"
             axis.barh(y + offset, relu, 0.36, color=RELU, alpha=alpha, label=f"dead by ReLU, {label}")
-            axis.barh(y + offset, topk, 0.36, left=relu, color=TOPK, alpha=alpha, label=f"dead by TopK, {label}")
+            axis.barh(y + offset, topk, 0.36, left=relu, color=TOPK, alpha=alpha, label=f"dead by {pathway}, {label}")
             for place, total in zip(y + offset, relu + topk, strict=True):
                 axis.text(total + 1, place, f"{total:.1f} %", va="center")
         axis.set_yticks(y, names)

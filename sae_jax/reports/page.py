@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from sae_jax.reports.tables import COLUMNS, cell
+from sae_jax.reports.tables import COLUMNS, cell, title
 from sae_jax.runtime.disk import write_bytes, write_text
 
 DRAWN = 12  # members that still fit into one picture; a larger ensemble has its first ones drawn
@@ -26,8 +26,8 @@ class Picture(NamedTuple):
 SECTIONS = {
     "Conditions compared": {"comparison": "Features dead at initialisation (pale) and at the end, by pathway."},
     "Death by pathway": {
-        "deaths": "Features dead over steps. Death by TopK may recover in training; death by ReLU stays until the bias "
-        "has learned the mean.",
+        "deaths": "Features dead over steps. Death by selection, as by TopK, may recover in training; death by ReLU "
+        "stays until the bias has learned the mean.",
         "shifts": "The mechanism. Each feature's mean pre-activation over its standard deviation: far left of zero it "
         "never fires, in the middle it never wins. On a share of the held-out tokens, so a few more look dead; "
         "the 0.5 % furthest out are in the outermost bins.",
@@ -107,7 +107,8 @@ def write(workdir: str, report: dict[str, Any], pictures: dict[str, Picture]) ->
 def render(report: dict[str, Any], pictures: dict[str, Picture]) -> str:
     """The page of a training run."""
     gammas = f"gamma {report['gamma']:.2f} (without LayerNorm {report['gamma_raw']:.2f})"
-    size = f"n = {report['n_features']}, k = {report['k']}, d_model = {report['d_model']}"
+    kept = f", k = {report['k']}" if report["k"] else ""
+    size = f"n = {report['n_features']}{kept}, d_model = {report['d_model']}"
     shown = [key for key in COLUMNS if any(key in member["init"] for member in report["members"])]
     rows = [
         [member["name"], str(step), *(cell(key, member[when][key]).replace("-", "−") for key in shown)]
@@ -116,12 +117,12 @@ def render(report: dict[str, Any], pictures: dict[str, Picture]) -> str:
     body = [
         "<h1>Feature death in a run of sae_jax</h1>",
         f'<p class="soft">{escape(_source(report["data"]))}; {gammas}; {size}; {report["step"]:,d} steps</p>',
-        f'<div class="cards">{"".join(map(_card, report["members"]))}</div>',
+        f'<div class="cards">{"".join(_card(member, report["pathway"]) for member in report["members"])}</div>',
         f'<p class="soft">Dead: never kept with a value above 0 on {report["n_eval_tokens"]:,d} held-out tokens; '
-        '<b class="key relu"></b>by ReLU where the pre-activation is never above 0, <b class="key topk"></b>by TopK '
-        'where it is, but never among the k largest. <b class="key alive"></b>Alive.</p>',
+        '<b class="key relu"></b>by ReLU where the pre-activation is never above 0, <b class="key topk"></b>by '
+        f'{report["pathway"]} where it is, but is never selected. <b class="key alive"></b>Alive.</p>',
         "<h2>Before and after training</h2>",
-        table(["member", "step", *(COLUMNS[key] for key in shown)], rows, "results"),
+        table(["member", "step", *(title(key, report["pathway"]) for key in shown)], rows, "results"),
         '<p class="soft">FVE is about the mean. b·mu/‖mu‖² is the share of the mean that the bias has learned.</p>',
     ]
     if len(report["members"]) > DRAWN:
@@ -159,11 +160,11 @@ def _source(data: dict[str, Any]) -> str:
     return str(data.get("path") or f"synthetic activations ({data.get('signal')})")
 
 
-def _card(member: dict[str, Any]) -> str:
+def _card(member: dict[str, Any], pathway: str) -> str:
     final = member["final"]
     relu, topk, fve = (cell(key, final[key]) for key in ("dead_by_relu", "dead_by_topk", "fve"))
     start = cell("dead_total", member["init"]["dead_total"])
-    return card(member["name"], final, f"{relu} by ReLU, {topk} by TopK; {start} at the start. FVE\u00a0{fve}")
+    return card(member["name"], final, f"{relu} by ReLU, {topk} by {pathway}; {start} at the start. FVE\u00a0{fve}")
 
 
 def card(name: str, found: dict[str, Any], said: str) -> str:

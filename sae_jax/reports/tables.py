@@ -79,11 +79,12 @@ def table(report: dict[str, Any]) -> str:
     n_giants = finals[0].get("n_giant_tokens", 0)
     shown = [key for key in COLUMNS if any(key in final for final in finals)
              and (n_giants or key != "fve_without_giants")]  # fmt: skip
-    lines = [["member", "step", *(COLUMNS[key] for key in shown)]]
+    lines = [["member", "step", *(title(key, report["pathway"]) for key in shown)]]
     for member in report["members"]:
         for when, step in (("init", 0), ("final", report["step"])):
             lines.append([member["name"], str(step), *(cell(key, member[when].get(key)) for key in shown)])
-    size = f"n = {report['n_features']}, k = {report['k']}, {report['n_eval_tokens']} held-out tokens"
+    kept = f", k = {report['k']}" if report["k"] else ""
+    size = f"n = {report['n_features']}{kept}, {report['n_eval_tokens']} held-out tokens"
     size += f", {n_giants} of them giants ({GIANT:.0f} times the median norm)" if n_giants else ""
     return f"{size}; {_gammas(report)}\n{_aligned(lines)}\n{_dead_means(report)}"
 

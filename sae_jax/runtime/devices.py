@@ -17,8 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sae_jax.autoencoder import sae as sae_lib
-from sae_jax.autoencoder.objective import AllSum
-from sae_jax.autoencoder.sae import FEATURE, MEMBERS
+from sae_jax.autoencoder.sae import FEATURE, MEMBERS, AllSum
 from sae_jax.errors import Preempted, Refused, RunFailed
 
 DATA = "data"  # name of the axis over which a batch is split

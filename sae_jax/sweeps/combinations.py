@@ -30,6 +30,9 @@ CONDITIONS = {
 }
 
 
+YOUNGER = ("sae.activation", "sae.groups", "sae.init_norm", "sparsity.")
+
+
 class Job(NamedTuple):
     """One combination, resolved."""
 
@@ -38,8 +41,10 @@ class Job(NamedTuple):
 
     @property
     def hash(self) -> str:
-        """Of all that its result hangs on."""
-        kept = {key: value for key, value in config_lib.flatten(self.config).items() if key not in FREE_KEYS}
+        """Of all that its result hangs on. Keys that are younger than the first sweeps count where they are set."""
+        plain = config_lib.flatten(config_lib.base())
+        kept = {key: value for key, value in config_lib.flatten(self.config).items()
+                if key not in FREE_KEYS and not (key.startswith(YOUNGER) and value == plain[key])}  # fmt: skip
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

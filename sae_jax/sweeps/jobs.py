@@ -152,8 +152,9 @@ def results(workdir: str, job: Job, path: str) -> list[dict[str, Any]]:
     limit = config.data.model.n_tokens if config.data.model.id else config.data.statistics_tokens
     tokens = files.open_chunks(path).tokens(0, limit) if path else config
     found = diagnosis.diagnose(
-        tokens, n_features=config.sae.n_features, k=config.sae.k, measure=True, seed=config.seed
-    )
+        tokens, n_features=config.sae.n_features, k=config.sae.k or 1, selection=config.sae.activation, measure=True,
+        seed=config.seed,
+    )  # fmt: skip
     base |= {key: found[key] for key in
              ("gamma", "gamma_raw", "gamma_direction", "effective_rank", "d_model", "n_tokens")}  # fmt: skip
     rows = []

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
+from sae_jax.autoencoder import death
 from sae_jax.errors import RunFailed
 from sae_jax.models.sources import Source
 from sae_jax.outliers import giants, preprocess, rounding
@@ -98,6 +99,18 @@ class Ensemble:
         most = giants.giant_norm(norms.rows)
         ordinary = giants.without(self._normed, most, covariance).raw
         return {"giant_norm": np.asarray(most), "ordinary_mu": ordinary.mean}, ordinary
+
+    @property
+    def pathway(self) -> str:
+        """By what features die that are positive somewhere, in a word that is true of every member."""
+        found = {death.pathway(member.sae.activation) for member in self.members.values()}
+        return found.pop() if len(found) == 1 else death.pathway("any")
+
+    @property
+    def k(self) -> int | None:
+        """That of every member, where they have one and the same."""
+        found = {member.sae.k for member in self.members.values()} - {0}
+        return found.pop() if len(found) == 1 else None
 
     def initial_states(self) -> tuple[step_lib.TrainState, ...]:
         """The untrained members, group by group; a pure function of the configuration and the statistics."""

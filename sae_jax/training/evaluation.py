@@ -11,8 +11,7 @@ from jaxtyping import Array, Bool, Float
 from sae_jax.autoencoder import death
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.death import Shift, Sightings
-from sae_jax.autoencoder.objective import AllSum
-from sae_jax.autoencoder.sae import SAE
+from sae_jax.autoencoder.sae import SAE, AllSum
 from sae_jax.errors import RunFailed
 
 
@@ -57,7 +56,7 @@ def evaluate_batch(
 
     def one(sae: SAE) -> tuple[Sightings, Sums]:
         if shards is None:
-            seen, codes = death.sight(sae, x, valid)
+            seen, codes = death.sight(sae, x, valid, allsum)
             error = x - sae_lib.decode(sae, codes)
         else:
             _, error, codes = sae_lib.square_error(sae, x, shards)

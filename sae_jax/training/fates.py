@@ -1,7 +1,8 @@
 """The fate of every feature over a run: alive or dead, by which pathway, when it changed, and where it points.
 
 At every evaluation a feature gets one letter, by what the held-out tokens saw of it (`death.py` has the definitions):
-A alive, T dead by TopK, R dead by ReLU. A string of n letters is what a run keeps; everything else follows from those.
+A alive, T dead by TopK (or by what else selects), R dead by ReLU. A string of n letters is what a run keeps; everything
+else follows from those.
 """
 
 from itertools import product

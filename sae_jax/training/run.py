@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
 from sae_jax.autoencoder import sae as sae_lib
-from sae_jax.autoencoder.objective import AllSum
+from sae_jax.autoencoder.sae import AllSum
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Source, open_source
 from sae_jax.outliers import moments as moments_lib
@@ -236,7 +236,8 @@ class Run:
             "step": self.step,
             **dict(zip(("gamma", "gamma_raw", "gamma_direction"), gammas, strict=True)),
             "n_features": self.config.sae.n_features,
-            "k": self.config.sae.k,
+            "k": self.ensemble.k,
+            "pathway": self.ensemble.pathway,
             "d_model": self.source.d_model,
             "n_eval_tokens": self.source.n_eval_tokens,
             "highest_rate_of_dead": evaluation.highest_rate_of_dead(self.source.n_eval_tokens),
@@ -275,16 +276,18 @@ class Run:
             for group, state in zip(self.groups, states, strict=True):
                 found = evaluation.shifts(step_lib.in_shared_frame(state), tokens, self.source.held_out())
                 for name, shift in zip(group.names, found, strict=True):
-                    shifts[name].append((when, shift))
+                    shifts[name].append((when, shift._replace(pathway=result["pathway"])))
         given, valid = next(self.source.held_out())
         normed = moments_lib.layer_norm(np.asarray(tokens(given), np.float64)[valid])
         standing = moments_lib.moments(normed)
         draw: dict[str, Callable[..., Figure]] = {
-            "deaths": partial(figures.deaths, kept),
+            "deaths": partial(figures.deaths, kept, pathway=result["pathway"]),
             "bias": partial(figures.bias_convergence, kept),
             "shifts": partial(figures.shifts, {name: shifts[name] for name in names}),
             "curves": partial(figures.curves, kept),
-            "comparison": partial(figures.comparison, result["members"][: page.DRAWN]),
+            "comparison": partial(
+                figures.comparison, result["members"][: page.DRAWN], pathway=result["pathway"]
+            ),
             "landscape": partial(
                 figures.landscape, normed[:200], moments_lib.standing_out(standing), len(standing.outlier_dimensions)
             ),

@@ -10,10 +10,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax.autoencoder import balance, death, kept, objective, optimizer, topk
+from sae_jax.autoencoder import balance, death, dense, kept, objective, optimizer, topk
 from sae_jax.autoencoder import sae as sae_lib
-from sae_jax.autoencoder.objective import AllSum
-from sae_jax.autoencoder.sae import SAE
+from sae_jax.autoencoder.sae import SAE, AllSum
 from sae_jax.outliers.preprocess import Preprocessing, fold
 
 
@@ -33,14 +32,24 @@ class Static(NamedTuple):
     beta2: float
     clip_norm: float
     precision: str
+    activation: str
+    init_norm: float
+    threshold: float
+    sparsity: objective.Sparsity
+    sparsity_warmup: int
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Static":
         """The static part of one member's configuration."""
         s, t = config.sae, config.train
+        bandwidth, threshold = (config_lib.of_penalty(config, field) for field in ("bandwidth", "threshold"))
+        sparsity = objective.Sparsity(
+            config.sparsity.preset, config.sparsity.target_l0, bandwidth, dense.groups_of(config.sae.groups)
+        )
         return cls(
             s.n_features, s.k, s.unit_decoder, s.whiten, s.balance, config.auxk.preset, t.steps, t.warmup_steps,
-            t.decay_fraction, t.beta1, t.beta2, t.clip_norm, t.precision,
+            t.decay_fraction, t.beta1, t.beta2, t.clip_norm, t.precision, s.activation, s.init_norm,
+            threshold, sparsity, config.sparsity.warmup_steps,
         )  # fmt: skip
 
 
@@ -52,6 +61,12 @@ class Hyper(struct.PyTreeNode):
     auxk_weight: Any  # ()
     dead_after_tokens: Any  # () int32
     before: Any = None  # Preprocessing that is this member's own; None where it sees the tokens that all share
+
+
+class PenalisedHyper(Hyper):
+    """Of SAEs with a penalty; a class of its own, so that checkpoints of all others stay readable."""
+
+    sparsity_weight: Any = None  # ()
 
 
 class TrainState(struct.PyTreeNode):
@@ -83,12 +98,15 @@ class BalancedState(TrainState):
 
 def hyper(config: ConfigDict) -> Hyper:
     """The varying part of one member's configuration."""
-    return Hyper(
-        learning_rate=jnp.asarray(config.train.learning_rate, float),
-        learn_bias=jnp.asarray(not config.sae.freeze_bias),
-        auxk_weight=jnp.asarray(config_lib.auxk_weight(config), float),
-        dead_after_tokens=jnp.asarray(config_lib.dead_after_tokens(config), jnp.int32),
-    )
+    found: dict[str, Any] = {
+        "learning_rate": jnp.asarray(config.train.learning_rate, float),
+        "learn_bias": jnp.asarray(not config.sae.freeze_bias),
+        "auxk_weight": jnp.asarray(config_lib.auxk_weight(config), float),
+        "dead_after_tokens": jnp.asarray(config_lib.dead_after_tokens(config), jnp.int32),
+    }
+    if config.sparsity.preset == "none":
+        return Hyper(**found)
+    return PenalisedHyper(**found, sparsity_weight=jnp.asarray(config_lib.of_penalty(config, "weight"), float))
 
 
 def schedule(static: Static, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -105,16 +123,25 @@ def schedule(static: Static, step: Int[Array, ""]) -> Float[Array, ""]:
     return factor
 
 
+def sparsity_weight(state: TrainState, static: Static) -> Float[Array, ""]:
+    """The weight of the penalty at a step, counted from 0: linear from 0 over its warm-up, as the libraries do it."""
+    if not isinstance(state.hyper, PenalisedHyper):
+        return jnp.zeros(())
+    whole: Array = state.hyper.sparsity_weight
+    return whole * jnp.minimum(state.step / static.sparsity_warmup, 1.0) if static.sparsity_warmup else whole
+
+
 def init_state(key: PRNGKeyArray, static: Static, hyper: Hyper, center: Float[Array, "d"]) -> TrainState:
     """A fresh SAE whose b_dec starts at `center`, nothing yet counted as silent."""
-    sae = sae_lib.init(key, static.n_features, static.k, center)
-    fresh: dict[str, Any] = {
+    fresh = sae_lib.init(key, static.n_features, static.k, center, static.init_norm)
+    sae = dense.of(fresh, static.activation, static.threshold)
+    start: dict[str, Any] = {
         "step": jnp.zeros((), jnp.int32), "sae": sae, "moments": optimizer.init(sae),
         "tokens_since_fired": jnp.zeros(static.n_features, jnp.int32), "hyper": hyper,
     }  # fmt: skip
     if static.balance:
-        return BalancedState(**fresh, beta=jnp.zeros(static.n_features, center.dtype))
-    return TrainState(**fresh)
+        return BalancedState(**start, beta=jnp.zeros(static.n_features, center.dtype))
+    return TrainState(**start)
 
 
 def descend(
@@ -152,17 +179,18 @@ def train_step(
     dead = state.tokens_since_fired >= state.hyper.dead_after_tokens
     n_dead = topk.over_shards(dead.sum(), shards)
 
+    weight = sparsity_weight(state, static)
     lift = state.beta * balance.fading(state.step, static.steps) if isinstance(state, BalancedState) else None
 
     def gradients(auxk: bool) -> Any:
         def share(sae: SAE) -> tuple[jax.Array, objective.Batch]:
             return objective.loss(
                 sae, x, dead, state.hyper.auxk_weight, preset=static.preset, auxk=auxk, allsum=allsum, shards=shards,
-                precision=static.precision, lift=lift,
+                precision=static.precision, lift=lift, sparsity=static.sparsity, sparsity_weight=weight,
             )  # fmt: skip
 
         (loss, batch), grads = jax.value_and_grad(share, has_aux=True)(state.sae)
-        return loss, grads, sae_lib.fired(batch.codes, dead.shape[0]), batch.fve, batch.l0
+        return loss, grads, sae_lib.fired(batch.codes, dead.shape[0]), batch.fve, batch.l0, batch.least
 
     if static.preset == "none":
         found = gradients(auxk=False)
@@ -170,10 +198,11 @@ def train_step(
         # Two whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
         awake = anywhere((state.hyper.auxk_weight > 0) & (n_dead > 0))
         found = jax.lax.cond(awake, lambda: gradients(auxk=True), lambda: gradients(auxk=False))
-    loss_share, grads, fired, fve, l0 = found
+    loss_share, grads, fired, fve, l0, least = found
     loss, grads, n_fired, n_tokens = allsum((loss_share, grads, fired, jnp.asarray(x.shape[0], jnp.int32)))
 
     sae, moments, grad_norm = descend(state, grads, static, shards)
+    sae = dense.after_step(sae, least)
     silent = death.count_tokens(state.tokens_since_fired, n_fired > 0, n_tokens)
     n_silent = topk.over_shards((silent >= state.hyper.dead_after_tokens).sum(), shards)
     metrics = {
@@ -183,8 +212,8 @@ def train_step(
     if isinstance(state, BalancedState):
         rate = state.hyper.learning_rate * schedule(static, state.step)
         state = state.replace(beta=balance.update(
-            state.beta, n_fired, silent, n_tokens, n_features=static.n_features, k=static.k, d_model=x.shape[1],
-            rate=rate,
+            state.beta, n_fired, silent, n_tokens, n_features=static.n_features, k=static.k or jnp.maximum(l0, 1.0),
+            d_model=x.shape[1], rate=rate,
         ))  # fmt: skip
     state = state.replace(step=state.step + 1, sae=sae, moments=moments, tokens_since_fired=silent)
     return state, metrics

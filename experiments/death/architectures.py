@@ -1,0 +1,215 @@
+"""Does the mean kill features in BatchTopK, Matryoshka, JumpReLU and ReLU SAEs as well, and do the cures hold?
+
+    python -m experiments.death.architectures --workdir=runs/architectures --scale=cpu --on=synthetic,9
+
+`synthetic`: 256 true features in 64 dimensions, 5 active a token, one row each (n 256), a mean of gamma times the
+signal; 4,000 steps of 128 at 1e-3. A number is a block of Gemma 3 270M, MODEL-NUMBER one of another model (n 1024, or
+4 d_model where that is fewer; 5,000 steps of 256 at 3e-4; `--activations=9=PATH` takes one from a file). Three
+initialisations. All are held to the same L0 of 8, within 5 %: of JumpReLU and ReLU the
+weight of the penalty is sought for each arm, by runs over a grid and a secant, on the first initialisation. Losses are
+SAELens' (`autoencoder/jumprelu.py`, `autoencoder/relu.py`), with decoder rows of unit norm throughout.
+
+Every arm is a run of its own under the workdir: what is stopped goes on, what has ended is read. Writes
+architectures.csv and architectures.png.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib
+import numpy as np
+from absl import flags
+from etils import epath
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from configs import synthetic as synthetic_config
+from experiments import command
+from sae_jax.config import base
+from sae_jax.models import facts
+from sae_jax.outliers import selections
+from sae_jax.reports import figures, tables
+from sae_jax.training import run as run_lib
+
+SEEDS = (0, 1, 2)
+GAMMAS = {"baseline": (0.0, 2.0, 5.0, 10.0, 20.0, 40.0), "auxk": (5.0, 20.0), "centred": (20.0,), "balance": (20.0,)}
+TOLERANCE = 0.05  # of L0
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "batch_topk": {"sae.activation": "batch_topk"},
+    "matryoshka": {"sae.activation": "batch_topk", "sae.groups": "a quarter"},
+    "jumprelu": {"sae.activation": "jumprelu", "sae.k": 0, "sparsity.preset": "saelens"},
+    "relu": {"sae.activation": "relu", "sae.k": 0, "sparsity.preset": "saelens"},
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "auxk": {"auxk.preset": "dictionary_learning"},
+    "centred": {"sae.center": "geometric_median"},
+    "balance": {"sae.center": "geometric_median", "sae.balance": True},
+}
+WEIGHTS = np.geomspace(0.06, 1, 5)  # the grid of the penalty's, times √d, in which tokens are as long
+GIVEN = flags.DEFINE_multi_string("activations", [], "LAYER=PATH: those of one layer, in place of extracting them")
+ON = flags.DEFINE_list("on", ["synthetic"], "synthetic, blocks of Gemma 3 270M, or MODEL-BLOCK")
+CHOSEN = flags.DEFINE_list("only", [], "architectures; all, if none is named")
+SHOWN = {"baseline": "baseline", "auxk": "AuxK", "centred": "centred", "balance": "balanced"}
+NAMES = selections.NAMES | {"matryoshka": "Matryoshka BatchTopK"}
+KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "fve", "fve_without_giants", "l0", "mmcs")
+
+
+def arms_of(architecture: str) -> list[str]:
+    """AuxK is no part of a library's JumpReLU or ReLU, and a ReLU selects nothing that could be balanced."""
+    without = {"jumprelu": {"auxk"}, "relu": {"auxk", "balance"}}.get(architecture, set())
+    return [arm for arm in ARMS if arm not in without]
+
+
+def settings(on: str, scale: str, architecture: str, arm: str) -> ConfigDict:
+    """The configuration that members share."""
+    if on == "synthetic":
+        c = synthetic_config.get_config()
+        c.sae.n_features, c.train.steps = 256, 4000
+        c.data.statistics_tokens, c.eval.n_tokens = 20_000, 20_000  # which are made anew each time they are needed
+    else:
+        model, _, block = on.rpartition("-")
+        c = base()
+        c.train.batch_size, c.data.model.id, c.data.model.layer = 256, model or facts.GEMMA, int(block)
+        c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000
+        facts.check(c.data.model, [c.data.model.layer])
+        c.sae.n_features, c.sae.k, c.train.steps = min(1024, 4 * (facts.width(c.data.model) or 1024)), 8, 5000
+    c.train.devices, c.auxk.preset, c.train.steps_per_dispatch = 1, "none", 100
+    if scale == "smoke":
+        c.data.model.id, c.data.signal, c.data.d_model, c.data.statistics_tokens = "", "sparse", 16, 1000
+        c.sae.n_features, c.sae.k, c.train.steps = 32, 4, 40
+        c.eval.n_tokens, c.eval.batch_size, c.train.steps_per_dispatch = 1000, 500, 20
+    c.checkpoint.every = c.train.steps
+    c.auxk.dead_after_tokens = c.train.batch_size * max(1, c.train.steps // 20)
+    for given in GIVEN.value if flags.FLAGS.is_parsed() else []:
+        name, _, path = given.partition("=")
+        if name == on:
+            c.data.path = path
+    own = {**ARCHITECTURES[architecture], **ARMS[arm]}
+    if "sae.groups" in own:
+        own["sae.groups"] = f"{c.sae.n_features // 4},{c.sae.n_features}"
+    c.members = ConfigDict()
+    c.update_from_flattened_dict(own)
+    return c
+
+
+def trained(c: ConfigDict, members: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """A run of these members: name → its report."""
+    config = ConfigDict(c.to_dict())
+    config.members = ConfigDict(members)
+    with mock.patch.object(run_lib.Run, "_draw"):  # no pages of runs that nobody looks at
+        return {member["name"]: member for member in run_lib.train(config, str(folder))["members"]}
+
+
+def member(point: str, seed: int, weight: float | None = None) -> dict[str, Any]:
+    """One SAE: of synthetic data a point is a gamma."""
+    found: dict[str, Any] = {"seed": seed}
+    if point.startswith("gamma "):
+        found["data"] = {"gamma": float(point.removeprefix("gamma "))}
+    return found | ({} if weight is None else {"sparsity": {"weight": weight}})
+
+
+def matched(c: ConfigDict, points: Iterable[str], target: float, root: float, folder: Path) -> dict[str, float]:
+    """The weight of the penalty at which each point ends with this L0, or comes nearest to it."""
+    names = {f"{point}, {i}": (point, weight) for point in points for i, weight in enumerate(root * np.array(WEIGHTS))}
+    found = trained(c, {name: member(point, SEEDS[0], weight) for name, (point, weight) in names.items()}, folder)
+    known: dict[str, list[tuple[float, float]]] = {point: [] for point, _ in names.values()}
+    for name, (point, weight) in names.items():
+        known[point].append((float(np.log(weight)), float(np.log(max(found[name]["final"]["l0"], 1e-3)))))
+    for again in range(5):
+        best = {point: _between(pairs, np.log(target)) for point, pairs in known.items()
+                if min(abs(l0 - np.log(target)) for _, l0 in pairs) > TOLERANCE / 2}  # fmt: skip
+        tries = {point: weight for point, weight in best.items() if weight is not None}
+        if not tries:
+            break
+        tried = trained(c, {point: member(point, SEEDS[0], float(np.exp(weight))) for point, weight in tries.items()},
+                        folder.with_name(f"{folder.name}_{again}"))  # fmt: skip
+        for point, weight in tries.items():
+            known[point].append((weight, float(np.log(max(tried[point]["final"]["l0"], 1e-3)))))
+    nearest = {point: min(pairs, key=lambda pair: abs(pair[1] - np.log(target))) for point, pairs in known.items()}
+    return {point: float(np.exp(weight)) for point, (weight, _) in nearest.items()}
+
+
+def _between(pairs: list[tuple[float, float]], target: float) -> float | None:
+    """log weight at which the line through the two neighbours of a log L0 reaches it; L0 falls with the weight."""
+    pairs = sorted(pairs)
+    for (a, high), (b, low) in zip(pairs, pairs[1:], strict=False):
+        if low <= target <= high and high > low:
+            return a + (b - a) * (high - target) / (high - low)
+    return None
+
+
+def main(workdir: Path, scale: str) -> None:
+    """Trains, prints, writes the table and draws it."""
+    rows: list[dict[str, Any]] = []
+    chosen = CHOSEN.value if flags.FLAGS.is_parsed() and CHOSEN.value else list(ARCHITECTURES)
+    for on in ON.value if flags.FLAGS.is_parsed() else ["synthetic"]:
+        for architecture in chosen:
+            for arm in arms_of(architecture):
+                c = settings(on, scale, architecture, arm)
+                target = settings(on, scale, "topk", arm).sae.k
+                points = [f"gamma {gamma:g}" for gamma in GAMMAS[arm]] if on == "synthetic" else [on]
+                points = points[:1] if scale == "smoke" else points
+                folder = workdir / f"{on}_{architecture}_{arm}"
+                weights = dict.fromkeys(points, None)
+                if c.sparsity.preset != "none":
+                    root = (c.data.d_model if c.data.signal else facts.width(c.data.model) or 1) ** 0.5
+                    weights = matched(c, points, target, root, folder.with_name(f"{folder.name}_weights"))
+                report = trained(c, {f"{point} seed {seed}": member(point, seed, weights[point])
+                                     for point in points for seed in SEEDS}, folder)  # fmt: skip
+                for point in points:
+                    mine = [report[f"{point} seed {seed}"] for seed in SEEDS]
+                    for seed, found in zip(SEEDS, mine, strict=True):
+                        rows.append({
+                            "on": point, "architecture": architecture, "arm": arm, "seed": str(seed),
+                            "n": str(c.sae.n_features), "target_l0": str(target), "steps": str(c.train.steps),
+                            "weight": "" if weights[point] is None else f"{weights[point]:.4g}",
+                            "init_dead_by_relu": found["init"]["dead_by_relu"],
+                            "init_dead_total": found["init"]["dead_total"],
+                            **{key: found["final"].get(key) for key in KEYS},
+                        })  # fmt: skip
+                    final = {key: np.mean([np.nan if one["final"].get(key) is None else one["final"][key]
+                                           for one in mine]) for key in KEYS}  # fmt: skip
+                    print(f"{point:10s} {architecture:11s} {arm:9s} {tables.one_line(final)}", flush=True)
+                tables.write_csv(workdir / "architectures.csv", rows)
+    figures.save(drawn(rows), epath.Path(workdir) / "architectures.png")
+
+
+def drawn(rows: list[dict[str, Any]]) -> Figure:
+    """Dead at the end by pathway, a panel an architecture: the baselines, then the arms at the largest of their points.
+
+    Bars are means over initialisations, whiskers reach from the least to the most dead in total.
+    """
+    names = list(dict.fromkeys(row["architecture"] for row in rows))
+    with matplotlib.rc_context(figures.STYLE):
+        figure, axes = figures.panels(len(names), 3, 2.4, False, sharey=True)
+        for axis, name in zip(axes, names, strict=True):
+            mine = [row for row in rows if row["architecture"] == name]
+            last = {row["arm"]: row["on"] for row in mine if row["arm"] != "baseline"}
+            bars = [("baseline", on) for on in dict.fromkeys(r["on"] for r in mine if r["arm"] == "baseline")]
+            bars += list(last.items())
+            for place, (arm, on) in enumerate(bars):
+                found = [row for row in mine if (row["arm"], row["on"]) == (arm, on)]
+                relu, other, total = (100 * np.array([float(row[key]) for row in found]) for key in KEYS[:3])
+                axis.bar(place, relu.mean(), 0.75, color=figures.RELU, label="dead by ReLU")
+                axis.bar(place, other.mean(), 0.75, bottom=relu.mean(), color=figures.TOPK, label="dead by selection")
+                ends = [[total.mean() - total.min()], [total.max() - total.mean()]]
+                axis.errorbar(place, total.mean(), ends, color="black", lw=0.8, capsize=2)
+            ticks = [on.removeprefix("gamma ") if arm == "baseline" else SHOWN[arm] for arm, on in bars]
+            axis.set_xticks(range(len(bars)), ticks, rotation=90 if len(bars) > 5 else 0)
+            axis.grid(visible=False, axis="x")
+            _, at, number = bars[-1][1].partition("gamma ")
+            axis.set(title=NAMES.get(name, name), ylim=(0, 102), xlabel=f"gamma; the rest at {number}" if at else "")
+        for axis in axes[::3]:
+            axis.set_ylabel("features dead (%)")
+        handles, labels = axes[0].get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        figure.legend(once.values(), once.keys(), loc="lower right")
+    return figure
+
+
+if __name__ == "__main__":
+    command.start(main, "architectures")
