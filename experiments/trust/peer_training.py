@@ -124,7 +124,7 @@ def timed(name: str, rounds: int) -> dict[str, float]:
               **own, **groups})  # fmt: skip
     static = step_lib.Static.of(c)
     fresh = step_lib.init_state(jax.random.key(0), static, step_lib.hyper(c), jnp.zeros(D))
-    state = [jax.tree.map(jnp.array, fresh)]  # encoder and decoder start as one buffer, which cannot be given away twice
+    state = [jax.tree.map(jnp.array, fresh)]  # encoder and decoder start as one buffer: not to be given away twice
     step = jax.jit(partial(step_lib.train_step, static=static), donate_argnums=0)
 
     def ours() -> None:
