@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from configs import synthetic as synthetic_config
 from experiments import command
+from experiments.death.race import GIVEN, said
 from sae_jax.config import base
 from sae_jax.models import facts
 from sae_jax.outliers import selections
@@ -50,7 +51,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "balance": {"sae.center": "geometric_median", "sae.balance": True},
 }
 WEIGHTS = np.geomspace(0.06, 1, 5)  # the grid of the penalty's, times √d, in which tokens are as long
-GIVEN = flags.DEFINE_multi_string("activations", [], "LAYER=PATH: those of one layer, in place of extracting them")
 ON = flags.DEFINE_list("on", ["synthetic"], "synthetic, blocks of Gemma 3 270M, or MODEL-BLOCK")
 CHOSEN = flags.DEFINE_list("only", [], "architectures; all, if none is named")
 SHOWN = {"baseline": "baseline", "auxk": "AuxK", "centred": "centred", "balance": "balanced"}
@@ -84,7 +84,7 @@ def settings(on: str, scale: str, architecture: str, arm: str) -> ConfigDict:
         c.eval.n_tokens, c.eval.batch_size, c.train.steps_per_dispatch = 1000, 500, 20
     c.checkpoint.every = c.train.steps
     c.auxk.dead_after_tokens = c.train.batch_size * max(1, c.train.steps // 20)
-    for given in GIVEN.value if flags.FLAGS.is_parsed() else []:
+    for given in said(GIVEN):
         name, _, path = given.partition("=")
         if name == on:
             c.data.path = path
@@ -145,8 +145,8 @@ def _between(pairs: list[tuple[float, float]], target: float) -> float | None:
 def main(workdir: Path, scale: str) -> None:
     """Trains, prints, writes the table and draws it."""
     rows: list[dict[str, Any]] = []
-    chosen = CHOSEN.value if flags.FLAGS.is_parsed() and CHOSEN.value else list(ARCHITECTURES)
-    for on in ON.value if flags.FLAGS.is_parsed() else ["synthetic"]:
+    chosen = said(CHOSEN) or list(ARCHITECTURES)
+    for on in said(ON):
         for architecture in chosen:
             for arm in arms_of(architecture):
                 c = settings(on, scale, architecture, arm)
