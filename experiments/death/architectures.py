@@ -52,7 +52,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 WEIGHTS = np.geomspace(0.06, 1, 5)  # the grid of the penalty's, times √d, in which tokens are as long
 ON = flags.DEFINE_list("on", ["synthetic"], "synthetic, blocks of Gemma 3 270M, or MODEL-BLOCK")
-CHOSEN = flags.DEFINE_list("only", [], "architectures; all, if none is named")
+CHOSEN = flags.DEFINE_list("kinds", [], "architectures; all, if none is named")
 SHOWN = {"baseline": "baseline", "auxk": "AuxK", "centred": "centred", "balance": "balanced"}
 NAMES = selections.NAMES | {"matryoshka": "Matryoshka BatchTopK"}
 KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "fve", "fve_without_giants", "l0", "mmcs")
