@@ -5,9 +5,9 @@
 `synthetic`: 256 true features in 64 dimensions, 5 active a token, one row each (n 256), a mean of gamma times the
 signal; 4,000 steps of 128 at 1e-3. A number is a block of Gemma 3 270M, MODEL-NUMBER one of another model (n 1024, or
 4 d_model where that is fewer; 5,000 steps of 256 at 3e-4; `--activations=9=PATH` takes one from a file). Three
-initialisations. All are held to the same L0 of 8, within 5 %: of JumpReLU and ReLU the
-weight of the penalty is sought for each arm, by runs over a grid and a secant, on the first initialisation. Losses are
-SAELens' (`autoencoder/jumprelu.py`, `autoencoder/relu.py`), with decoder rows of unit norm throughout.
+initialisations. All are held to the same L0 of 8, within 5 % where they can be: of JumpReLU and ReLU the weight of the
+penalty is sought for each arm, by runs over a grid and a secant, on the first initialisation. Losses are SAELens'
+(`autoencoder/jumprelu.py`, `autoencoder/relu.py`), with decoder rows of unit norm throughout.
 
 Every arm is a run of its own under the workdir: what is stopped goes on, what has ended is read. Writes
 architectures.csv and architectures.png.

@@ -5,9 +5,9 @@
 Data of `configs/synthetic.py` at gamma 0 (256 true features in 64 dimensions), n 256, 4,000 steps of 128 at 1e-3 with a
 decay over the last fifth. Both let decoder rows have any norm, from 0.1 on, as SAELens ships; `unit` in the table is
 ours with rows of unit norm. What SAELens saves for inference is read and run by our reader, on the same 20,000 held-out
-tokens. It ranks pre-activations by the norms of decoder rows, which we do not. Of JumpReLU and ReLU the weight
-of our penalty is sought that gives SAELens' L0. Then, in turns, the seconds of a step of each at a larger size (n 8192,
-d 768, a batch of 2048), as the median of pairs: on an idle machine. About 15 minutes on 2 CPU cores.
+tokens. It ranks pre-activations by the norms of decoder rows, which we do not. Of JumpReLU and ReLU the weight of our
+penalty is sought that gives SAELens' L0. Then, in turns, the seconds of a step of each at a larger size (n 8192, d 768,
+a batch of 2048), as the median of pairs: on an idle machine. About 30 minutes on 2 CPU cores.
 """
 
 import argparse

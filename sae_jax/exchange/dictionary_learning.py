@@ -62,7 +62,7 @@ def write(sae: SAE, flag: str, metadata: dict[str, Any]) -> dict[str, bytes]:
 
 def _state(sae: SAE, metadata: dict[str, Any]) -> tuple[str, Arrays]:
     """The class that an SAE is there, and its arrays."""
-    kind, groups = _class(sae, metadata), groups_of(metadata.get("config", {}).get("sae.groups", ""))
+    kind = _class(sae, metadata)
     linear = {"encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "decoder.weight": sae.W_dec.T.copy()}
     turned = {"W_enc": sae.W_enc.T.copy(), "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     counted = {"k": np.asarray(sae.k, np.int32), "threshold": np.asarray(-1, np.float32)}  # −1: not set
@@ -74,7 +74,7 @@ def _state(sae: SAE, metadata: dict[str, Any]) -> tuple[str, Arrays]:
         b_enc = sae.b_enc - np.asarray(sae.W_enc, np.float64) @ sae.b_dec
         return kind, turned | {"b_enc": np.float32(b_enc), "threshold": counted["threshold"]}
     if kind == "MatryoshkaBatchTopKSAE":
-        return kind, turned | counted | {"group_sizes": np.diff((0, *groups))}
+        return kind, turned | counted | {"group_sizes": np.diff((0, *groups_of(metadata["config"]["sae.groups"])))}
     return kind, linear | {"b_dec": sae.b_dec} | counted
 
 
