@@ -146,9 +146,7 @@ def evaluation_steps(config: ConfigDict) -> list[int]:
 
 def dead_after_tokens(config: ConfigDict) -> int:
     """Tokens without firing after which AuxK takes a feature for dead."""
-    return config.auxk.dead_after_tokens or min(
-        10_000_000, max(1, config.train.steps * config.train.batch_size // 20)
-    )
+    return config.auxk.dead_after_tokens or min(10_000_000, max(1, config.train.steps * config.train.batch_size // 20))
 
 
 def auxk_weight(config: ConfigDict) -> float:
@@ -236,15 +234,6 @@ def changed(config: ConfigDict, held: dict[str, Any], folder: str) -> tuple[str,
 def _place(folder: str, path: str) -> str:
     """Where a path leads, seen from a folder; addresses stay as they are."""
     return path if "://" in path or path.startswith("hf:") else os.path.realpath(os.path.join(folder, path))
-
-
-def without_folders(config: ConfigDict) -> dict[str, Any]:
-    """`identity`, of paths on this machine the last component only: what may be shown to others."""
-    flat = identity(config)
-    for key in (*PATH_KEYS, "data.model.id"):
-        if flat[key] and (key in PATH_KEYS or os.path.exists(flat[key])) and flat[key] == flat[key].removeprefix("hf:"):
-            flat[key] = os.path.basename(flat[key].rstrip("/"))
-    return flat
 
 
 def split_member(config: ConfigDict, key: str) -> tuple[str, str]:

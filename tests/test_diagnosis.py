@@ -13,7 +13,7 @@ from test_theory import count_deaths
 import sae_jax
 from sae_jax import cli
 from sae_jax.activations import store
-from sae_jax.diagnosis import diagnosis, recipes, remedies
+from sae_jax.diagnosis import diagnosis, recipes, remedies, survey
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models import sources
 from sae_jax.outliers.probes import Forecast
@@ -191,14 +191,14 @@ def test_more_tokens_than_a_batch_and_a_sample_are_all_seen(rng, monkeypatch):
     plain = sae_jax.diagnose(x, measure=True, **SIZE)
     monkeypatch.setattr(sources, "BATCH", 300)
     monkeypatch.setattr(remedies, "BATCH", 300)
-    monkeypatch.setattr(diagnosis, "SAMPLE", 100)
+    monkeypatch.setattr(survey, "SAMPLE", 100)
     cut = sae_jax.diagnose(x, measure=True, **SIZE)
     assert cut["gamma"] == pytest.approx(plain["gamma"], rel=1e-9)
     for name in ("none", "mean", "layer_norm_centred", "whitening"):
         for key in ("probe", "measured"):
             for pathway, value in plain["remedies"][name][key].items():
                 assert cut["remedies"][name][key][pathway] == pytest.approx(value, abs=0.005)
-    _, sample, _ = diagnosis.first_pass(sources.open_tokens(x))
+    _, sample, _ = survey.first_pass(sources.open_tokens(x))
     rows = np.flatnonzero((x[:, None, 0] == sample[None, :, 0]).any(axis=1))
     assert 75 <= len(sample) <= 200
     assert len(rows) == len(sample)

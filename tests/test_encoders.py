@@ -284,6 +284,7 @@ def test_saelens_before_version_6(sae_lens, x, tmp_path, version):
         "standard": ({"architecture": "standard", "activation_fn_str": "relu"}, "relu", None),
         "topk": ({"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}, "topk",
                  K),
+        "normed": ({"normalize_activations": "layer_norm"}, "relu", None),
         "new key": ({"activation_fn": "topk", "activation_fn_kwargs": {"k": K}}, "topk", K),
     }
     for name, (config, rule, k) in cases.items():
@@ -296,6 +297,7 @@ def test_saelens_before_version_6(sae_lens, x, tmp_path, version):
         (tmp_path / name / "cfg.json").write_text(json.dumps(config))
         opened = registry.read(epath.Path(tmp_path / name))
         assert (opened.encoder.rule, opened.encoder.k) == (rule, k)
+        assert opened.encoder.norm == ("sample_layer_norm" if name == "normed" else "none")
         assert opened.metadata["hook_name"] == "blocks.1.hook_resid_pre"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -241,7 +241,7 @@ def test_names_that_no_project_can_have_are_refused(tiny, name):
 def test_what_is_shown_to_others_names_no_folder(tmp_path):
     config = config_lib.base({"data.path": "/a/x.npy", "data.model.text": "hf:o/d", "data.model.dna": "a/b.fasta"})
     config.data.model.id = str(tmp_path)
-    shown = config_lib.without_folders(config)
+    shown = boards.without_folders(config)
     found = [shown[f"data.{key}"] for key in ("path", "model.text", "model.dna", "model.id")]
     assert found == ["x.npy", "hf:o/d", "b.fasta", tmp_path.name]
     assert "data.model.cache" not in shown

@@ -177,6 +177,11 @@ def test_the_figure_of_shifts_leaves_padding_out(rng):
     assert found.n_tokens == 50
 
 
+def test_where_nothing_varies_nothing_is_explained():
+    assert evaluation.explained(1.0, 0.0) is None
+    assert evaluation.explained(1.0, 4.0) == 0.75
+
+
 def test_fates_have_the_cosine_with_the_mean_at_both_ends(tiny, tmp_path):
     tiny.train.steps, tiny.train.learning_rate, tiny.members = 4, 0.05, ConfigDict()
     sae_jax.train(tiny, str(tmp_path))

@@ -103,6 +103,17 @@ def test_the_sweep_is_the_papers_454_layers(capsys, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_the_layers_of_a_model_share_one_forward_pass():
+    """24 d² FLOPs a token and block, up to the deepest layer; then moments and six remedies counted, of each layer."""
+    found = combinations.selected(jobs("sweep"), ["model=gpt2", "layer=2-3"])
+    tokens, n = found[0].config.data.model.n_tokens, found[0].config.sae.n_features
+    each = 2 * tokens * 768 * (3 * 768 + 6 * (n + 512))
+    of_model, whole = combinations.plan(found).splitlines()[-2:]
+    said = f"{(24 * 768**2 * tokens * 3 + 2 * each) / 1e12:.1f} TFLOP, {2 * tokens * 768 * 4 / 1e9:.1f} GB"
+    assert of_model.startswith(f"gpt2: 2 combinations, layers 2–3, d_model 768, {said}")
+    assert whole.startswith("2 combinations")
+
+
 def config_of(path):
     return flags.load(str(path))
 

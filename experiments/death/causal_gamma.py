@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 from matplotlib.figure import Figure
 
-from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.diagnosis import diagnosis, remedies, survey
 from sae_jax.models import extraction, sources
 from sae_jax.outliers.preprocess import Preprocessing
 from sae_jax.reports import figures, tables
@@ -36,7 +36,7 @@ def layer_rows(model: str, layer: int) -> list[dict[str, Any]]:
     rows = []
     for g in SCALES:
         tokens = sources.open_tokens((x + (g - 1) * mu).astype(np.float32))
-        severity, sample, _ = diagnosis.first_pass(tokens)
+        severity, sample, _ = survey.first_pass(tokens)
         found = remedies.measured_deaths(tokens, plain, SIZE, K, seed=1)["none"]
         probe = remedies.forecast(tokens, plain, severity.raw.mean, 512, seed=0)["none"].deaths(SIZE, K)
         law = diagnosis.predictions(severity, sample, SIZE, K)["spectrum"]

@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 
 from sae_jax import config as config_lib
-from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.diagnosis import diagnosis, remedies, survey
 from sae_jax.models import sources
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import Preprocessing
@@ -33,7 +33,7 @@ LAWS = ("paper", "finite_gamma", "token_integral", "two_gammas", "spectrum", "pr
 def cell(signal: np.ndarray, mu: np.ndarray, seed: int) -> dict[str, Any]:
     """All predictions and the count for tokens mu + signal."""
     tokens = sources.open_tokens((signal + mu).astype(np.float32))
-    severity, sample, _ = diagnosis.first_pass(tokens)
+    severity, sample, _ = survey.first_pass(tokens)
     summary = diagnosis.predictions(severity, sample, SIZE, K)
     plain = {"none": Preprocessing(shift=jnp.zeros(D, jnp.float32))}
     probes = remedies.forecast(tokens, plain, severity.raw.mean, N_PROBES.value, seed)["none"]

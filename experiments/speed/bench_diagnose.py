@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.diagnosis import remedies, survey
 from sae_jax.models import sources
 from sae_jax.outliers import moments as moments_lib
 
@@ -65,7 +65,7 @@ def main(_: list[str]) -> None:
     tokens = sources.open_tokens(str(path))
     seconds = {}
     start = time.perf_counter()
-    severity, sample, _ = diagnosis.first_pass(tokens)
+    severity, sample, _ = survey.first_pass(tokens)
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean)
     choices = remedies.preprocessings(severity, median)
     seconds["moments"] = time.perf_counter() - start

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from sae_jax.autoencoder import death
 from sae_jax.autoencoder.sae import SAE
-from sae_jax.diagnosis import columns, diagnosis, pictures, remedies, targets, texts
+from sae_jax.diagnosis import columns, diagnosis, pictures, remedies, survey, targets, texts
 from sae_jax.diagnosis.diagnosis import Report
 from sae_jax.diagnosis.targets import Target
 from sae_jax.errors import Refused
@@ -78,10 +78,10 @@ def dissect(
         targets.check(target, activations, encoder, name)
     fits = partial(_check_memory, encoder, name, n_probes=n_probes)
     plain = open_tokens(activations, fits)
-    tokens, scale = diagnosis.rescaled(_normed(plain, encoder.norm))
+    tokens, scale = survey.rescaled(_normed(plain, encoder.norm))
     if tokens.d_model != d_model:
         raise Refused("--sae", name, f"an SAE of the activations' width {tokens.d_model}, not {d_model}")
-    severity, sample, counts = diagnosis.first_pass(tokens, of_directions=False)
+    severity, sample, counts = survey.first_pass(tokens, of_directions=False)
     ordinary = giants.without(tokens.batches, counts.giant_norm) if counts.any_giant else severity
     mu = severity.raw.mean / scale
     read = texts.opened(activations, tokens.identity, opened.metadata) if workdir else None
@@ -95,7 +95,7 @@ def dissect(
     left = mu - b_in
     share = left**2 / max(float(left @ left), np.finfo(np.float64).tiny)
 
-    result = Report(diagnosis.summary(severity), n_features=n_features, k=encoder.k, sae=name, norm=encoder.norm)
+    result = Report(survey.summary(severity), n_features=n_features, k=encoder.k, sae=name, norm=encoder.norm)
     result |= {"architecture": encoder.name, "library": opened.library, "subtracts_b_dec": encoder.subtracts}
     result["pathway"] = encoder.pathway
     # What the decoder puts back of the mean: of a transcoder it is of other activations.
@@ -117,7 +117,7 @@ def dissect(
     result["advice"] = _verdict(result, opened)
     result |= {"dead_over_tokens": curve, "n_giant_tokens": severity.raw.n_tokens - ordinary.raw.n_tokens}
     result |= {"without_giants": ordinary.gammas()}
-    result["warnings"] = diagnosis.warnings(severity, counts.bits)
+    result["warnings"] = survey.warnings(severity, counts.bits)
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result["target"] = goal.summary() if goal else None
     result |= {"n_zero_tokens": counts.n_zero, "n_probes": n_probes, "seed": seed, "data": tokens.identity}
@@ -132,7 +132,7 @@ def dissect(
             figures.shifts, {"SAE": [("as it is", here.shift), ("bias moved to the mean", moved.shift)]}
         ),
         "alignment": partial(autopsy_figures.alignment, cosines, here.shift),
-        "landscape": partial(pictures.landscape, sample, result),
+        "landscape": partial(pictures.landscape, sample, severity),
     }  # fmt: skip
     result.figures = {name: one() for name, one in draw.items()}
     if workdir:

@@ -6,11 +6,11 @@ every remedy, is a third pass and costs what the first two save.
 
 import importlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Thread
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -18,20 +18,17 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax.diagnosis import recipes, remedies
-from sae_jax.errors import Refused, RunFailed
-from sae_jax.models.sources import Tokens, open_tokens
-from sae_jax.outliers import giants, rounding, selections, theory
+from sae_jax.diagnosis import recipes, remedies, survey
+from sae_jax.errors import Refused
+from sae_jax.models.sources import open_tokens
+from sae_jax.outliers import giants, selections, theory
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.probes import places
 from sae_jax.reports import tables
-from sae_jax.runtime import progress
+from sae_jax.runtime import disk
 from sae_jax.training import evaluation
 
-SAMPLE = 4096  # tokens kept aside in the first pass: for the median, the cosines and the pictures
-MIN_TOKENS = 256  # with fewer, or fewer than 2 a dimension, the report warns
-FEWEST = 16
 N_PROBES = 512
 RUN = "config.json"  # checkpoint.CONFIG, without orbax: it takes as long to import as a small diagnosis
 
@@ -95,8 +92,9 @@ def diagnose(
         n_features, k = planned.sae.n_features, planned.sae.k
         after_training = pilot_lib.forecast(planned, str(workdir))
     fits = partial(remedies.check_memory, n_features=n_features, n_probes=n_probes, measure=measure, rule=selection)
-    tokens, scale = rescaled(open_tokens(activations, fits))
-    severity, sample, counts = first_pass(tokens)
+    Thread(target=importlib.import_module, args=("matplotlib.figure",)).start()  # long before it is needed
+    tokens, scale = survey.rescaled(open_tokens(activations, fits))
+    severity, sample, counts = survey.first_pass(tokens)
     ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
     choices = remedies.preprocessings(severity, median, ordinary)
@@ -104,14 +102,14 @@ def diagnose(
         how = how._replace(threshold=selections.in_activations(theta, severity, scale))
         threshold = how.threshold
     each = selections.behind(how, choices, severity, scale)
-    with ThreadPoolExecutor(1) as beside:  # XLA leaves the interpreter to the laws, and to matplotlib's import
+    with ThreadPoolExecutor(1) as beside:  # XLA leaves the interpreter to the laws, and to what can be drawn by now
         laws = beside.submit(predictions, severity, sample, n_features, k)
-        beside.submit(importlib.import_module, "matplotlib.figure")
+        early = beside.submit(_of_tokens, severity, sample, workdir is not None)
         found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed, each)
     from sae_jax.diagnosis import pictures
     from sae_jax.reports import figures
 
-    predicted = laws.result()
+    predicted, (of_tokens, files) = laws.result(), early.result()
     measured, over = remedies.measured(tokens, choices, n_features, k, seed + 1, each) if measure else ({}, {})
     probe = {name: forecast.deaths(n_features, k) for name, forecast in found.items()}
     band = found["none"].curve(places(each["none"], n_features, k), n_features)
@@ -119,7 +117,7 @@ def diagnose(
     if threshold is not None:
         band = band._replace(share=band.share / scale)
 
-    result = Report(summary(severity), n_features=n_features, k=k if selection in selections.COUNTED else None)
+    result = Report(survey.summary(severity), n_features=n_features, k=k if selection in selections.COUNTED else None)
     result |= {"selection": selection, "threshold": threshold}
     result["predicted"] = selections.known(predicted, selection)
     result["predicted"]["probe"] = {**probe["none"], "low": float(band.low[here]), "high": float(band.high[here])}
@@ -138,20 +136,30 @@ def diagnose(
     result["advice"] = remedies.advice(probe, result["recommended"], result["undecided"], selection)
     if result["remedies"]["whitening"]["dimensions"] < tokens.d_model:
         result["advice"] += " " + remedies.dropped(result["remedies"]["whitening"]["dimensions"], tokens.d_model)
-    result |= {"warnings": warnings(severity, counts.bits), "constant_dimensions": constant(severity).tolist()}
+    result |= {"warnings": survey.warnings(severity, counts.bits)}
+    result |= {"constant_dimensions": survey.constant(severity).tolist()}
     result["highest_rate_of_dead"] = evaluation.highest_rate_of_dead(severity.raw.n_tokens)
     result["n_giant_tokens"] = severity.raw.n_tokens - ordinary.raw.n_tokens
     result["without_giants"] = ordinary.gammas()
     result |= {"n_zero_tokens": counts.n_zero, "scale": scale, "n_probes": n_probes, "seed": seed}
     result |= {"after_training": after_training, "data": tokens.identity, "versions": tables.versions()}
-    result.figures = pictures.drawn(severity, sample, result, band, found["none"], measured)
+    result.figures = of_tokens | pictures.of_death(severity, result, band, found["none"], measured)
     if workdir:
         folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in result.figures.items():
-            figures.save(figure, folder / f"{name}.png")
+            disk.write_bytes(folder / f"{name}.png", files.get(name) or figures.png(figure))
         tables.write_json(workdir, result)
     return result
+
+
+def _of_tokens(severity: Severity, sample: np.ndarray, render: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The pictures that need no forecast; and as files, if they are to be written."""
+    from sae_jax.diagnosis import pictures
+    from sae_jax.reports import figures
+
+    found = pictures.of_tokens(severity, sample)
+    return found, {name: figures.png(figure) for name, figure in found.items()} if render else {}
 
 
 def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None) -> None:
@@ -172,114 +180,6 @@ def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None
             there = there.parent
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise Refused("--workdir", workdir, f"a folder that can be written: {there} cannot")
-
-
-def rescaled(tokens: Tokens) -> tuple[Tokens, float]:
-    """The tokens times a power of two that brings their size near 1 where float32 could not square it.
-
-    No cosine changes, so no feature's fate does. Returns the factor too: 1 for all ordinary activations.
-    """
-    first = np.asarray(next(tokens.batches(), np.ones((1, 1))), np.float64)
-    size = np.abs(first[np.isfinite(first)]).max(initial=0.0)
-    if not size > 0 or 1e-3 < size < 1e6:
-        return tokens, 1.0
-    scale = float(2.0 ** -np.round(np.log2(size)))
-
-    def batches() -> Iterator[np.ndarray]:
-        return (np.asarray(x, np.float64) * scale for x in tokens.batches())
-
-    return tokens._replace(batches=batches), scale
-
-
-class Counts(NamedTuple):
-    """What the first pass counts."""
-
-    n_zero: int  # tokens that are zero in every dimension
-    giant_norm: float  # tokens of a larger norm are giants
-    any_giant: bool
-    bits: int  # that numbers were rounded to, see `rounding`
-
-
-def first_pass(tokens: Tokens, of_directions: bool = True) -> tuple[Severity, np.ndarray, Counts]:
-    """Moments of all tokens, a random choice of them kept aside, and what was counted on the way.
-
-    The covariance `of_directions` costs a third of it, and an autopsy has no use for it. Refuses what cannot be
-    diagnosed.
-    """
-    kept, norms = giants.Sample(2 * SAMPLE), giants.Sample(giants.MOST)
-    seen, n_bad, n_zero, longest, first_bad, bits = 0, 0, 0, 0.0, "", rounding.Bits()
-
-    def watched() -> Iterator[np.ndarray]:
-        nonlocal seen, n_bad, n_zero, longest, first_bad
-        for x in bits.watching(progress.counted(tokens.batches(), "moments")):
-            finite = np.isfinite(x)
-            if not finite.all():
-                if not n_bad:
-                    row, dimension = np.argwhere(~finite)[0]
-                    first_bad = f"row {seen + row}, dimension {dimension} is {x[row, dimension]}"
-                n_bad += int((~finite).sum())
-            if not n_bad:
-                n_zero += int((~x.any(axis=1)).sum())
-                kept.add(x)
-                norms.add(lengths := giants.norms(x))
-                longest = max(longest, float(lengths.max(initial=0.0)))
-                yield x
-            seen += len(x)
-
-    try:
-        severity = moments_lib.severity(watched(), True, of_directions)
-    except ValueError:
-        severity = None
-    name = tokens.identity.get("path", "activations")
-    if n_bad:
-        message = f"{n_bad} values are not finite; the first: {first_bad}"
-        raise Refused("activations", name, message) if tokens.given else RunFailed(message)
-    if severity is None or severity.raw.n_tokens < FEWEST:
-        raise Refused("activations", name, f"at least {FEWEST} tokens, not {seen}")
-    if tokens.d_model < 2:
-        raise Refused("activations", name, "at least 2 dimensions")
-    if len(constant(severity)) == tokens.d_model:
-        raise Refused("activations", name, "activations that vary; these are the same on every token")
-    giant_norm = giants.giant_norm(norms.rows)
-    return severity, kept.rows, Counts(n_zero, giant_norm, longest > giant_norm, bits.kept)
-
-
-def constant(severity: Severity) -> np.ndarray:
-    """Dimensions that do not move: rounding leaves them a deviation of about 1e-16 of the mean."""
-    return np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
-
-
-def warnings(severity: Severity, bits: int) -> list[str]:
-    """What the numbers of a report rest on, where that is little; `bits` as `Counts` has them."""
-    n_tokens, d_model, still = severity.raw.n_tokens, len(severity.raw.mean), constant(severity)
-    found = []
-    if n_tokens < (needed := max(MIN_TOKENS, 2 * d_model)):
-        rate = evaluation.highest_rate_of_dead(n_tokens)
-        found.append(f"these numbers rest on {n_tokens} tokens, where {d_model} dimensions want at least {needed}: a "
-                     f"feature that fires on 1 token in {1 / rate:.0f} may look dead, and whitening learns the tokens "
-                     "by heart")  # fmt: skip
-    if len(still):
-        which = ", ".join(map(str, still[:5])) + (", …" if len(still) > 5 else "")
-        found.append(f"{len(still)} of {d_model} dimensions are the same on every token: {which}")
-    return found + rounding.warnings(severity.raw, bits)
-
-
-# -- the report ------------------------------------------------------------------------------------------------------
-
-
-def summary(severity: Severity) -> dict[str, Any]:
-    """What the moments say: the gammas, rank, kurtosis, outlier dimensions, how long a bias takes to learn the mean."""
-    raw, normed, _ = severity
-    kurtosis, d_model = raw.kurtosis, len(raw.mean)
-    return {
-        **severity.gammas(),
-        "effective_rank": moments_lib.effective_rank(normed.eigenvalues),
-        # Dimensions that do not vary have none.
-        "kurtosis": {"median": float(np.nanmedian(kurtosis)), "max": float(np.nanmax(kurtosis))},
-        "n_outlier_dimensions": len(normed.outlier_dimensions), "outlier_dimensions": moments_lib.standing_out(normed),
-        "bias_learning_time": theory.bias_learning_time(raw.mean * np.sqrt(d_model) / np.linalg.norm(raw.sigma)),
-        "n_tokens": raw.n_tokens, "d_model": d_model,
-    }
 
 
 def predictions(severity: Severity, sample: Float[np.ndarray, "m d"], n_features: int, k: int) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def preprocessings(
     """Every remedy, or some, in the order of cost; `ordinary` are the moments without tokens of giant norm."""
 
     def shifted(shift: np.ndarray, norm: str = "none") -> Preprocessing:
-        return Preprocessing(shift=jnp.asarray(shift, jnp.float32), norm=norm)
+        return Preprocessing(shift=np.float32(shift), norm=norm)  # jax.numpy would compile a cast
 
     made: dict[str, Callable[[], Preprocessing]] = {
         "none": lambda: shifted(np.zeros_like(median)),
@@ -98,11 +98,11 @@ def forecast(
         # gets the same random numbers, so that they differ by what they do and not by luck.
         left = np.zeros(before.width)
         if before.norm == "none":
-            left = np.asarray(before(jnp.asarray(mean, jnp.float32)[None])[0], np.float64)
+            left = before.affine(mean)
         rng = np.random.default_rng([seed, theory.STREAM])
         rows[name] = stratified_rows(n_probes, left, rng)
-    probes = {name: jnp.asarray(w, jnp.float32) for name, w in rows.items()}
-    best = {name: jnp.full(n_probes, -jnp.inf, jnp.float32) for name in choices}
+    probes = jax.device_put({name: np.float32(w) for name, w in rows.items()})
+    best = jax.device_put({name: np.full(n_probes, -np.inf, np.float32) for name in choices})
     at_a_time = _rows(n_probes)
     for x, valid in padded(tokens, "forecast"):
         for start in range(0, BATCH, at_a_time):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from sae_jax.diagnosis import diagnosis, remedies
+from sae_jax.diagnosis import remedies, survey
 from sae_jax.errors import Refused
 from sae_jax.exchange.encoders import Encoder
 from sae_jax.exchange.sightings import Goal
@@ -65,11 +65,11 @@ def opened(target: np.ndarray | str, encoder: Encoder, reads: Tokens, n_tokens: 
     """
     said = target if isinstance(target, str) else "array"
     try:
-        tokens, scale = diagnosis.rescaled(open_tokens(target))
+        tokens, scale = survey.rescaled(open_tokens(target))
         d_out = encoder.W_dec.shape[1]
         if tokens.d_model != d_out:
             raise Refused("target", said, f"activations of the transcoder's d_out {d_out}, not {tokens.d_model}")
-        severity, _, counts = diagnosis.first_pass(tokens, of_directions=False)
+        severity, _, counts = survey.first_pass(tokens, of_directions=False)
     except Refused as error:
         raise Refused("target", error.value, error.allowed) from error
     if severity.raw.n_tokens != n_tokens:

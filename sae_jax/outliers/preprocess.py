@@ -42,6 +42,12 @@ class Preprocessing(struct.PyTreeNode):
         # Full float32, where a TPU would round its operands to bfloat16.
         return y if self.matrix is None else jnp.matmul(y, self.matrix.T, precision="highest")
 
+    def affine(self, x: Float[np.ndarray, "d"]) -> Float[np.ndarray, "r"]:
+        """Where a preprocessing without a norm takes one point, in float64 and without a compiler."""
+        shift, scale = np.asarray(self.shift, np.float64), np.asarray(self.scale, np.float64)
+        y = (np.float32(x) - shift) * scale
+        return y if self.matrix is None else np.asarray(self.matrix, np.float64) @ y
+
     def invert(self, y: Float[Array, "B r"]) -> Float[Array, "B d"]:
         """From y back to norm(x), and to x where there is no norm. What a rank cut has left out stays at the mean."""
         x = y if self.matrix is None else jnp.matmul(y, self.inverse.T, precision="highest")

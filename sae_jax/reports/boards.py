@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -33,6 +34,15 @@ class Board(Protocol):
 
     def report(self, report: dict[str, Any]) -> None:
         """What report.json holds."""
+
+
+def without_folders(config: ConfigDict) -> dict[str, Any]:
+    """`config.identity`, of paths on this machine the last component only: what may be shown to others."""
+    flat = config_lib.identity(config)
+    for key in (*config_lib.PATH_KEYS, "data.model.id"):
+        if (path := flat[key]) and not path.startswith("hf:") and (key in config_lib.PATH_KEYS or os.path.exists(path)):
+            flat[key] = os.path.basename(path.rstrip("/"))
+    return flat
 
 
 def opened(config: ConfigDict, workdir: str) -> list[Board]:
@@ -109,7 +119,7 @@ class WandB:
         run = wandb.init(
             project=name, id=held[name], resume="allow", name=(root.resolve() if local else root).name,
             dir=workdir if local else tempfile.mkdtemp(prefix="wandb"),
-            config=config_lib.without_folders(config), settings=_settings(wandb),
+            config=without_folders(config), settings=_settings(wandb),
         )  # fmt: skip
         # Steps of our own: a training that was killed goes on from its checkpoint, behind what it has sent already, and
         # Weights & Biases drops what lies behind.
