@@ -39,6 +39,7 @@ def data(data: ConfigDict) -> None:
         raise Refused("data.path", data.path, "set data.path (a .npy file or a dataset), data.model.id or data.signal")
     _one_of("data.signal", data.signal, ("", "sparse", "gaussian"))
     _one_of("data.norm", data.norm, ("none", "layer_norm", "unit"))
+    _one_of("data.model.backend", data.model.backend, ("torch", "jax"))
     _one_of("data.model.dtype", data.model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("data.mean_direction", data.mean_direction, ("one", "few", "spread"))
     gamma("data.gamma", data.gamma)

@@ -67,6 +67,7 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     model.layer = 9  # number of blocks; 0 is the embedding output
     model.hook = "residual"  # residual: the stream after `layer` blocks | attention | mlp | a submodule of that block
     model.n_tokens = 150_000  # tokens to keep (special tokens are not counted)
+    model.backend = "torch"  # what runs the model: torch | jax, on the devices that train the SAE (extra torchax)
     model.context = 256  # tokens a sequence, special tokens included
     model.batch_size = 16  # sequences a forward pass
     # What the model is shown, by kind: a file (images: a folder), hf:OWNER/NAME for a dataset of the hub, or empty for

@@ -15,7 +15,7 @@ import pytest
 from sae_jax.activations import files, store
 from sae_jax.config import base
 from sae_jax.errors import Refused
-from sae_jax.models import adapters, extraction, facts
+from sae_jax.models import adapters, extraction, facts, hooks
 
 torch = pytest.importorskip("torch", reason="needs the extra hf")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
@@ -80,6 +80,12 @@ def modernbert():
 TEXT = {"gpt2": gpt2, "pythia_70m": pythia, "modernbert": modernbert, "tiny/gemma3": gemma3}
 
 
+@pytest.fixture(params=["torch", "jax"])
+def backend(request):
+    """What runs the model: the same is expected of both."""
+    return request.param if request.param == "torch" else pytest.importorskip("torchax") and "jax"
+
+
 @pytest.fixture
 def settings(tmp_path):
     model = base().data.model
@@ -133,7 +139,8 @@ def hooked(network, path, given, stream=0):
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_text_models_give_every_layer_without_their_special_tokens(name, settings, monkeypatch, tmp_path):
+def test_text_models_give_every_layer_without_their_special_tokens(name, settings, monkeypatch, tmp_path, backend):
+    settings.backend = backend
     network, words, path = TEXT[name]()
     saved(monkeypatch, settings, tmp_path / "model", name, network, words)
     rows = extracted(settings, range(DEPTH + 1))
@@ -178,7 +185,8 @@ def check_sequences(settings, network, path, given, inner, unpad=False):
     assert rows[1].sequence_id.tolist() == [i for i, s in enumerate(PROTEINS) for _ in s]
 
 
-def test_esm2_gives_residues_only_and_padding_does_not_leak(settings, monkeypatch, tmp_path):
+def test_esm2_gives_residues_only_and_padding_does_not_leak(settings, monkeypatch, tmp_path, backend):
+    settings.backend = backend
     words = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     tokens = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"))
@@ -196,7 +204,8 @@ def test_esm2_gives_residues_only_and_padding_does_not_leak(settings, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["progen_base", "evo", "glm2"])
-def test_stand_ins_for_code_of_the_hub(name, settings, monkeypatch, tmp_path):
+def test_stand_ins_for_code_of_the_hub(name, settings, monkeypatch, tmp_path, backend):
+    settings.backend = backend
     folder = tmp_path / f"repository_{name}"
     folder.mkdir()
     code = Path(__file__).with_name("standins.py").read_text()
@@ -221,6 +230,11 @@ def test_stand_ins_for_code_of_the_hub(name, settings, monkeypatch, tmp_path):
     with pytest.raises(Refused, match=f"data.model.remote_code = '': {name}=COMMIT"):
         extraction.extract(settings, [1], settings.cache)
     settings.remote_code = f"{name}={COMMIT}"
+    if (name, backend) == ("glm2", "jax"):  # what it computes hangs on how long its sequences are
+        with pytest.raises(Refused, match="data.model.backend = 'jax': torch: torchax cannot trace glm2"):
+            extraction.extract(settings, [1], settings.cache)
+        assert not Path(settings.cache).exists()
+        return
     path, ids, inner = {
         "progen_base": ("transformer.h", lambda s: words("1" + s + "2").input_ids, slice(1, -1)),
         "evo": ("backbone.blocks", lambda s: [ord(c) for c in s], slice(None)),
@@ -246,7 +260,10 @@ def dinov3():
 
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov3"])
-def test_vision_transformers_give_patches_without_class_and_registers(name, settings, monkeypatch, tmp_path, rng):
+def test_vision_transformers_give_patches_without_class_and_registers(
+    name, settings, monkeypatch, tmp_path, rng, backend
+):
+    settings.backend = backend
     from PIL import Image
 
     network, path, specials = {"dinov2": dinov2, "dinov3": dinov3}[name]()
@@ -266,12 +283,13 @@ def test_vision_transformers_give_patches_without_class_and_registers(name, sett
         for layer, x in hooked(network, path, given).items():
             assert x.shape == (specials + 16, WIDTH)
             mine = rows[layer].sequence_id == i
-            np.testing.assert_allclose(rows[layer].x[mine], x[specials:], atol=2e-5)
+            np.testing.assert_allclose(rows[layer].x[mine], x[specials:], atol=2e-5 if backend == "torch" else 1e-4)
     assert rows[1].position.min() == specials
     assert len(rows[1].x) == 5 * 16
 
 
-def test_the_diffusion_transformer_gives_its_image_stream(settings, monkeypatch, tmp_path, rng):
+def test_the_diffusion_transformer_gives_its_image_stream(settings, monkeypatch, tmp_path, rng, backend):
+    settings.backend = backend
     diffusers = pytest.importorskip("diffusers", reason="needs the extra models")
     from PIL import Image
 
@@ -326,7 +344,8 @@ def test_esm3_gives_residues_only_and_padding_does_not_leak(settings, tmp_path, 
 
 
 @pytest.mark.parametrize(("hook", "path"), [("attention", "attn"), ("mlp", "mlp"), ("mlp.c_fc", "mlp.c_fc")])
-def test_other_hook_points_are_modules_of_the_block(hook, path, settings, monkeypatch, tmp_path):
+def test_other_hook_points_are_modules_of_the_block(hook, path, settings, monkeypatch, tmp_path, backend):
+    settings.backend = backend
     network, words, _ = gpt2()
     saved(monkeypatch, settings, tmp_path / "model", "gpt2", network, words)
     settings.hook = hook
@@ -336,7 +355,7 @@ def test_other_hook_points_are_modules_of_the_block(hook, path, settings, monkey
     )
     with torch.no_grad():
         network(ids)
-    mine = extraction.streams(adapters.load(settings), {"input_ids": ids}, [2], hook)[2]
+    mine = hooks.streams(adapters.load(settings), {"input_ids": ids}, [2], hook)[2]
     np.testing.assert_allclose(mine, found[2], atol=1e-6)
     folder = extraction.extract(settings, [2], settings.cache)[2]
     assert files.open_chunks(folder).d_model == found[2].shape[-1]
@@ -350,8 +369,8 @@ def test_in_bert_and_its_like_the_residual_stream_is_not_part_of_what_attention_
         vocab_size=60, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
     layer = transformers.BertModel(config, add_pooling_layer=False).encoder.layer[0]
-    assert extraction._submodule(layer, "attention") is layer.attention.output.dense
-    assert extraction._submodule(layer, "mlp") is layer.output.dense
+    assert hooks._submodule(layer, "attention") is layer.attention.output.dense
+    assert hooks._submodule(layer, "mlp") is layer.output.dense
 
 
 def test_nothing_behind_the_last_layer_is_computed(settings, monkeypatch, tmp_path):
@@ -359,7 +378,7 @@ def test_nothing_behind_the_last_layer_is_computed(settings, monkeypatch, tmp_pa
     saved(monkeypatch, settings, tmp_path / "model", "gpt2", network, words)
     loaded = adapters.load(settings)
     loaded.blocks[2].register_forward_hook(lambda *_: pytest.fail("ran on"))
-    found = extraction.streams(loaded, {"input_ids": torch.randint(3, 60, (2, 7))}, [2, 1, 0])
+    found = hooks.streams(loaded, {"input_ids": torch.randint(3, 60, (2, 7))}, [2, 1, 0])
     assert {layer: x.shape for layer, x in found.items()} == dict.fromkeys([2, 1, 0], (2, 7, WIDTH))
 
 

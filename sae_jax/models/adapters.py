@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax.errors import Refused, first_line
-from sae_jax.models import bundled, facts
+from sae_jax.models import bundled, facts, on_jax
 from sae_jax.models.network import (
     SIDE,
     Batch,
@@ -53,7 +53,10 @@ def load(model: ConfigDict, head: bool = False) -> Network:
             family, id = (known.family, known.id) if known else (_family(model), model.id)
             if head and family not in DECODERS:
                 raise Refused("data.model.id", model.id, "a decoder of text, which predicts the next token")
-            return FAMILIES[family](model, id, "AutoModelForCausalLM") if head else FAMILIES[family](model, id)
+            if head:
+                return FAMILIES[family](model, id, "AutoModelForCausalLM")
+            network = FAMILIES[family](model, id)
+            return on_jax.moved(network, model) if model.backend == "jax" else network
     except (OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise
@@ -99,7 +102,7 @@ def _vit(model: ConfigDict, id: str) -> Network:
     positions = specials + (SIDE // config.patch_size) ** 2
     mean, deviation = 255 * IMAGENET
     return Network(
-        placed(network), blocks(network), config.hidden_size,
+        placed(network, model), blocks(network), config.hidden_size,
         lambda: image_batches(model, SIDE, mean, deviation, model.batch_size, positions, specials),
     )  # fmt: skip
 
@@ -109,8 +112,8 @@ def _sd3(model: ConfigDict, id: str) -> Network:
     for part of its training. The paper does not say what its activations were taken at."""
     diffusers, torch = module("diffusers", "models"), module("torch", "hf")
     options = {"revision": model.revision, "torch_dtype": torch.float32}
-    vae = placed(diffusers.AutoencoderKL.from_pretrained(id, subfolder="vae", **options))
-    network = placed(diffusers.SD3Transformer2DModel.from_pretrained(id, subfolder="transformer", **options))
+    vae = placed(diffusers.AutoencoderKL.from_pretrained(id, subfolder="vae", **options), model)
+    network = placed(diffusers.SD3Transformer2DModel.from_pretrained(id, subfolder="transformer", **options), model)
     config = network.config
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
     side = min(DIFFUSION_SIDE, config.sample_size * shrink)
@@ -140,7 +143,7 @@ def _esm2(model: ConfigDict, id: str) -> Network:
     tokenizer = transformers.AutoTokenizer.from_pretrained(id, **_options(model))
     network = transformers.AutoModel.from_pretrained(id, dtype=torch.float32, **_options(model))
     return Network(
-        placed(network), blocks(network), network.config.hidden_size,
+        placed(network, model), blocks(network), network.config.hidden_size,
         lambda: token_batches(
             sequences("proteins", model, lambda s: tokenizer(s).input_ids, 2), tokenizer.all_special_ids,
             tokenizer.pad_token_id, model.batch_size, mask="attention_mask",
@@ -157,7 +160,7 @@ def esm3_network(network: Any, model: ConfigDict) -> Network:
     """ESM3 given sequences only; its other tracks are masked."""
     tokenizer = network.tokenizers.sequence
     return Network(
-        placed(network), network.transformer.blocks, network.transformer.norm.normalized_shape[0],
+        placed(network, model), network.transformer.blocks, network.transformer.norm.normalized_shape[0],
         lambda: token_batches(
             sequences("proteins", model, lambda s: tokenizer(s)["input_ids"], 2), tokenizer.all_special_ids,
             tokenizer.pad_token_id, model.batch_size, ids="sequence_tokens", mask="sequence_id",
@@ -174,7 +177,7 @@ def _progen(model: ConfigDict, id: str) -> Network:
     network = transformers.AutoModelForCausalLM.from_pretrained(id, dtype=torch.float32, **_options(model))
     ends = tokenizer.convert_tokens_to_ids(["1", "2"])  # where a protein begins (N terminus) and stops
     return Network(
-        placed(network), network.transformer.h, facts.MODELS[model.id].width,
+        placed(network, model), network.transformer.h, facts.MODELS[model.id].width,
         lambda: token_batches(
             sequences("proteins", model, lambda s: tokenizer("1" + s + "2", add_special_tokens=False).input_ids, 2),
             ends, 0, model.batch_size,
@@ -187,7 +190,7 @@ def _evo(model: ConfigDict, id: str) -> Network:
     transformers, torch = module("transformers", "hf"), module("torch", "hf")
     network = transformers.AutoModelForCausalLM.from_pretrained(id, dtype=torch.float32, **_options(model))
     return Network(
-        placed(network), network.backbone.blocks, facts.MODELS[model.id].width,
+        placed(network, model), network.backbone.blocks, facts.MODELS[model.id].width,
         lambda: token_batches(
             sequences("dna", model, lambda s: list(s.encode("ascii")), 0), [], 1, model.batch_size,
         ),
@@ -201,7 +204,7 @@ def _glm2(model: ConfigDict, id: str) -> Network:
     network = transformers.AutoModel.from_pretrained(id, dtype=torch.float32, **_options(model))
     special = [*tokenizer.all_special_ids, tokenizer.convert_tokens_to_ids("<+>")]
     return Network(
-        placed(network), network.encoder.layers, facts.MODELS[model.id].width,
+        placed(network, model), network.encoder.layers, facts.MODELS[model.id].width,
         lambda: token_batches(
             sequences("proteins", model, lambda s: tokenizer("<+>" + s).input_ids, 3), special,
             tokenizer.pad_token_id, model.batch_size, mask="attention_mask",

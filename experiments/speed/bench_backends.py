@@ -1,0 +1,87 @@
+"""Models in JAX against the same in torch: what they hold at every layer, who dies of it, and how long it takes.
+
+    python -m experiments.speed.bench_backends --workdir=runs/bench_backends
+
+Of each bundled model, on the same batches: the largest difference at any layer, token and dimension, in deviations of
+that dimension; features of one untrained SAE (n 1024, k 8, float32, nothing subtracted) whose fate differs on layers
+of both backends, and how far from its bar the nearest of them is, in deviations of its pre-activation; and the time
+from the inputs of a batch to the rows of one layer, compiled, in pairs that take turns. Writes bench_backends.csv.
+Needs the extras bundled and torchax; about six minutes on 2 CPU cores.
+"""
+
+import time
+from itertools import islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from sae_jax import config as config_lib
+from sae_jax.activations import store
+from sae_jax.autoencoder import death
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.models import adapters, extraction
+from sae_jax.reports import tables
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/bench_backends", "folder for the table")
+PAIRS = flags.DEFINE_integer("pairs", 7, "timed, of each model")
+MODELS = {"gemma-3-270m": 9, "minilm-l6": 3, "antiberty": 4, "efficientnet-lite0": 8}  # and the layer that is timed
+BATCHES, N, K = 2, 1024, 8
+
+
+def fates(x: np.ndarray) -> np.ndarray:
+    """Alive, dead by TopK or dead by ReLU, of every feature."""
+    sae = sae_lib.init(jax.random.key(0), N, K, jnp.zeros(x.shape[1], jnp.float32))
+    seen, _ = jax.jit(death.sight)(sae, jnp.asarray(x), jnp.ones(len(x), bool))
+    return np.where(seen.fired, 0, np.where(seen.positive, 1, 2))
+
+
+def compared(name: str) -> dict[str, object]:
+    """One model through both."""
+    model = config_lib.base({"data.model.id": name, "data.model.layer": MODELS[name]}).data.model
+    networks = {}
+    for backend in ("torch", "jax"):
+        model.backend = backend
+        networks[backend] = adapters.load(model)
+    batches = list(islice(networks["torch"].batches(), BATCHES))
+    lowest = 0 if isinstance(networks["torch"].width, int) else 1
+    layers = range(lowest, len(networks["torch"].blocks) + 1)
+
+    def rows(backend: str, batch: int, layers: list[int]) -> dict[int, store.Rows]:
+        return extraction.forward(networks[backend], model, batches[batch], batch * model.batch_size, layers)
+
+    worst, differ = 0.0, 0
+    for layer in layers:  # layers of feature maps are too large to be held together
+        theirs, ours = (np.concatenate([rows(backend, i, [layer])[layer].x for i in range(BATCHES)])
+                        for backend in ("torch", "jax"))  # fmt: skip
+        deviation = np.maximum(theirs.std(axis=0, dtype=np.float64), 1e-12)
+        worst = max(worst, float(np.max(np.abs(theirs - ours) / deviation)))
+        differ += int(np.sum(fates(theirs) != fates(ours)))
+    seconds: dict[str, list[float]] = {"torch": [], "jax": []}
+    for _ in range(PAIRS.value):
+        for backend, taken in seconds.items():
+            began = time.perf_counter()
+            rows(backend, 0, [MODELS[name]])
+            taken.append(time.perf_counter() - began)
+    ratio = np.median(np.array(seconds["torch"]) / np.array(seconds["jax"]))
+    return {
+        "model": name, "layers": len(layers), "tokens": sum(int(batch.real.sum()) for batch in batches),
+        "largest_difference": f"{worst:.1e}", "fates_that_differ": differ, "fates": N * len(layers),
+        "timed_layer": MODELS[name], "torch_seconds": round(float(np.median(seconds["torch"])), 3),
+        "jax_seconds": round(float(np.median(seconds["jax"])), 3), "torch_over_jax": round(float(ratio), 2),
+    }  # fmt: skip
+
+
+def main(_: list[str]) -> None:
+    """All four."""
+    found = []
+    for name in MODELS:
+        found.append(compared(name))
+        print(found[-1], flush=True)
+        tables.write_csv(Path(WORKDIR.value) / "bench_backends.csv", found)
+
+
+if __name__ == "__main__":
+    app.run(main)
