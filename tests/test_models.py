@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -435,6 +436,46 @@ def test_user_supplied_activations_are_taken_as_they_are(settings, tmp_path, rng
     np.save(tmp_path / "single.npy", rng.normal(size=(300, 384)).astype(np.float32))
     settings.id, settings.layer, settings.activations = "af3", 0, str(tmp_path / "single.npy")
     assert files.open_chunks(extraction.extracted(settings)).d_model == 384
+
+
+def test_jax_without_torchax_names_its_extra_and_writes_nothing(settings, monkeypatch, tmp_path):
+    network, words, _ = gpt2()
+    saved(monkeypatch, settings, tmp_path / "model", "gpt2", network, words)
+    monkeypatch.setitem(sys.modules, "torchax", None)
+    settings.backend = "jax"
+    with pytest.raises(Refused, match=r"sae-jax\[torchax\]"):
+        extraction.extract(settings, [1], settings.cache)
+    assert not Path(settings.cache).exists()
+
+
+def test_datasets_of_torch_keep_the_name_that_they_had(settings):
+    settings.id, settings.text = "gpt2", ""
+    assert "backend" not in extraction.described(settings, 1)
+    settings.backend = "jax"
+    assert extraction.described(settings, 1)["backend"] == "jax"
+
+
+def test_sequences_of_many_lengths_are_few_programs(settings, monkeypatch, tmp_path):
+    """1 to 40 tokens in batches of 3: padded to 16, 32 and 64, the last batch to 3 sequences."""
+    pytest.importorskip("torchax")
+    compiled = []
+    lower = jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, *a: compiled.append(self) or lower(self, *a))
+    config = transformers.EsmConfig(
+        vocab_size=33, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        pad_token_id=1, mask_token_id=32, position_embedding_type="rotary",
+    )  # fmt: skip
+    words = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokens = transformers.EsmTokenizer(str(tmp_path / "vocab.txt"))
+    saved(monkeypatch, settings, tmp_path / "model", "esm2_35m", transformers.EsmModel(config), tokens)
+    lengths = [*range(1, 41, 3), 40]
+    (tmp_path / "p.fasta").write_text("".join(f">{i}\n{'MKTAYIAKQR' * 4:.{n}}\n" for i, n in enumerate(lengths)))
+    settings.proteins, settings.batch_size, settings.context = str(tmp_path / "p.fasta"), 3, 64
+    settings.backend = "jax"
+    found = extracted(settings, [1])[1]
+    assert len(found.x) == sum(lengths)
+    assert len(compiled) == 3
 
 
 def test_a_missing_package_names_its_extra(monkeypatch, settings):

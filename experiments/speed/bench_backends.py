@@ -3,9 +3,8 @@
     python -m experiments.speed.bench_backends --workdir=runs/bench_backends
 
 Of each bundled model, on the same batches: the largest difference at any layer, token and dimension, in deviations of
-that dimension; features of one untrained SAE (n 1024, k 8, float32, nothing subtracted) whose fate differs on layers
-of both backends, and how far from its bar the nearest of them is, in deviations of its pre-activation; and the time
-from the inputs of a batch to the rows of one layer, compiled, in pairs that take turns. Writes bench_backends.csv.
+that dimension; of how many features of an untrained SAE (n 1024, k 8, nothing subtracted) the fate is another; and the
+time from the inputs of a batch to the rows of one layer, compiled, in pairs that take turns. Writes bench_backends.csv.
 Needs the extras bundled and torchax; about six minutes on 2 CPU cores.
 """
 

@@ -51,11 +51,19 @@ class Batches(grain.MapDataset):
         share = self._n_lanes // processes
         self._lanes = range(process * share, (process + 1) * share)
         self._rows_per_lane = batch_size // self._n_lanes
-        # The window that each lane is in: which, its rows as they were read, and where they stand in the shuffle.
+        # The window that each lane is in: which, and where its rows stand in the shuffle.
         self._held: list[tuple[int, int] | None] = [None] * share
-        self._rows = np.empty((share * self._window_rows, chunks.d_model), chunks.dtype)
         self._order = np.empty((share, self._window_rows), np.int64)
+        self._hold(share * self._window_rows)
+
+    def _hold(self, count: int) -> None:
+        """Room for the rows of all windows, as they are read."""
+        self._rows = np.empty((count, self._chunks.d_model), self._chunks.dtype)
         self._readers = ThreadPoolExecutor(READERS)
+
+    def _put(self, number: int, first: int, end: int, at: int) -> None:
+        """Rows first to end of chunk `number`, from row `at` on."""
+        self._rows[at : at + end - first] = self._chunks[number][first:end]
 
     def __len__(self) -> int:
         return len(self._parent)  # endless
@@ -123,8 +131,8 @@ class Batches(grain.MapDataset):
         size, begin = self._chunks.rows, slot * self._window_rows
         for number in range(low // size, (high - 1) // size + 1):
             first, end = max(low, number * size), min(high, (number + 1) * size)
-            chunk = self._chunks[int(self._train[self._parent[epoch * len(self._train) + number]])]
-            self._rows[begin + first - low : begin + end - low] = chunk[first - number * size : end - number * size]
+            chunk = int(self._train[self._parent[epoch * len(self._train) + number]])
+            self._put(chunk, first - number * size, end - number * size, begin + first - low)
         order = np.random.default_rng([self._seed, epoch, low]).permutation(high - low)
         self._order[slot, : high - low] = begin + order
         self._held[slot] = epoch, low
@@ -139,12 +147,16 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 256 * 2**20)  # M_TRIM_THRESHOLD
 
 
+def order(n_chunks: int, seed: int) -> grain.MapDataset:
+    """Positions of chunks, shuffled anew each epoch, without end."""
+    return grain.MapDataset.range(n_chunks).seed(seed).shuffle().repeat()
+
+
 def batches(
     chunks: Chunks, train: np.ndarray, batch_size: int, seed: int, process: int = 0, processes: int = 1
 ) -> grain.DatasetIterator:
     """Endless iterator over training batches, read ahead by a thread; `get_state` is the number of the next batch."""
     _keep_freed_memory()
-    order = grain.MapDataset.range(len(train)).seed(seed).shuffle().repeat()
-    dataset = Batches(chunks, order, train, batch_size, seed, process, processes)
+    dataset = Batches(chunks, order(len(train), seed), train, batch_size, seed, process, processes)
     # One batch after the other, as lanes keep the window they are in.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)))

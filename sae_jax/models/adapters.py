@@ -6,7 +6,7 @@ Nothing but weights is read (safetensors, GGUF, torch's weights_only); no code o
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,11 +31,12 @@ DIFFUSION_SIDE, NOISE = 512, 0.5  # pixels; share of noise in what the diffusion
 IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)  # mean and deviation of channels
 
 
-def load(model: ConfigDict, head: bool = False) -> Network:
+def load(model: ConfigDict, head: bool = False, devices: Sequence[Any] = ()) -> Network:
     """The network of `config.data.model`, its weights in float32, and the batches of its inputs.
 
     Args:
-      head: with the language head, so that a whole forward pass gives the `logits` of the next token.
+      head: with the language head, so that a whole forward pass gives the `logits` of the next token; in torch.
+      devices: where JAX runs the model, if that is its backend; all local ones if none are given.
 
     Raises:
       Refused: weights that are not there or not allowed, a missing extra, a class without one list of blocks, or a head
@@ -56,7 +57,7 @@ def load(model: ConfigDict, head: bool = False) -> Network:
             if head:
                 return FAMILIES[family](model, id, "AutoModelForCausalLM")
             network = FAMILIES[family](model, id)
-            return on_jax.moved(network, model) if model.backend == "jax" else network
+            return on_jax.moved(network, model, devices) if model.backend == "jax" else network
     except (OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise

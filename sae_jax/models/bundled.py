@@ -70,5 +70,5 @@ def efficientnet(model: ConfigDict, id: str) -> Network:
     network = placed(network, model)
     return Network(
         network, network._blocks, facts.MODELS[model.id].width,
-        lambda: image_batches(model, SIDE, 127, 128, model.batch_size, MAP_POSITIONS, name="inputs"), maps=True,
+        lambda: image_batches(model, SIDE, 127, 128, model.batch_size, MAP_POSITIONS, name="inputs"),
     )  # fmt: skip

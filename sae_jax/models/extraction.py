@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
@@ -19,17 +20,17 @@ from sae_jax.models.network import Batch, Network
 from sae_jax.runtime import progress
 
 
-def _kept(
-    found: np.ndarray, batch: Batch, keep: np.ndarray, network: Network, seed: tuple[int, int]
-) -> np.ndarray:
-    """The rows of one layer that are tokens, (rows, d_model)."""
-    if network.maps:  # (B, C, H, W) → (B, positions, C), at positions drawn for every image
-        rng, flat = np.random.default_rng(seed), found.reshape(*found.shape[:2], -1).transpose(0, 2, 1)
-        at = np.argsort(rng.random(flat.shape[:2]), axis=1)[:, : keep.shape[1]]
-        found = np.take_along_axis(flat, at[:, :, None], axis=1)
-    if found.ndim == 2:  # this class leaves padding out itself
-        return found[keep[batch.real]]
-    return found[keep]
+def places(
+    shape: tuple[int, ...], batch: Batch, keep: np.ndarray, seed: tuple[int, int]
+) -> Int[np.ndarray, "rows"]:
+    """Which rows are tokens of what a layer gives, in the order of `hooks.flat`."""
+    if len(shape) == 2:  # this class leaves padding out itself
+        return np.flatnonzero(keep[batch.real])
+    sequence, position = np.nonzero(keep)
+    if len(shape) == 4:  # positions drawn for every image
+        drawn = np.argsort(np.random.default_rng(seed).random((len(keep), shape[2] * shape[3])), axis=1)
+        return sequence * drawn.shape[1] + drawn[sequence, position]
+    return sequence * shape[1] + position
 
 
 def kept(model: ConfigDict, batch: Batch) -> np.ndarray:
@@ -44,9 +45,10 @@ def forward(
     keep = kept(model, batch)
     where = np.indices(keep.shape, np.int32)
     found = (network.compute or partial(hooks.computed, network))(batch, layers, model.hook)
-    places = (batch.token_ids[keep], where[0][keep] + first, where[1][keep])
+    known = (batch.token_ids[keep], where[0][keep] + first, where[1][keep])
     return {
-        layer: store.Rows(_kept(x, batch, keep, network, (first, layer)), *places) for layer, x in found.items()
+        layer: store.Rows(hooks.flat(np.asarray(x, np.float32))[places(x.shape, batch, keep, (first, layer))], *known)
+        for layer, x in found.items()
     }
 
 

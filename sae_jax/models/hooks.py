@@ -82,6 +82,11 @@ def streams(network: Network, given: dict[str, Any], layers: Collection[int], ho
     return caught
 
 
+def flat(x: Any) -> Any:
+    """(B, T, d), feature maps (B, d, H, W), or what has left padding out itself, as rows of d."""
+    return (x.transpose(0, 2, 3, 1) if x.ndim == 4 else x).reshape(-1, x.shape[1 if x.ndim == 4 else -1])
+
+
 def computed(network: Network, batch: Batch, layers: Collection[int], hook: str) -> dict[int, np.ndarray]:
     """`streams` of one batch, where torch has the model."""
     device = next(iter(network.blocks[0].parameters())).device

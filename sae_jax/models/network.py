@@ -30,8 +30,7 @@ class Network(NamedTuple):
     width: int | tuple[int, ...]  # d_model, or one a block
     batches: Callable[[], Iterator[Batch]]
     stream: int = 0  # which of the things that a block returns is the residual stream, where it returns several
-    maps: bool = False  # blocks give feature maps (B, C, H, W)
-    compute: Callable[..., dict[int, np.ndarray]] | None = None  # of a batch, layers and a hook, where JAX does it
+    compute: Callable[..., dict[int, Any]] | None = None  # where JAX runs it: of a batch, layers and hook, padded
 
 
 def placed(network: Any, model: ConfigDict) -> Any:

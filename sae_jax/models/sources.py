@@ -62,14 +62,17 @@ def open_source(
             chunks.check()
         return StoredSource(config, chunks, evenly=evenly)
     if config.data.model.id:
-        from sae_jax.models import extraction, facts, streaming
+        from sae_jax.models import extraction, facts
 
         if width := facts.width(config.data.model):
             fits(width)
         if config.data.model.stream:
-            streamed = streaming.StreamedChunks(config.data.model)
+            from sae_jax.models import streaming
+
+            streamed = streaming.StreamedChunks(config.data.model, jax.local_devices()[: config.train.devices or None])
             fits(streamed.d_model)
-            return StoredSource(config, streamed, cache(streamed.__getitem__), evenly)
+            batches = streaming.batches if config.data.model.backend == "jax" else None
+            return StoredSource(config, streamed, cache(streamed.__getitem__), evenly, batches)
         chunks = files.open_chunks(extraction.extracted(config.data.model))
         fits(chunks.d_model)
         return StoredSource(config, chunks, evenly=evenly)
@@ -165,6 +168,7 @@ class StoredSource:
       again: how the chunks are read that are needed more than once, for statistics and evaluation; where chunks are
         computed it keeps them.
       evenly: as of `open_source`.
+      batches: what makes training batches of them; not given: `pipeline.batches`.
     """
 
     split_axis: int | None = 0
@@ -172,9 +176,10 @@ class StoredSource:
 
     def __init__(
         self, config: ConfigDict, chunks: Chunks, again: Callable[[int], np.ndarray] | None = None,
-        evenly: bool = False,
+        evenly: bool = False, batches: Callable[..., Any] | None = None,
     ):  # fmt: skip
         self._chunks, self._config, self._again = chunks, config, again or chunks.__getitem__
+        self._batches = batches
         n_tokens = len(chunks) * chunks.rows
         self.n_eval_tokens = min(config.eval.n_tokens, n_tokens // 5)
         if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:
@@ -189,7 +194,7 @@ class StoredSource:
     def train(self, start: int) -> Any:
         from sae_jax.activations import pipeline  # and with it grain, which nothing but training waits for
 
-        iterator = pipeline.batches(
+        iterator = (self._batches or pipeline.batches)(
             self._chunks, self._train, self._config.train.batch_size, self._config.seed,
             jax.process_index(), jax.process_count(),
         )  # fmt: skip

@@ -173,10 +173,10 @@ class Run:
                 pending = (self.step, count, metrics)
                 self.step += count
 
-    def _next_inputs(self, count: int) -> np.ndarray:
+    def _next_inputs(self, count: int) -> Any:
         inputs = [next(self.data) for _ in range(count)]
         inputs += inputs[-1:] * (self.config.train.steps_per_dispatch - count)  # never looked at
-        return np.stack(inputs)
+        return jnp.stack(inputs) if isinstance(inputs[0], jax.Array) else np.stack(inputs)
 
     def _settle(self, pending: tuple[int, int, Any] | None, watch: watching.Watch) -> None:
         """Fetches the metrics of a dispatch, stops at a loss that is not finite, shows the rest."""
