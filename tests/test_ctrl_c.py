@@ -159,6 +159,13 @@ os.kill(child, signal.SIGTERM)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 time.sleep(0.2)
 """
+BUSY = """
+import hashlib, os, signal, threading
+from sae_jax.runtime import stopping
+stopping.end_when_asked()
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+hashlib.pbkdf2_hmac("sha256", b"x", b"", 2**31 - 1)
+"""
 
 
 @pytest.mark.parametrize(("script", "words", "code", "out", "err"), [
@@ -166,6 +173,7 @@ time.sleep(0.2)
     (SAVING, ["1", "asked"], 130, "saved\n", ""),
     (SAVING, ["2", "asked"], 130, "", f"{LINE}; run again to go on\n"),  # pressed again: at once
     (LATE, [], 130, "saved\n", f"{LINE}; run again to go on\n"),  # too late to be asked about
+    (BUSY, [], 143, "", "sae_jax: stopped on request; run again to go on\n"),  # minutes between two steps of Python
     (FORKED, [], 0, f"-{signal.SIGTERM.value}\n", ""),  # a worker's end is not ours
 ])  # fmt: skip
 def test_what_is_noted_and_what_ends_at_once(script, words, code, out, err):

@@ -71,10 +71,13 @@ def test_each_library_gets_its_own_spelling_from_the_dataset(run, tmp_path):
     assert metadata["model_name"] == "openai-community/gpt2"
     assert (metadata["hook_name"], metadata["layer"]) == ("blocks.3.hook_mlp_out", 3)
     assert (metadata["context_size"], metadata["dataset_path"]) == (64, "stanford/tiny")
+    assert (metadata["prepend_bos"], metadata["exclude_special_tokens"]) == (True, True)
     config = json.loads((tmp_path / "dictionary_learning/config.json").read_text())
     assert (config["trainer"]["submodule_name"], config["trainer"]["layer"]) == ("mlp_out_layer_3", 3)
     assert (config["trainer"]["lm_name"], config["buffer"]["ctx_len"]) == ("openai-community/gpt2", 64)
     assert json.loads((tmp_path / "sparsify/metadata.json").read_text())["hookpoint"] == "layers.3.mlp"
+    config = json.loads((tmp_path / "sparsify/cfg.json").read_text())
+    assert config["expansion_factor"] == config["num_latents"] // config["d_in"] > 1
     for format in formats.FORMATS:  # and what comes back is one
         found = sharing.load(str(tmp_path / format)).metadata
         assert (found["hook_name"], found["layer"]) == ("blocks.3.hook_mlp_out", 3)

@@ -15,7 +15,7 @@ from test_encoders import D, K, N, check, weights
 
 from sae_jax import cli
 from sae_jax.errors import Refused
-from sae_jax.exchange import encoders, registry, sharing
+from sae_jax.exchange import encoders, hub, registry, sharing
 from sae_jax.exchange.encoders import Opened
 
 relu, linear = torch.relu, torch.nn.functional.linear
@@ -125,6 +125,15 @@ def test_k_in_the_config_alone_and_k_that_disagrees(x, tmp_path):
     dictionary(tmp_path / "none", "AutoEncoderTopK", k_in_file=False)
     with pytest.raises(Refused, match="k = 'missing'"):
         registry.read(epath.Path(tmp_path / "none"))
+
+
+def test_of_a_repository_no_more_is_fetched_than_an_sae_needs():
+    files = ["README.md", "a/b/config.json", "layer_3/cfg.json", "layer_3/W_enc_0.npz", "layer_3/W_dec_0.npz",
+             "layer_3/W_enc_1.npz"]  # fmt: skip
+    assert hub._needed(files, ["layer_3/W_enc_0.npz"], "") == ["README.md"]
+    assert hub._needed(files, ["layer_3/W_enc_0.npz"], "a/b") == ["a/b/*"]
+    wanted = ["layer_3/cfg.json", "layer_3/W_enc_0.npz", "layer_3/W_dec_0.npz"]
+    assert hub._needed(files, ["layer_3/W_enc_0.npz"], "layer_3/W_enc_0.npz") == wanted
 
 
 # -- sparsify --------------------------------------------------------------------------------------------------------

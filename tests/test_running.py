@@ -156,6 +156,19 @@ def test_the_command_stopped_and_killed_ends_as_if_nothing_had_been(tiny, tmp_pa
     assert checkpoint.history(str(tmp_path / "whole")) == checkpoint.history(str(tmp_path / "cut"))
 
 
+def test_what_a_killed_run_was_just_writing_is_cleared_away(tmp_path):
+    half = tmp_path / checkpoint.FOLDER / "7.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    (half / "x").write_text("half")
+    checkpoints = checkpoint.Checkpoints(str(tmp_path), 2)
+    deadline = time.monotonic() + 60  # a thread of orbax does it
+    while half.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert checkpoints.latest is None
+    checkpoints.close()
+    assert not half.exists()
+
+
 def test_another_configuration_in_the_workdir_is_refused_and_nothing_is_lost(tiny, tmp_path):
     sae_jax.train(tiny, str(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}

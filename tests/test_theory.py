@@ -65,6 +65,7 @@ def test_laws_on_a_spectrum_agree_with_finite_gamma_at_full_rank(gamma):
     integral = theory.token_integral(gamma, d, d, 100_000, 8192, 64)
     cosines = gamma / np.sqrt(gamma**2 + np.random.default_rng(0).chisquare(d, size=2000) / d)
     spectrum = theory.spectrum_law(np.ones(d - 1), cosines, 100_000, 8192, 64)
+    assert theory.spectrum_law(np.zeros(d - 1), cosines, 100_000, 8192, 64) == spectrum  # rounding has left nothing
     for found in (integral, spectrum):
         assert found["dead_total"] == pytest.approx(expected, abs=0.01)
         assert found["dead_by_relu"] == pytest.approx(
