@@ -182,9 +182,18 @@ def test_where_nothing_varies_nothing_is_explained():
     assert evaluation.explained(1.0, 4.0) == 0.75
 
 
+def test_the_interval_of_a_firing_rate_is_the_exact_one():
+    from scipy.stats import binomtest
+
+    fired, n = np.array([0, 1, 3, 250, 999, 1000]), 1000
+    expected = [binomtest(int(k), n).proportion_ci(0.95, "exact") for k in fired]
+    found = evaluation.frequency_band(fired, n)
+    np.testing.assert_allclose(found, np.transpose([(one.low, one.high) for one in expected]), rtol=1e-9, atol=1e-15)
+
+
 def test_fates_have_the_cosine_with_the_mean_at_both_ends(tiny, tmp_path):
     tiny.train.steps, tiny.train.learning_rate, tiny.members = 4, 0.05, ConfigDict()
-    sae_jax.train(tiny, str(tmp_path))
+    (final,) = (member["final"] for member in sae_jax.train(tiny, str(tmp_path))["members"])
     mu = checkpoint.saved(str(tmp_path)).statistics["mu"]
     first = sae_lib.init(jax.random.key(tiny.seed), 64, 4, jnp.zeros(16)).W_enc
     last = sae_jax.load(str(tmp_path)).sae.W_enc
@@ -193,6 +202,14 @@ def test_fates_have_the_cosine_with_the_mean_at_both_ends(tiny, tmp_path):
         cosines = rows @ mu / np.linalg.norm(rows, axis=1) / np.linalg.norm(mu)
         np.testing.assert_allclose(table[f"mu_cosine_{end}"], cosines, atol=1e-3)
     assert np.abs(table["mu_cosine_init"] - table["mu_cosine_final"]).max() > 0.05
+    frequency = table["frequency"] * tiny.eval.n_tokens
+    np.testing.assert_allclose(frequency, np.round(frequency), rtol=1e-3)
+    np.testing.assert_array_equal(frequency > 0, table["final"] == "A")
+    assert frequency.sum() == pytest.approx(final["l0"] * tiny.eval.n_tokens, rel=1e-3)
+    again = tmp_path / "fates.csv"
+    before = again.read_bytes()
+    sae_jax.train(tiny, str(tmp_path))  # which has come to its end
+    assert again.read_bytes() == before
     silent = table["tokens_since_fired"]
     assert set(silent) <= {batch * tiny.train.batch_size for batch in range(5)}  # last fired in one of them
     assert 0 in silent

@@ -37,6 +37,7 @@ class Ensemble:
         self.norm = config.data.norm
         self.members = config_lib.members(config)
         self.groups = step_lib.group_members(self.members, source.d_model)
+        self.n_fired: dict[str, np.ndarray] = {}  # held-out tokens on which each feature fired, of the latest record
         self.statistics = statistics or self._statistics()
         if "giant_norm" not in self.statistics:  # a run that is older than these numbers
             self.statistics |= self._ordinary()[0]
@@ -178,6 +179,7 @@ class Ensemble:
                     raise RunFailed(f"{name} no longer reconstructs anything finite")
                 seen = values[i].pop("seen")
                 letters[name] = fates.letters(seen)
+                self.n_fired[name] = seen.n_fired
                 found[name] = {**values[i], **evaluation.bias_state(biases[i], self.mu(name))}
                 if self.source.truth is not None:
                     rows = sae.W_dec[i]
@@ -189,14 +191,15 @@ class Ensemble:
         self, history: list[dict[str, Any]], first_states: tuple[step_lib.TrainState, ...],
         states: tuple[step_lib.TrainState, ...],
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """One line for every feature of every member."""
+        """One line for every feature of every member; `record` has been called with these last states."""
         rows: list[dict[str, Any]] = []
         for group, first, last in zip(self.groups, first_states, states, strict=True):
             W_enc = [np.asarray(step_lib.in_shared_frame(state).W_enc) for state in (first, last)]
             for i, name in enumerate(group.names):
                 start, end = (fates.alignment(w[i], self.mu(name)) for w in W_enc)
                 silent = np.asarray(last.tokens_since_fired[i])
-                rows += fates.rows(name, fates.ledger(history, name), start, end, silent)
+                found = fates.ledger(history, name)
+                rows += fates.rows(name, found, start, end, silent, self.n_fired[name], self.source.n_eval_tokens)
         return rows
 
 

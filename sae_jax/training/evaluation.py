@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+from scipy.special import betaincinv
 
 from sae_jax.autoencoder import death
 from sae_jax.autoencoder import sae as sae_lib
@@ -106,6 +107,17 @@ def highest_rate_of_dead(n_tokens: int) -> float:
     (1 − rate)^n = 0.05, for tokens that are independent.
     """
     return float(-np.expm1(np.log(0.05) / n_tokens))
+
+
+def frequency_band(n_fired: Int[np.ndarray, "n"], n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest firing rate (95 %) of features that fired on n_fired of n_tokens tokens, if independent.
+
+    Clopper and Pearson, Biometrika 26 (1934): exact, so rather too wide than too narrow.
+    """
+    fired = np.asarray(n_fired, np.float64)
+    low = np.where(fired > 0, betaincinv(np.maximum(fired, 1), n_tokens - fired + 1, 0.025), 0.0)
+    high = np.where(fired < n_tokens, betaincinv(fired + 1, np.maximum(n_tokens - fired, 1), 0.975), 1.0)
+    return low, high
 
 
 def _one(seen: Sightings, member: int) -> Sightings:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from sae_jax.autoencoder.death import Sightings
+from sae_jax.training import evaluation
 
 LETTERS = "ATR"
 ALIVE, BY_TOPK, BY_RELU = range(3)
@@ -70,16 +71,19 @@ def alignment(W_enc: Float[np.ndarray, "n d"], mu: Float[np.ndarray, "d"]) -> Fl
 
 def rows(
     name: str, found: Ledger, at_init: Float[np.ndarray, "n"], at_end: Float[np.ndarray, "n"],
-    silent: Int[np.ndarray, "n"],
+    silent: Int[np.ndarray, "n"], n_fired: Int[np.ndarray, "n"], n_tokens: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The ledger as a table: one line a feature, with its alignment with mu at initialisation and at the end, and the
-    training tokens since it last fired: a feature that is dead to held-out tokens may be one that fires seldom."""
+    """The ledger as a table: one line a feature, with its alignment with mu at initialisation and at the end, the share
+    of the held-out tokens on which it fires with its 95 % interval, and the training tokens since it last fired: a
+    feature that is dead to held-out tokens may be one that fires seldom."""
+    low, high = evaluation.frequency_band(n_fired, n_tokens)
     return [
         {
             "member": name, "feature": i, "init": LETTERS[found.fates[0, i]], "final": LETTERS[found.fates[-1, i]],
             "born": born, "deaths": deaths, "revivals": revivals,
             "mu_cosine_init": round(float(at_init[i]), 4), "mu_cosine_final": round(float(at_end[i]), 4),
-            "tokens_since_fired": int(silent[i]),
+            "frequency": float(f"{n_fired[i] / n_tokens:.4g}"), "frequency_low": float(f"{low[i]:.4g}"),
+            "frequency_high": float(f"{high[i]:.4g}"), "tokens_since_fired": int(silent[i]),
         }
         for i, (born, deaths, revivals) in enumerate(zip(found.born(), found.deaths(), found.revivals(), strict=True))
     ]  # fmt: skip

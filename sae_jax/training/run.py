@@ -252,6 +252,8 @@ class Run:
             "config": config_lib.identity(self.config),
             "versions": tables.versions(),
         }
+        if not self.ensemble.n_fired:  # the run had come to its end before
+            self._record()
         kept = checkpoint.history(self.workdir)  # all processes together open the checkpoints
         if jax.process_index() == 0:
             first_states, self.states = self.ensemble.initial_states(), jax.device_get(self.states)
