@@ -9,7 +9,10 @@ roofline: the step takes at least the largest of FLOPs / peak, bytes / memory ba
 Nothing is run, so times are bounds, not measurements; what a sort, a gather or a scatter takes is not in them. The step
 is one branch while AuxK finds nothing dead, another from then on; the numbers of XLA are those of the dearer one, so
 `asleep` is the step compiled without AuxK. With train.precision float32 a product takes six passes of the matrix unit,
-which FLOPs here do not count but the roofline does. About eight minutes on 2 CPU cores.
+which FLOPs here do not count but the roofline does. About ten minutes on 2 CPU cores.
+
+Mode `model` is a language model and the step as one program (extras bundled and torchax): Gemma 3 270M up to layer 9 on
+every chip, with 8 sequences of 256 tokens each, and behind it an SAE of d 640 spread over the mesh.
 """
 
 import re
@@ -22,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from sae_jax.config import base
 from sae_jax.runtime import devices as devices_lib
@@ -34,6 +39,7 @@ COLUMNS = (
     "fits", "memory_gb", "gflops", "gbytes", "collectives_mb", "roofline_ms", "bound_by", "tokens_per_s",
 )  # fmt: skip
 D, K, TOKENS = 4096, 64, 2048  # width, kept entries, tokens a chip of the data axis
+SEQUENCES = 8  # a chip, where a language model comes first
 
 
 class Chip(NamedTuple):
@@ -89,8 +95,36 @@ def build(case: Case) -> Any:
         )  # fmt: skip
         return step.lower(state, jax.ShapeDtypeStruct((data, TOKENS, D), jnp.float32)).compile()
     mesh = devices_lib.make_mesh(topology.devices, data=data, feature=feature)
+    if mode == "model":
+        return behind_a_model(mesh, config)
     x = jax.ShapeDtypeStruct((data * TOKENS, D), jnp.float32)
     return devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state).lower(state, x).compile()
+
+
+def behind_a_model(mesh: jax.sharding.Mesh, config: ConfigDict) -> Any:
+    """Token ids in, the SAE's next state out: activations lie where they were computed, then where the SAE's step has
+    its rows of the batch."""
+    from sae_jax.models import adapters, hooks, on_jax
+
+    model, length = config.data.model, TOKENS // SEQUENCES
+    model.id, model.layer = "gemma-3-270m", 9
+    network = adapters.load(model)
+    static = step_lib.Static.of(config)
+    state = jax.eval_shape(lambda: step_lib.init_group([config], jnp.zeros((1, network.width), jnp.float32)))
+    step = devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state)
+    forward = on_jax.function(network, [model.layer])
+
+    def whole(state: Any, weights: Any, ids: Any) -> Any:
+        return step(state, hooks.flat(forward(weights, {"input_ids": ids})[model.layer]))
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    weights = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+                           on_jax.weights(network))  # fmt: skip
+    ids = jax.ShapeDtypeStruct((mesh.size * SEQUENCES, length), jnp.int32,
+                               sharding=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))  # fmt: skip
+    laid = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state,
+                        devices_lib.layout(mesh, state))  # fmt: skip
+    return jax.jit(whole, donate_argnums=0).lower(laid, weights, ids).compile()
 
 
 def cost(compiled: Any) -> Compiled:
@@ -118,6 +152,8 @@ def cases() -> list[Case]:
         found.append(Case(f"v5e:{shape}", "mesh", data, 8, 2**17, asleep))
     found += [Case("v5e:16x16", "mesh", 32, 8, 2**17, awake), Case("v5e:16x16", "mesh", 16, 16, 2**17, asleep)]
     found += [Case("v5e:16x16", "mesh", 256 // f, f, 2**18, awake) for f in (8, 16)]
+    found.append(Case("v5e:4x4", "mesh", 1, 16, 2**18, awake))
+    found += [Case("v5e:4x4", "model", 16 // f, f, n, awake) for f, n in ((1, 2**14), (8, 2**17))]
     found.append(Case("v4:2x2x1", "mesh", 1, 8, 2**17, asleep))
     return [
         *found,

@@ -1,7 +1,7 @@
 """A torch model as a function of JAX: its own modules, traced by torchax, compiled for the devices of the SAE."""
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,42 +26,59 @@ def moved(network: Network, model: ConfigDict, devices: Sequence[jax.Device] = (
     Raises:
       Refused: torchax is missing; from the first batch on also that it cannot trace this model.
     """
-    try:
-        torchax, torch = module("torchax", EXTRA), module("torch", EXTRA)
-        jax_view = module("torchax.interop", EXTRA).jax_view
-    except AttributeError as error:  # an older torchax asks torch for what is no longer there
-        raise missing_extra("a torchax that goes with this torch", EXTRA) from error
-    tensors = {**dict(network.run.named_parameters()), **dict(network.run.named_buffers())}
+    _torchax()
     mesh = Mesh(np.array(list(devices) or jax.local_devices()), ("batch",))
     everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
-    weights = jax.device_put({key: _array(x) for key, x in tensors.items()}, everywhere)
+    placed = jax.device_put(weights(network), everywhere)
     programs: dict[Any, Any] = {}  # compiled, by what they give and the shapes of what they take
-
-    def traced(layers: tuple[int, ...], hook: str, given: dict[str, jax.Array]) -> Any:
-        def streams(weights: dict[str, Any], given: dict[str, Any]) -> dict[int, Any]:
-            run = partial(torch.func.functional_call, network.run, weights, ())
-            return hooks.streams(network._replace(run=lambda **given: run(given)), given, layers, hook)
-
-        try:
-            with torchax.default_env(), torch.device("jax"), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # 32 bits are enough
-                with jax.default_matmul_precision("highest"):
-                    return jax.jit(jax_view(streams)).lower(weights, given)
-        except Refused:
-            raise
-        except Exception as error:  # torchax, torch, transformers and JAX each have their own
-            what = f"torch: torchax cannot trace {model.id} ({type(error).__name__}: {first_line(error)})"
-            raise Refused("data.model.backend", "jax", what) from error
 
     def compute(batch: Batch, layers: Collection[int], hook: str) -> dict[int, jax.Array]:
         given = jax.device_put(_padded(batch, -(-model.batch_size // mesh.size) * mesh.size), spread)
         key = (tuple(sorted(layers)), hook, *((name, x.shape) for name, x in given.items()))
         if key not in programs:
-            programs[key] = traced(tuple(sorted(layers)), hook, given).compile()
-        found: dict[int, jax.Array] = programs[key](weights, given)
+            try:
+                lowered = jax.jit(function(network, tuple(sorted(layers)), hook)).lower(placed, given)
+            except Refused:
+                raise
+            except Exception as error:  # torchax, torch, transformers and JAX each have their own
+                what = f"torch: torchax cannot trace {model.id} ({type(error).__name__}: {first_line(error)})"
+                raise Refused("data.model.backend", "jax", what) from error
+            programs[key] = lowered.compile()
+        found: dict[int, jax.Array] = programs[key](placed, given)
         return found
 
     return network._replace(compute=compute)
+
+
+def function(network: Network, layers: Collection[int], hook: str = "residual") -> Callable[[Any, Any], dict[int, Any]]:
+    """`hooks.streams` as a function of JAX, of `weights` and inputs by name; to be traced, not called as it is."""
+    torchax, torch = _torchax(), module("torch", EXTRA)
+
+    def streams(weights: dict[str, Any], given: dict[str, Any]) -> dict[int, Any]:
+        run = partial(torch.func.functional_call, network.run, weights, ())
+        return hooks.streams(network._replace(run=lambda **given: run(given)), given, layers, hook)
+
+    def traced(weights: dict[str, Any], given: dict[str, Any]) -> dict[int, Any]:
+        exact = jax.default_matmul_precision("highest")
+        with torchax.default_env(), torch.device("jax"), exact, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # 32 bits are enough
+            found: dict[int, Any] = torchax.interop.jax_view(streams)(weights, given)
+        return found
+
+    return traced
+
+
+def weights(network: Network) -> dict[str, np.ndarray]:
+    """Parameters and buffers by name, on the host, of JAX's default precision."""
+    return {key: _array(x) for key, x in (*network.run.named_parameters(), *network.run.named_buffers())}
+
+
+def _torchax() -> Any:
+    try:
+        module("torchax.interop", EXTRA)
+        return module("torchax", EXTRA)
+    except AttributeError as error:  # an older torchax asks torch for what is no longer there
+        raise missing_extra("a torchax that goes with this torch", EXTRA) from error
 
 
 def _array(tensor: Any) -> np.ndarray:
