@@ -8,8 +8,10 @@ import pytest
 
 import sae_jax
 from sae_jax import cli
+from sae_jax.config import base
 from sae_jax.errors import Refused
 from sae_jax.runtime import memory
+from sae_jax.training import footprint
 
 GIGABYTE = 10**9
 
@@ -58,6 +60,19 @@ def test_the_line_says_how_many_would_fit(machine):
     most, batch = map(int, said.groups())
     assert need(most, 64) <= 10**6 < need(most + 1, 64)
     assert need(10**4, batch) <= 10**6 < need(10**4, batch + 1)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_run_takes_what_its_first_and_its_last_states_and_its_table_take(monkeypatch, devices):
+    """Of small batches the end is dearest: twice three arrays of all parameters on each device, 5,000 bytes a line."""
+    config = base({"sae.n_features": 4096, "sae.k": 4, "train.batch_size": 2, "eval.batch_size": 2,
+                   "train.devices": devices, "data.signal": "gaussian"})  # fmt: skip
+    expected = 2 * 3 * 4 * (2 * 16 + 1) * 4096 * devices + 5000 * 4096
+    monkeypatch.setattr(memory, "available", lambda: 1.001 * expected)
+    footprint.check_run(config, 16)
+    monkeypatch.setattr(memory, "available", lambda: 0.999 * expected)
+    with pytest.raises(Refused, match=r"sae.n_features = 4096: at most about 40\d\d"):
+        footprint.check_run(config, 16)
 
 
 CONFIG = """

@@ -137,7 +137,9 @@ def test_a_layer_of_another_hook_point_is_forgotten():
 
 def test_a_card_lists_what_applied(run, tmp_path):
     sharing.export(run["file"], str(tmp_path / "out"))
-    settings = (tmp_path / "out/README.md").read_text().partition("## Settings")[2]
+    card, _, settings = (tmp_path / "out/README.md").read_text().partition("## Settings")
+    assert "Scaling, centring and whitening are folded into the weights" in card
+    assert "Each token goes through" not in card
     assert "`train.steps=2`" in settings
     assert "`data.statistics_tokens=" in settings
     for key in ("data.model.", "data.gamma", "data.rank", "data.path", "checkpoint.", "auxk.weight=-1",

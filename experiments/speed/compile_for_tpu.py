@@ -33,7 +33,7 @@ from sae_jax.runtime import devices as devices_lib
 from sae_jax.training import step as step_lib
 
 OUT = flags.DEFINE_string("out", "experiments/speed/compile_for_tpu.csv", "results")
-ONLY = flags.DEFINE_string("only", "", "a case: its topology, as v5e:2x4")
+ONLY = flags.DEFINE_string("only", "", "cases: part of a topology or a mode, as v5e:2x4 or model")
 WIDTHS = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}  # bytes
 COLUMNS = (
     "fits", "memory_gb", "gflops", "gbytes", "collectives_mb", "roofline_ms", "bound_by", "tokens_per_s",
@@ -178,10 +178,11 @@ def measured(case: Case) -> str:
     bounds = {"compute": flops / chip.flops, "memory": found.bytes / chip.memory, "links": sent / chip.links}
     worst = max(bounds, key=bounds.__getitem__)
     kinds = " ".join(f"{kind}:{size / 1e6:.1f}" for kind, size in sorted(found.sent.items()))
+    shares = case.data * (case.feature if case.mode == "model" else 1)
     fits = "yes" if found.memory < chip.capacity else "no"
     return (
         f"{fits},{found.memory / 1e9:.2f},{found.flops / 1e9:.0f},{found.bytes / 1e9:.1f},{kinds},"
-        f"{1e3 * bounds[worst]:.2f},{worst},{case.data * TOKENS / bounds[worst]:.0f}"
+        f"{1e3 * bounds[worst]:.2f},{worst},{shares * TOKENS / bounds[worst]:.0f}"
     )
 
 
@@ -189,7 +190,7 @@ def main(_: list[str]) -> None:
     """One line a case, as it comes; every one compiled anew, as rows of an older step would look the same."""
     rows = [",".join((*Case._fields, *COLUMNS))]
     for case in cases():
-        if ONLY.value in case.topology:
+        if ONLY.value in f"{case.topology} {case.mode}":
             rows.append(",".join(map(str, case)) + "," + measured(case))
             print(rows[-1], flush=True)
             Path(OUT.value).write_text("\n".join(rows) + "\n", encoding="utf-8")
