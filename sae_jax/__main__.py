@@ -11,10 +11,10 @@ from sae_jax.runtime import stopping
 
 def run() -> None:
     """Entry point: exits with the code of the verb. What has nothing to save ends at once when it is asked to stop."""
-    gc.set_threshold(100_000, 20, 20)  # libraries make half a million objects that stay: to look through them over and
-    atexit.register(gc.freeze)  # over takes 0.3 s, and once more at the end as long
     stopping.end_when_asked()  # before anything that takes time to import
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # last of all: the work is done, and no Python runs
+    gc.set_threshold(100_000, 20, 20)  # libraries make half a million objects that stay: to look through them over and
+    atexit.register(gc.freeze)  # over takes 0.3 s, and once more at the end as long
     sys.unraisablehook = _print_unless_late
     from sae_jax import cli
 

@@ -52,13 +52,14 @@ def compared(name: str) -> dict[str, object]:
         return extraction.forward(networks[backend], model, batches[batch], batch * model.batch_size, layers)
 
     worst, differ = 0.0, 0
-    for layer in layers:  # layers of feature maps are too large to be held together
-        theirs, ours = (np.concatenate([rows(backend, i, [layer])[layer].x for i in range(BATCHES)])
-                        for backend in ("torch", "jax"))  # fmt: skip
+    found = {backend: [rows(backend, i, list(layers)) for i in range(BATCHES)] for backend in networks}
+    for layer in layers:
+        theirs, ours = (np.concatenate([part[layer].x for part in found[backend]]) for backend in ("torch", "jax"))
         deviation = np.maximum(theirs.std(axis=0, dtype=np.float64), 1e-12)
         worst = max(worst, float(np.max(np.abs(theirs - ours) / deviation)))
         differ += int(np.sum(fates(theirs) != fates(ours)))
     seconds: dict[str, list[float]] = {"torch": [], "jax": []}
+    rows("jax", 0, [MODELS[name]])  # compiled
     for _ in range(PAIRS.value):
         for backend, taken in seconds.items():
             began = time.perf_counter()
@@ -74,7 +75,7 @@ def compared(name: str) -> dict[str, object]:
 
 
 def main(_: list[str]) -> None:
-    """All four."""
+    """All of them."""
     found = []
     for name in MODELS:
         found.append(compared(name))

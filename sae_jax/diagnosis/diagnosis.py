@@ -4,6 +4,7 @@ Two passes over the tokens: moments, then probes under every remedy at once. Mea
 every remedy, is a third pass and costs what the first two save.
 """
 
+import contextlib
 import importlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -92,8 +93,8 @@ def diagnose(
         n_features, k = planned.sae.n_features, planned.sae.k
         after_training = pilot_lib.forecast(planned, str(workdir))
     fits = partial(remedies.check_memory, n_features=n_features, n_probes=n_probes, measure=measure, rule=selection)
-    Thread(target=importlib.import_module, args=("matplotlib.figure",)).start()  # long before it is needed
     tokens, scale = survey.rescaled(open_tokens(activations, fits))
+    Thread(target=_import_early).start()
     severity, sample, counts = survey.first_pass(tokens)
     ordinary = giants.without(tokens.batches, counts.giant_norm, covariance=True) if counts.any_giant else severity
     median = moments_lib.geometric_median(lambda: [sample], severity.raw.mean, tolerance=1e-5)
@@ -151,6 +152,12 @@ def diagnose(
             disk.write_bytes(folder / f"{name}.png", files.get(name) or figures.png(figure))
         tables.write_json(workdir, result)
     return result
+
+
+def _import_early() -> None:
+    """Matplotlib, while others work; what is wrong with it is told where it is used."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("matplotlib.figure")
 
 
 def _of_tokens(severity: Severity, sample: np.ndarray, render: bool) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -57,7 +57,6 @@ def load(model: ConfigDict, head: bool = False, devices: Sequence[Any] = ()) -> 
             if head:
                 return FAMILIES[family](model, id, "AutoModelForCausalLM")
             network = FAMILIES[family](model, id)
-            return on_jax.moved(network, model, devices) if model.backend == "jax" else network
     except (OSError, ValueError) as error:
         if isinstance(error, Refused):
             raise
@@ -68,6 +67,7 @@ def load(model: ConfigDict, head: bool = False, devices: Sequence[Any] = ()) -> 
             page = f"https://huggingface.co/{known.id}"
             how += f"; they are gated ({known.licence}): accept the terms at {page} and set HF_TOKEN"
         raise Refused("data.model.id", model.id, how) from error
+    return on_jax.moved(network, model, devices) if model.backend == "jax" else network
 
 
 def _family(model: ConfigDict) -> str:
@@ -149,6 +149,7 @@ def _esm2(model: ConfigDict, id: str) -> Network:
             sequences("proteins", model, lambda s: tokenizer(s).input_ids, 2), tokenizer.all_special_ids,
             tokenizer.pad_token_id, model.batch_size, mask="attention_mask",
         ),
+        context=model.context,
     )  # fmt: skip
 
 
@@ -166,6 +167,7 @@ def esm3_network(network: Any, model: ConfigDict) -> Network:
             sequences("proteins", model, lambda s: tokenizer(s)["input_ids"], 2), tokenizer.all_special_ids,
             tokenizer.pad_token_id, model.batch_size, ids="sequence_tokens", mask="sequence_id",
         ),
+        context=model.context,
     )  # fmt: skip
 
 
@@ -183,6 +185,7 @@ def _progen(model: ConfigDict, id: str) -> Network:
             sequences("proteins", model, lambda s: tokenizer("1" + s + "2", add_special_tokens=False).input_ids, 2),
             ends, 0, model.batch_size,
         ),
+        context=model.context,
     )  # fmt: skip
 
 
@@ -195,6 +198,7 @@ def _evo(model: ConfigDict, id: str) -> Network:
         lambda: token_batches(
             sequences("dna", model, lambda s: list(s.encode("ascii")), 0), [], 1, model.batch_size,
         ),
+        context=model.context,
     )  # fmt: skip
 
 
@@ -210,6 +214,7 @@ def _glm2(model: ConfigDict, id: str) -> Network:
             sequences("proteins", model, lambda s: tokenizer("<+>" + s).input_ids, 3), special,
             tokenizer.pad_token_id, model.batch_size, mask="attention_mask",
         ),
+        context=model.context,
     )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def antiberty(model: ConfigDict, id: str) -> Network:
             sequences("proteins", model, encode, 2), [*ends, vocabulary["[PAD]"]], vocabulary["[PAD]"],
             model.batch_size, mask="attention_mask",
         ),
+        context=model.context,
     )  # fmt: skip
 
 

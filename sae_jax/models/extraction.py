@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -88,7 +88,10 @@ def activations(name: str, layers: Collection[int], n_tokens: int) -> dict[int, 
 
 def _widths(network: Network, model: ConfigDict, layers: Collection[int]) -> dict[int, int]:
     if model.hook != "residual" or model.backend == "jax":  # as wide as the module makes it; and whether JAX can run it
-        return {layer: part.x.shape[1] for layer, part in next(rows(network, model, layers))[1].items()}
+        first = next(rows(network, model, layers), None)
+        if first is None:
+            raise Refused("data.model.id", model.id, "inputs that are long enough for one sequence")
+        return {layer: part.x.shape[1] for layer, part in first[1].items()}
     return {layer: width if isinstance(width := network.width, int) else width[layer - 1] for layer in layers}
 
 
@@ -103,17 +106,19 @@ def described(model: ConfigDict, layer: int) -> dict[str, Any]:
     return settings | {"layer": layer, "inputs": shown}
 
 
-def extracted(model: ConfigDict) -> str:
+def extracted(model: ConfigDict, devices: Sequence[Any] = ()) -> str:
     """The dataset folder of `config.data.model`: found in the cache, or extracted into it now."""
     cache = os.path.expanduser(model.cache or "~/.cache/sae_jax")
-    return extract(model, [model.layer], cache)[model.layer]
+    return extract(model, [model.layer], cache, devices)[model.layer]
 
 
-def extract(model: ConfigDict, layers: Collection[int], data_dir: str) -> dict[int, str]:
+def extract(
+    model: ConfigDict, layers: Collection[int], data_dir: str, devices: Sequence[Any] = ()
+) -> dict[int, str]:
     """Datasets of several layers, from one forward pass; those that are finished are left as they are.
 
     Killed and called again it goes on after the last whole shard. Of a model whose activations the user supplies it is
-    the user's file.
+    the user's file. `devices` as of `adapters.load`.
     """
     facts.check(model, layers)
     facts.check_allowed(model)
@@ -128,7 +133,7 @@ def extract(model: ConfigDict, layers: Collection[int], data_dir: str) -> dict[i
         folders[layer] = store.folder_of(data_dir, dataset)
     missing = [layer for layer in layers if not (folders[layer] / store.MANIFEST).exists()]
     if missing:
-        network = adapters.load(model)
+        network = adapters.load(model, devices=devices)
         if max(missing) > len(network.blocks):
             raise Refused("data.model.layer", max(missing), f"0 (embeddings) to {len(network.blocks)}")
         width = _widths(network, model, missing)

@@ -30,6 +30,7 @@ class Network(NamedTuple):
     width: int | tuple[int, ...]  # d_model, or one a block
     batches: Callable[[], Iterator[Batch]]
     stream: int = 0  # which of the things that a block returns is the residual stream, where it returns several
+    context: int = 0  # positions of the longest sequence, where some are shorter
     compute: Callable[..., dict[int, Any]] | None = None  # where JAX runs it: of a batch, layers and hook, padded
 
 
@@ -119,6 +120,9 @@ def sequences(kind: str, model: ConfigDict, encode: Callable[[str], list[int]], 
 def text_network(network: Any, tokenizer: Any, model: ConfigDict, context: int) -> Network:
     """A model of text, with its text packed: there is no padding."""
     network.config.use_cache = False
+    positions = getattr(network.config.get_text_config(), "max_position_embeddings", None) or context
+    if context > positions:  # torch would say so in its own way, and JAX not at all
+        raise Refused("data.model.context", model.context, f"up to {positions}, the positions that {model.id} has")
     return Network(
         placed(network, model), blocks(network), network.config.get_text_config().hidden_size,
         lambda: token_batches(packed(tokenizer, model, context), tokenizer.all_special_ids, 0, model.batch_size),

@@ -26,24 +26,27 @@ def moved(network: Network, model: ConfigDict, devices: Sequence[jax.Device] = (
     Raises:
       Refused: torchax is missing; from the first batch on also that it cannot trace this model.
     """
-    _torchax()
+    _torchax().default_env()  # made here: what it holds would else be part of the first program that is traced
     mesh = Mesh(np.array(list(devices) or jax.local_devices()), ("batch",))
     everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
     placed = jax.device_put(weights(network), everywhere)
     programs: dict[Any, Any] = {}  # compiled, by what they give and the shapes of what they take
 
     def compute(batch: Batch, layers: Collection[int], hook: str) -> dict[int, jax.Array]:
-        given = jax.device_put(_padded(batch, -(-model.batch_size // mesh.size) * mesh.size), spread)
+        size = -(-model.batch_size // mesh.size) * mesh.size
+        given = jax.device_put(_padded(batch, size, network.context), spread)
         key = (tuple(sorted(layers)), hook, *((name, x.shape) for name, x in given.items()))
         if key not in programs:
             try:
                 lowered = jax.jit(function(network, tuple(sorted(layers)), hook)).lower(placed, given)
-            except Refused:
+                programs[key] = lowered.compile()
+            except (Refused, MemoryError):
                 raise
             except Exception as error:  # torchax, torch, transformers and JAX each have their own
-                what = f"torch: torchax cannot trace {model.id} ({type(error).__name__}: {first_line(error)})"
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                what = f"torch: JAX cannot run {model.id} ({type(error).__name__}: {first_line(error)})"
                 raise Refused("data.model.backend", "jax", what) from error
-            programs[key] = lowered.compile()
         found: dict[int, jax.Array] = programs[key](placed, given)
         return found
 
@@ -82,18 +85,18 @@ def _torchax() -> Any:
 
 
 def _array(tensor: Any) -> np.ndarray:
-    found: np.ndarray = tensor.detach().cpu().numpy()
-    return found.astype(jnp.zeros(()).dtype) if found.dtype.kind == "f" else found
+    tensor = tensor.detach().cpu()
+    found: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return found.astype(jnp.zeros(()).dtype, copy=False) if found.dtype.kind == "f" else found
 
 
-def _padded(batch: Batch, size: int) -> dict[str, np.ndarray]:
-    """The inputs as `size` sequences, longer ones where lengths differ.
+def _padded(batch: Batch, size: int, context: int) -> dict[str, np.ndarray]:
+    """The inputs as `size` sequences; where lengths differ (a `context`), as long as few programs take.
 
     A sequence more is the last once again: one of nothing but padding has no softmax.
     """
     rows, length = batch.real.shape
-    even = batch.real.all() and not any(x.dtype == bool for x in map(_array, batch.inputs.values()))
-    longer = 0 if even else max(SHORTEST, 1 << (length - 1).bit_length()) - length
+    longer = max(0, min(max(SHORTEST, 1 << (length - 1).bit_length()), context) - length)
     given = {}
     for key, tensor in batch.inputs.items():
         x = _array(tensor)

@@ -66,14 +66,15 @@ def open_source(
 
         if width := facts.width(config.data.model):
             fits(width)
+        devices = jax.local_devices()[: config.train.devices or None]
         if config.data.model.stream:
             from sae_jax.models import streaming
 
-            streamed = streaming.StreamedChunks(config.data.model, jax.local_devices()[: config.train.devices or None])
+            streamed = streaming.StreamedChunks(config.data.model, devices)
             fits(streamed.d_model)
             batches = streaming.batches if config.data.model.backend == "jax" else None
             return StoredSource(config, streamed, cache(streamed.__getitem__), evenly, batches)
-        chunks = files.open_chunks(extraction.extracted(config.data.model))
+        chunks = files.open_chunks(extraction.extracted(config.data.model, devices))
         fits(chunks.d_model)
         return StoredSource(config, chunks, evenly=evenly)
     _check_truth(config)

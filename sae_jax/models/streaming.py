@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +92,12 @@ class DeviceBatches(pipeline.Batches):
     Each device holds a part of every row while they wait, and its share of the batch in the end.
     """
 
+    def __init__(self, chunks: StreamedChunks, *how: Any):
+        self._streamed = chunks
+        super().__init__(chunks, *how)
+
     def _hold(self, count: int) -> None:
-        assert isinstance(self._chunks, StreamedChunks)
-        d, mesh = self._chunks.d_model, Mesh(np.array(self._chunks.devices), ("device",))
+        d, mesh = self._streamed.d_model, Mesh(np.array(self._streamed.devices), ("device",))
         waiting = NamedSharding(mesh, PartitionSpec(None, "device" if d % mesh.size == 0 else None))
         size = len(self._lanes) * self._rows_per_lane
         shared = NamedSharding(mesh, PartitionSpec("device" if size % mesh.size == 0 else None))
@@ -112,11 +116,10 @@ class DeviceBatches(pipeline.Batches):
         self._empty = jax.jit(lambda: jnp.zeros((size, d), float), out_shardings=shared)()
 
     def _put(self, number: int, first: int, end: int, at: int) -> None:
-        assert isinstance(self._chunks, StreamedChunks)
-        chunk = self._chunks.on_device(number)
+        chunk = self._streamed.on_device(number)
         self._rows = self._put_rows(self._rows, chunk, jax.device_put(np.array([first, end, at], np.int32)))
 
-    def on_devices(self, index: int) -> Float[Array, "B d"]:
+    def __getitem__(self, index: int) -> Float[Array, "B d"]:  # type: ignore[override]  # one at a time, of JAX
         """Batch number `index`, (batch, d_model), spread over the local devices."""
         found = [self._stretches(lane, index * self._rows_per_lane) for lane in self._lanes]
         batch, done = self._empty, np.zeros(len(found), int)
@@ -151,7 +154,7 @@ class Stream:
 
     def __next__(self) -> Array:
         self._next += 1
-        return self._batches.on_devices(self._next - 1)
+        return self._batches[self._next - 1]
 
     def get_state(self) -> dict[str, int]:
         """The number of the next batch."""

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -128,7 +128,8 @@ class Devices:
             if not compiled:
                 each = lambda *args: fn(_allsum(mesh), jax.lax.axis_index(DATA), *args)  # noqa: E731
                 compiled.append(_over(mesh, each, specs, out(*specs), donate))
-            return compiled[0](*jax.device_put(args, _on(mesh, specs)))
+            laid = jax.tree.map(lambda s, part: jax.tree.map(partial(_laid, s), part), _on(mesh, specs), args)
+            return compiled[0](*laid)
 
         return call
 
@@ -230,6 +231,18 @@ def _specs(tree: Any) -> Any:
 def _on(mesh: Mesh, specs: Any) -> Any:
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def _laid(sharding: NamedSharding, array: Any) -> jax.Array:
+    """The array so laid over the devices. From several to several it goes by a program: `device_put` reads it first."""
+    if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
+        return array if array.sharding == sharding else _program(sharding)(array)
+    return jax.device_put(array, sharding)
+
+
+@cache
+def _program(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=sharding)
 
 
 def _over(mesh: Mesh, fn: Callable[..., Any], ins: Any, outs: Any, donate: tuple[int, ...]) -> Callable[..., Any]:

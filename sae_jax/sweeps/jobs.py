@@ -8,6 +8,7 @@ its error, is tried again by the next run, and keeps nobody else from going on.
 
 import contextlib
 import csv
+import gc
 import io
 import json
 import time
@@ -127,6 +128,7 @@ def run_group(workdir: str, group: list[Job]) -> None:
             raise
         except Exception as error:
             rows = [failure(job, error)]
+        gc.collect()  # a run points at itself, and with it all that it had on the devices
         record(workdir, job, rows)
         print(f"{job.name}: {_short(rows)} ({time.perf_counter() - started:.0f} s)", flush=True)
 

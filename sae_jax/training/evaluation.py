@@ -112,12 +112,13 @@ def highest_rate_of_dead(n_tokens: int) -> float:
 def frequency_band(n_fired: Int[np.ndarray, "n"], n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest firing rate (95 %) of features that fired on n_fired of n_tokens tokens, if independent.
 
-    Clopper and Pearson, Biometrika 26 (1934): exact, so rather too wide than too narrow.
+    Clopper and Pearson, Biometrika 26 (1934): exact, so rather too wide than too narrow. Of what never fired the
+    highest is that of `highest_rate_of_dead`: there is only one side to err on.
     """
     fired = np.asarray(n_fired, np.float64)
     low = np.where(fired > 0, betaincinv(np.maximum(fired, 1), n_tokens - fired + 1, 0.025), 0.0)
     high = np.where(fired < n_tokens, betaincinv(fired + 1, np.maximum(n_tokens - fired, 1), 0.975), 1.0)
-    return low, high
+    return low, np.where(fired > 0, high, highest_rate_of_dead(n_tokens))
 
 
 def _one(seen: Sightings, member: int) -> Sightings:

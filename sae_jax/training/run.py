@@ -198,9 +198,8 @@ class Run:
         kept = self.checkpoints.latest
         where, rest = f"step {step}, batch {step}: ", f"; the last good checkpoint is that of step {kept}"
         if self.source.split_axis is not None:
-            data = self.source.train(step)
-            x = next(data)
-            data.close()
+            self.data.set_state({"next_index": step})
+            x = next(self.data)
             if not np.isfinite(x).all():
                 return RunFailed(where + culprit(x) + rest)
         what = f"the loss or its gradient is not finite in {', '.join(names)}"
