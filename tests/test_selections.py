@@ -210,3 +210,13 @@ def test_flags_of_another_selection_are_refused(tmp_path, capsys, flags, said):
     assert not (tmp_path / "out").exists()
     with pytest.raises(Refused, match="selection = 'gated'"):
         sae_jax.diagnose(np.ones((20, 4), np.float32), selection="gated")
+
+
+def test_shares_of_directions_above_a_height_in_closed_form():
+    """On a line two directions, on a circle an arc, on a sphere a cap (Archimedes); none above the length √d itself."""
+    h = np.array([0.0, 0.4, 0.9])
+    np.testing.assert_allclose(selections.share_above(h, 1), 0.5)
+    np.testing.assert_allclose(selections.share_above(h, 2), np.arccos(h / np.sqrt(2)) / np.pi, rtol=1e-12)
+    np.testing.assert_allclose(selections.share_above(h, 3), (1 - h / np.sqrt(3)) / 2, rtol=1e-12)
+    for d in (1, 2, 3, 50):
+        assert selections.share_above(np.array([1.5 * np.sqrt(d), 9 * np.sqrt(d)]), d).tolist() == [0, 0]
