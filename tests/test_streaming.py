@@ -8,7 +8,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from processes import ROOT
+from processes import ROOT, Processes
+from test_processes import TRAIN
 from test_running import assert_equal, final_states
 
 import sae_jax
@@ -222,3 +223,20 @@ def test_one_two_and_four_devices_stream_the_same(on_devices, tmp_path):
     assert len(losses["1"]) == 50 * len(on_devices.members)
     for other in ("2", "4"):
         np.testing.assert_allclose(losses[other], losses["1"], rtol=1e-9)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("x64")
+def test_two_processes_stream_what_one_does(on_devices, tmp_path):
+    """One of them is asked to stop on the way, and both stop and go on."""
+    on_devices.train.steps, on_devices.train.steps_per_dispatch = 50, 5
+    started = Processes(TRAIN.format(config=on_devices.to_json(), disturb="ask"), 2, tmp_path / "two")
+    one = sae_jax.train(on_devices, str(tmp_path / "one"))
+    for code, said in started.wait():
+        assert code == 0, said
+        assert "stopped on request at step" in said
+    two = json.loads((tmp_path / "two/w/report.json").read_text())
+    assert (two["devices"], one["devices"]) == (2, 1)
+    for ours, theirs in zip(two["members"], one["members"], strict=True):
+        for key in ("fve", "l0", "dead_total", "bias_projection"):
+            assert ours["final"][key] == pytest.approx(theirs["final"][key], rel=1e-9), key
