@@ -448,6 +448,19 @@ def test_jax_without_torchax_names_its_extra_and_writes_nothing(settings, monkey
     assert not Path(settings.cache).exists()
 
 
+def test_positions_that_a_model_does_not_have_and_texts_too_short_are_refused(settings, monkeypatch, tmp_path, backend):
+    network, words, _ = gpt2()
+    saved(monkeypatch, settings, tmp_path / "model", "gpt2", network, words)
+    settings.backend, settings.context = backend, 65
+    with pytest.raises(Refused, match="data.model.context = 65: up to 64, the positions that gpt2 has"):
+        extraction.extract(settings, [1], settings.cache)
+    settings.context, settings.hook = 60, "mlp"
+    Path(settings.text).write_text("short")
+    with pytest.raises(Refused, match="data.model.id = 'gpt2': inputs that are long enough for one sequence"):
+        extraction.extract(settings, [1], settings.cache)
+    assert not Path(settings.cache).exists()
+
+
 def test_datasets_of_torch_keep_the_name_that_they_had(settings):
     settings.id, settings.text = "gpt2", ""
     assert "backend" not in extraction.described(settings, 1)
