@@ -157,8 +157,7 @@ def auxk_weight(config: ConfigDict) -> float:
 
 def of_penalty(config: ConfigDict, field: str) -> float:
     """A number of `sparsity`, or the preset's own where it is -1; 0 where there is none."""
-    presets = PENALTIES.get(config.sae.activation, {})
-    own = getattr(presets.get(config.sparsity.preset), field, 0.0)
+    own = getattr(PENALTIES.get(config.sae.activation, {}).get(config.sparsity.preset), field, 0.0)
     return float(own if config.sparsity[field] == -1 else config.sparsity[field])
 
 
@@ -226,7 +225,7 @@ def changed(config: ConfigDict, held: dict[str, Any], folder: str) -> tuple[str,
     """
     wanted = json.loads(json.dumps(identity(config)))
     for key in sorted((wanted.keys() | held.keys()) - set(FREE_KEYS)):
-        then, now = held.get(key, _defaults().get(key)), wanted.get(key)
+        then, now = held.get(key, defaults().get(key)), wanted.get(key)
         if then != now and not (key in PATH_KEYS and then and now and _place(folder, then) == _place("", now)):
             return key, then, now
     return None
@@ -284,13 +283,14 @@ def check(config: ConfigDict) -> None:
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
+def defaults() -> dict[str, Any]:
+    """`base`, flat; made once, so not to be changed."""
     return flatten(base())
 
 
 def _check_keys(config: ConfigDict) -> None:
     """All keys of the schema and no others, each of the type of its default: files are free to do what flags cannot."""
-    known, given = _defaults(), flatten(config)
+    known, given = defaults(), flatten(config)
     for key, value in given.items():
         if key not in known and not key.startswith("members."):
             raise Refused(key, value, "a key of sae_jax.config.base(), or members.NAME.KEY")

@@ -148,7 +148,7 @@ class Counter:
     def __init__(self, start: int):
         self._next = start
 
-    def __next__(self) -> np.int32:
+    def __next__(self) -> Any:
         self._next += 1
         return np.int32(self._next - 1)
 

@@ -16,6 +16,7 @@ from sae_jax.activations import pipeline
 from sae_jax.activations.chunks import rows_of
 from sae_jax.errors import Refused
 from sae_jax.models import adapters, extraction, facts, hooks
+from sae_jax.models.sources import Counter
 
 
 class StreamedChunks:
@@ -145,24 +146,13 @@ def batches(
     return Stream(DeviceBatches(chunks, order, train, batch_size, seed, process, processes))
 
 
-class Stream:
-    """Endless iterator over batches, with the interface of a grain iterator. What is asked of the devices is only
-    begun: they have the next batch to work on while a step is under way."""
+class Stream(Counter):
+    """Endless iterator over batches. What is asked of the devices is only begun: they have the next batch to work on
+    while a step is under way."""
 
     def __init__(self, batches: DeviceBatches):
-        self._batches, self._next = batches, 0
+        super().__init__(0)
+        self._batches = batches
 
     def __next__(self) -> Array:
-        self._next += 1
-        return self._batches[self._next - 1]
-
-    def get_state(self) -> dict[str, int]:
-        """The number of the next batch."""
-        return {"next_index": self._next}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Goes on from there."""
-        self._next = state["next_index"]
-
-    def close(self) -> None:
-        """Nothing is open."""
+        return self._batches[int(super().__next__())]

@@ -42,7 +42,7 @@ class Job(NamedTuple):
     @property
     def hash(self) -> str:
         """Of all that its result hangs on. Keys that are younger than the first sweeps count where they are set."""
-        plain = config_lib.flatten(config_lib.base())
+        plain = config_lib.defaults()
         kept = {key: value for key, value in config_lib.flatten(self.config).items()
                 if key not in FREE_KEYS and not (key.startswith(YOUNGER) and value == plain[key])}  # fmt: skip
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
