@@ -1,4 +1,7 @@
-"""Two fake CPU devices, shapes checked against their annotations, a float64 switch; quick to compile, and only once."""
+"""Two fake CPU devices, shapes checked against their annotations, a float64 switch; quick to compile, and only once.
+
+With JAX_PLATFORMS=cuda,cpu (or tpu,cpu) the tests of the numerical modules run on an accelerator: see CONTRIBUTING.md.
+"""
 
 import atexit
 import importlib.metadata
@@ -11,13 +14,13 @@ if COMPILED not in os.environ:  # workers, and the processes that tests start, i
     os.environ[COMPILED] = tempfile.mkdtemp(prefix="compiled")
     atexit.register(shutil.rmtree, os.environ[COMPILED], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# More than half of the suite's time was compilation of small programs.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":  # more than half of the suite's time was compilation of small programs
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # later ones abort: it is unknown
     flags = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
-os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import inspect  # noqa: E402
@@ -57,6 +60,13 @@ for name in NUMERIC:
 
 FULL_DPI = figures.STYLE["figure.dpi"]
 figures.STYLE["figure.dpi"] = 40
+
+
+@pytest.fixture(autouse=True)
+def enough_devices(request):
+    """On one accelerator what is marked `two_devices` is skipped."""
+    if request.node.get_closest_marker("two_devices") and jax.device_count() < 2:
+        pytest.skip("one device alone")
 
 
 @pytest.fixture(autouse=True)

@@ -157,6 +157,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, expected, found)
 
 
+@pytest.mark.two_devices
 def test_two_devices_are_one(tmp_path):
     encoders = []
     for devices in (1, 2):

@@ -99,7 +99,7 @@ def test_a_run_behind_whitening_explains_tokens_with_sinks(tiny, tmp_path, rng):
     assert report["members"][0]["final"]["fve"] > 0.8
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.two_devices)])
 def test_fve_with_and_without_giants_and_deaths_over_tokens_are_those_of_numpy(tiny, tmp_path, rng, devices):
     """From the SAE as it was saved, over the same held-out tokens, in float64; on two devices the batch is shared."""
     x = sinks(rng, n_tokens=20_480, d=16)

@@ -129,6 +129,13 @@ def test_the_same_step_is_exported_for_every_platform(platform):
     products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
     assert products
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    # A GPU multiplies no matrix of all codes, and takes no top-k of all n at once: what is left are encoders', one of
+    # the gradient without AuxK and two, alike, of that with it.
+    wide = [line for line in products if "2048x8192x" in line]
+    whole = [line for line in program.splitlines() if "top_k" in line and "2048x8192x" in line]
+    if platform == "cuda":
+        assert len(wide) == 3
+    assert bool(whole) == (platform == "tpu")
 
 
 @pytest.mark.usefixtures("x64")

@@ -304,7 +304,7 @@ def test_fve_is_about_the_mean_and_exact_at_high_gamma(rng):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("form", ["dense", "rows", "compressed"])
+@pytest.mark.parametrize("form", ["dense", "rows", "sorted", "compressed"])
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10**6), n=st.integers(1, 24), k=st.sampled_from([1, 3, 24]), d=st.integers(2, 8),
@@ -336,3 +336,24 @@ def test_in_pieces_everything_is_as_at_once(rng, monkeypatch):
     monkeypatch.setattr(jnp, "array_split", lambda a, n: pieces.append(n) or split(a, n))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), look(), expected)
     assert set(pieces) == {6}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(1, 700), k=st.sampled_from([1, 2, 5, 30]), levels=st.sampled_from([0, 3]),
+    kind=st.sampled_from(["", "few", "NaN"]), size=st.sampled_from([2, 8, 16]),
+)  # fmt: skip
+def test_the_largest_found_in_groups_are_those_of_top_k(seed, n, k, levels, kind, size):
+    """Of equal values the first; also where fewer than k can be chosen, and where a NaN must come through."""
+    rng, k = np.random.default_rng(seed), min(k, n)
+    z = rng.normal(size=(3, n)).astype(np.float32)
+    if levels:
+        z = np.round(levels * z) / levels + 0.0
+    if kind == "few":
+        z[:, rng.random(n) > k / (2 * n)] = -np.inf
+    if kind == "NaN":
+        z[1, rng.integers(n)] = np.nan
+    found = jax.jit(kept.in_groups, static_argnums=(1, 2))(z, k, size)
+    order = np.argsort(np.where(np.isnan(z), -np.inf, -z), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(found[1], order)
+    np.testing.assert_array_equal(found[0], np.take_along_axis(z, order, axis=1))

@@ -1,4 +1,4 @@
-"""How fast a training step is: ours, naive JAX, SAELens and dictionary_learning, and the floors, in one run.
+"""How fast a training step is: ours, naive JAX, SAELens, dictionary_learning and sparsify, and the floors, in one run.
 
 dictionary_learning wants a torchvision that breaks transformers where torch is another build: an environment of its
 own,
@@ -12,6 +12,9 @@ round, so that all meet the same machine; medians. The floors are what a step ca
 `lax.top_k` of its result, reading and writing parameters and moments in Adam's update (ours, alone). Peak memory is
 that of a process that does nothing but three such steps. Without a peer installed its rows are left out. Deaths at
 initialisation are counted beside the matmuls that this takes. About 12 minutes on 2 CPU cores; on an idle machine.
+
+Where JAX has a GPU, larger SAEs and batches, without small ones and peak memory; torch runs on the same GPU, sparsify
+with its Triton kernels and in bfloat16 as its trainer has it, the other two in float32 and with their autocast.
 """
 
 import argparse
@@ -21,6 +24,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +37,7 @@ import optax
 warnings.filterwarnings("ignore")  # the peers' own
 
 from sae_jax import config as config_lib  # noqa: E402
-from sae_jax.autoencoder import death, optimizer  # noqa: E402
+from sae_jax.autoencoder import death, kept, optimizer  # noqa: E402
 from sae_jax.autoencoder import sae as sae_lib  # noqa: E402
 from sae_jax.reports import tables  # noqa: E402
 from sae_jax.training import step as step_lib  # noqa: E402
@@ -48,8 +53,11 @@ class Shape(NamedTuple):
     members: int = 1
 
 
+ON_GPU = jax.default_backend() == "gpu"
 LARGE = (Shape(768, 8192, 64, 2048), Shape(768, 32768, 64, 2048))
-SMALL = (Shape(64, 1024, 8, 128), Shape(32, 256, 2, 64, 8))
+if ON_GPU:
+    LARGE = tuple(Shape(768, n, 64, 4096) for n in (8192, 32768, 131072))
+SMALL = () if ON_GPU else (Shape(64, 1024, 8, 128), Shape(32, 256, 2, 64, 8))
 NEVER, LOW = 10**9, -1000.0
 INNER = 50  # steps of a small SAE in one compiled call, as they are trained
 Step = Callable[[], Any]  # does a turn, one step or INNER of them, and waits for it
@@ -115,10 +123,11 @@ def naive(shape: Shape, half_dead: bool) -> Step:
     adam, x = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-4)), jnp.asarray(data(shape))
 
     def loss(p: Any) -> Any:
-        z = jax.nn.relu((x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"])
+        z = jax.nn.relu(jnp.matmul(x - p["b_dec"], p["W_enc"].T, precision="highest") + p["b_enc"])
         values, indices = jax.lax.top_k(z, shape.k)
         codes = jnp.zeros_like(z).at[jnp.arange(len(x))[:, None], indices].set(values)
-        return jnp.sum((x - codes @ p["W_dec"] - p["b_dec"]) ** 2) / len(x), codes
+        x_hat = jnp.matmul(codes, p["W_dec"], precision="highest") + p["b_dec"]
+        return jnp.sum((x - x_hat) ** 2) / len(x), codes
 
     def one(p: Any, moments: Any, silent: Any) -> Any:
         (_, codes), grads = jax.value_and_grad(loss, has_aux=True)(p)
@@ -136,42 +145,102 @@ def naive(shape: Shape, half_dead: bool) -> Step:
 # -- the peers -------------------------------------------------------------------------------------------------------
 
 
-def saelens(shape: Shape, half_dead: bool) -> Step:
+def there(shape: Shape) -> tuple[Any, str]:
+    """The tokens on torch's device, and that device."""
+    import torch
+
+    device = "cuda" if ON_GPU else "cpu"
+    return torch.from_numpy(data(shape)).to(device), device
+
+
+def waited(step: Step) -> Step:
+    """A step of torch, done."""
+    import torch
+
+    def run() -> None:
+        step()
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def saelens(shape: Shape, half_dead: bool, autocast: bool = False) -> Step:
     """One step of SAELens' own trainer."""
     import torch
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    x = torch.from_numpy(data(shape))
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=shape.d, d_sae=shape.n, k=shape.k, apply_b_dec_to_input=True))
+    x, device = there(shape)
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(d_in=shape.d, d_sae=shape.n, k=shape.k, apply_b_dec_to_input=True, device=device)
+    )
     config = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=shape.batch, lr=3e-4, lr_end=3e-4,
-        dead_feature_window=1000,
+        dead_feature_window=1000, device=device, autocast=autocast,
     )  # fmt: skip
     trainer = SAETrainer(config, sae, iter([x]))
     if half_dead:
         with torch.no_grad():
             sae.b_enc[: shape.n // 2] = LOW
         trainer.n_forward_passes_since_fired[: shape.n // 2] = NEVER
-    return lambda: trainer._train_step(sae, x)
+    return waited(lambda: trainer._train_step(sae, x))
 
 
-def dictionary_learning(shape: Shape, half_dead: bool) -> Step:
+def dictionary_learning(shape: Shape, half_dead: bool, autocast: bool = False) -> Step:
     """One step of dictionary_learning's own trainer."""
     import torch
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    x = torch.from_numpy(data(shape))
+    x, device = there(shape)
     trainer = TopKTrainer(steps=10**6, activation_dim=shape.d, dict_size=shape.n, k=shape.k, layer=0, lm_name="none",
-                          warmup_steps=0, seed=0, device="cpu")  # fmt: skip
+                          warmup_steps=0, seed=0, device=device)  # fmt: skip
     count = iter(range(1, 10**6))  # its first step starts the bias at the median
     trainer.update(0, x)
     if half_dead:
         with torch.no_grad():
             trainer.ae.encoder.bias[: shape.n // 2] = LOW
         trainer.num_tokens_since_fired[: shape.n // 2] = NEVER
-    return lambda: trainer.update(next(count), x)
+    cast = torch.autocast(device, dtype=torch.bfloat16, enabled=autocast)
+
+    def step() -> None:
+        with cast:
+            trainer.update(next(count), x)
+
+    return waited(step)
+
+
+def sparsify(shape: Shape, half_dead: bool) -> Step:
+    """One step as its trainer takes it with Adam, whose loop wants a model: TF32, and bfloat16 on a GPU."""
+    import torch
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    x, device = there(shape)
+    torch.manual_seed(0)
+    sae = SparseCoder(shape.d, SparseCoderConfig(num_latents=shape.n, k=shape.k), device, torch.float32)
+    adam = torch.optim.Adam(sae.parameters(), lr=3e-4)
+    silent = torch.zeros(shape.n, dtype=torch.long, device=device)
+    if half_dead:
+        with torch.no_grad():
+            sae.encoder.bias[: shape.n // 2] = LOW
+        silent[: shape.n // 2] = NEVER
+
+    def step() -> None:
+        torch.set_float32_matmul_precision("high")
+        fired = torch.zeros(shape.n, dtype=torch.bool, device=device)
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x, dead_mask=silent >= NEVER)
+        fired[out.latent_indices.flatten()] = True
+        (out.fvu + out.auxk_loss / 32).backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+        silent.add_(shape.batch)
+        silent[fired] = 0
+        torch.set_float32_matmul_precision("highest")
+
+    return waited(step)
 
 
 def in_bfloat16(shape: Shape, half_dead: bool) -> Step:
@@ -188,7 +257,18 @@ STEPS = {
     "ours": ours, "ours, bfloat16 encode": in_bfloat16, "ours, balanced": balanced, "naive JAX": naive,
     "SAELens": saelens, "dictionary_learning": dictionary_learning,
 }  # fmt: skip
-PACKAGES = {"SAELens": "sae_lens", "dictionary_learning": "dictionary_learning"}
+if ON_GPU:
+    STEPS |= {
+        "SAELens, autocast": partial(saelens, autocast=True),
+        "dictionary_learning, autocast": partial(dictionary_learning, autocast=True),
+        "sparsify (bfloat16)": sparsify,
+    }
+PACKAGES = {"SAELens": "sae_lens", "dictionary_learning": "dictionary_learning", "sparsify": "sparsify"}
+
+
+def peer(name: str) -> str | None:
+    """The package that takes such a step, if it is a peer's."""
+    return PACKAGES.get(name.partition(",")[0].partition(" (")[0])
 
 
 # -- floors ----------------------------------------------------------------------------------------------------------
@@ -201,7 +281,7 @@ def floors(shape: Shape) -> dict[str, Step]:
     state = step_lib.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
     x, W_enc = jnp.asarray(data(shape)), state.sae.W_enc + 0
     # As one plain matmul: a batched one is slower.
-    product = lambda x, w: x @ w.reshape(-1, shape.d).T  # noqa: E731
+    product = lambda x, w: jnp.matmul(x, w.reshape(-1, shape.d).T, precision="highest")  # noqa: E731
     z = product(x, W_enc).reshape(-1, shape.n)
     grads = jax.tree.map(lambda a: 0.01 * a + 0.001, state.sae)
     sae, valid = jax.tree.map(lambda a: a[0] + 0, state.sae), jnp.ones(shape.batch, bool)
@@ -223,6 +303,7 @@ def floors(shape: Shape) -> dict[str, Step]:
             [product(x, W_enc) + j for j in range(6)], W_enc, x,
         ),
         "lax.top_k": looped(shape, lambda i, _, z: jax.lax.top_k(z + i, shape.k), jax.lax.top_k(z, shape.k), z),
+        "its largest": looped(shape, lambda i, _, z: kept.largest(z + i, shape.k), kept.largest(z, shape.k), z),
         "update": looped(shape, update, (state.sae, state.moments), grads),
         "deaths counted": looped(shape, lambda i, _, sae, x: death.sight(sae, x + i, valid)[0], seen, sae, x),
     }
@@ -234,22 +315,27 @@ def floors(shape: Shape) -> dict[str, Step]:
 def measured(shape: Shape, rounds: int) -> list[dict[str, Any]]:
     """Medians over rounds in which all take turns."""
     runs: dict[tuple[str, bool], Step] = {(name, False): run for name, run in floors(shape).items()}
-    for name, build in STEPS.items():
-        if name in PACKAGES and (importlib.util.find_spec(PACKAGES[name]) is None or shape.members > 1):
-            continue
-        for half_dead in (False, True):
-            if not (half_dead and name == "naive JAX"):
-                runs[name, half_dead] = build(shape, half_dead)
+    wanted = [
+        (name, half_dead) for name in STEPS for half_dead in (False, True)
+        if not (half_dead and name == "naive JAX")
+        and ((package := peer(name)) is None or (shape.members == 1 and importlib.util.find_spec(package)))
+    ]  # fmt: skip
+    # Most of a GPU's time here would be compilation, one program after the other.
+    with ThreadPoolExecutor(8 if ON_GPU else 1) as pool:
+        ours_and_naive = [key for key in wanted if peer(key[0]) is None]
+        built = pool.map(lambda key: STEPS[key[0]](shape, key[1]), ours_and_naive)
+        runs |= dict(zip(ours_and_naive, built, strict=True))
+    runs |= {key: STEPS[key[0]](shape, key[1]) for key in wanted if peer(key[0]) is not None}
     times: dict[tuple[str, bool], list[float]] = {key: [] for key in runs}
     for number in range(rounds + 1):
         for key, run in runs.items():
             began = time.perf_counter()
-            for _ in range(1 if key[0] not in PACKAGES else inner(shape)):
+            for _ in range(inner(shape) if peer(key[0]) else 1):
                 run()
             if number:  # the first round compiles and warms up
                 times[key].append((time.perf_counter() - began) / inner(shape))
     median = {key: float(np.median(found)) for key, found in times.items()}
-    parts = sum(median[name, False] for name in ("encode matmul", "lax.top_k", "update"))
+    parts = sum(median[name, False] for name in ("encode matmul", "its largest", "update"))
     rows = []
     for (name, half_dead), seconds in median.items():
         ours_in_state = median["ours", half_dead]
@@ -262,7 +348,7 @@ def measured(shape: Shape, rounds: int) -> list[dict[str, Any]]:
             "ours_over_it": f"{ours_in_state / seconds:.3f}",
             "tokens_per_second": round(shape.batch * shape.members / seconds),
             "steps_per_second": round(shape.members / seconds, 1),
-            "peak_mb": peak(name, shape) if name in STEPS and not half_dead and shape in LARGE else "",
+            "peak_mb": peak(name, shape) if name in STEPS and not half_dead and shape in LARGE and not ON_GPU else "",
         })  # fmt: skip
         print(tables.one_line(rows[-1]), flush=True)
     return rows
@@ -296,7 +382,7 @@ def main() -> None:
     rows = []
     for shape in [s for s in (*LARGE, *SMALL) if not given.n or s.n in given.n]:
         rows += measured(shape, given.rounds)
-    tables.write_csv(given.out, rows)
+        tables.write_csv(given.out, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sae_jax.autoencoder import topk
+from sae_jax.autoencoder.kept import largest
 from sae_jax.autoencoder.sae import AllSum
 
 FOLLOWS = 0.01
@@ -33,9 +33,9 @@ def bar(
     count, few = jnp.clip(allsum((z > 0).sum()), 1, count), FEW * a_token
     if not a_token or z.size < LARGE or FEW * few > z.shape[1]:
         return _nth_largest(z, count, allsum)
-    largest = topk.largest(z, few)[0]
-    found = _nth_largest(largest, count, allsum)
-    more = allsum((largest[:, -1] >= found).sum())
+    most = largest(z, few)[0]
+    found = _nth_largest(most, count, allsum)
+    more = allsum((most[:, -1] >= found).sum())
     return jax.lax.cond(more == 0, lambda: found, lambda: _nth_largest(z, count, allsum))
 
 

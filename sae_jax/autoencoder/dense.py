@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from sae_jax.autoencoder import batch_topk, jumprelu, relu, topk
+from sae_jax.autoencoder.kept import largest
 from sae_jax.autoencoder.sae import FEATURES, MEMBERS, SAE, AllSum
 
 PENALTIES: dict[str, dict[str, Any]] = {"jumprelu": jumprelu.PENALTIES, "relu": relu.PENALTIES}
@@ -88,7 +89,7 @@ def square_error(
     ranked = fixed if lift is None else jnp.where(fixed > 0, fixed + lift, fixed)
     acts, least = jax.nn.relu(z), jnp.zeros((), z.dtype)
     if not isinstance(sae, DenseSAE):
-        indices = topk.largest(ranked, sae.k)[1]
+        indices = largest(ranked, sae.k)[1]
         rows = jnp.arange(len(x))[:, None]
         acts = jnp.where(jnp.zeros(z.shape, bool).at[rows, indices].set(True), acts, 0.0)
     elif sae.activation == "batch_topk":

@@ -1,22 +1,28 @@
-"""Products with A, the (B, n) matrix of the entries that top-k kept, k a token, in the cheapest of three exact forms.
+"""The k largest entries of every token, and products with A, the (B, n) matrix of what top-k kept of them.
 
-Aᵀ @ dense is the gradient of a weight matrix, A @ dense the decoder. By measured cost:
+A is worked with in the cheapest of four exact forms. Aᵀ @ dense is the gradient of a weight matrix, A @ dense the
+decoder. By measured cost:
 
     compressed  A in compressed rows, one sort by feature for both weight gradients: one large SAE on a CPU
     rows        k gathered rows a token, rows scattered back: small SAEs on a CPU, under vmap too
-    dense       A written out and multiplied: accelerators, and wherever many of the n are kept
+    sorted      k gathered rows a token, rows scattered back in the order of their features: GPUs
+    dense       A written out and multiplied: TPUs, and wherever many of the n are kept
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 LARGE = 2**20  # entries of a weight matrix (n · d) from which compressed rows pay, measured on two CPU cores
-SPARSE = 1 / 32  # the largest share k / n for which the sparse forms pay there
+SPARSE, SPARSE_ON_GPU = 1 / 32, 1 / 16  # the largest share k / n for which the sparse forms pay, there and on an H200
 UNROLLED = 8  # kept entries of a token handled in one pass over memory
+# Neighbours that are first compared among themselves, on a GPU; 4 to 16 are alike there. On a CPU groups of 16 halve
+# the time of top-k where n is 256 · k or more, and not that of the step, where it is hidden behind the matmul.
+GROUP = 8
 FEW = 16  # tokens whose kept rows are read together; 4 to 32 are alike at k 64, d 768
 
 
@@ -26,10 +32,15 @@ def is_large(n: int, d: int) -> bool:
 
 
 def form(k: int, n: int, d: int) -> str:
-    """How products with the kept entries are computed on a CPU: `dense` (as elsewhere), `rows` or `compressed`."""
+    """How products with the kept entries are computed on a CPU."""
     if k > n * SPARSE:
         return "dense"
     return "compressed" if is_large(n, d) else "rows"
+
+
+def form_on_gpu(k: int, n: int) -> str:
+    """The same on a GPU."""
+    return "dense" if k > n * SPARSE_ON_GPU else "sorted"
 
 
 class Kept(NamedTuple):
@@ -39,9 +50,55 @@ class Kept(NamedTuple):
     indices: Any  # (B, k)
 
 
-def on_cpu(cpu: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
-    """One of two ways, by the platform that the program is compiled for, which need not be the one it is built on."""
-    return elsewhere(*args) if cpu is elsewhere else jax.lax.platform_dependent(*args, cpu=cpu, default=elsewhere)
+def by_platform(
+    *args: Any, elsewhere: Callable[..., Any], cpu: Callable[..., Any] | None = None,
+    gpu: Callable[..., Any] | None = None,
+) -> Any:  # fmt: skip
+    """One of several ways, by the platform that the program is compiled for, which need not be the one it is built on.
+
+    A way that is not given is that of `elsewhere`.
+    """
+    named = {"cpu": cpu, "cuda": gpu, "rocm": gpu}
+    own = {name: way for name, way in named.items() if way is not None and way is not elsewhere}
+    return jax.lax.platform_dependent(*args, **own, default=elsewhere) if own else elsewhere(*args)
+
+
+def _in_form(ways: dict[str, Callable[..., Any]], k: int, n: int, d: int, *args: Any) -> Any:
+    return by_platform(*args, cpu=ways[form(k, n, d)], gpu=ways[form_on_gpu(k, n)], elsewhere=ways["dense"])
+
+
+def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """`jax.lax.top_k`; in groups on a GPU, where that sorts all n."""
+
+    def plain(z: Array) -> tuple[Array, Array]:
+        values, indices = jax.lax.top_k(z, k)
+        return values, indices
+
+    values, indices = by_platform(z, gpu=partial(in_groups, k=k, size=GROUP), elsewhere=plain)
+    # Where XLA merges top-k with a slice of its result it sorts all n instead: hence a barrier; one each, as its
+    # partitioner aborts on one for the pair.
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
+
+
+def in_groups(z: Float[Array, "B n"], k: int, size: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """Exactly `jax.lax.top_k`, of equal values the first too.
+
+    The k largest lie in the k groups of `size` neighbours with the largest maxima, which are found in the same way;
+    what is in no whole group is looked at anyway.
+    """
+    batch, n = z.shape
+    n_groups = n // size
+    if n_groups <= 2 * k:
+        values, indices = jax.lax.top_k(z, k)
+        return values, indices
+    whole = n_groups * size
+    maxima = z[:, :whole].reshape(batch, n_groups, size).max(axis=2)
+    groups = jnp.sort(in_groups(maxima, k, size)[1], axis=1)
+    inside = (groups[:, :, None] * size + jnp.arange(size, dtype=groups.dtype)).reshape(batch, -1)
+    rest = jnp.broadcast_to(jnp.arange(whole, n, dtype=groups.dtype), (batch, n - whole))
+    candidates = jnp.concatenate([inside, rest], axis=1)
+    values, places = jax.lax.top_k(jnp.take_along_axis(z, candidates, axis=1), k)
+    return values, jnp.take_along_axis(candidates, places, axis=1)
 
 
 def _dense(kept: Kept, n: int) -> Array:
@@ -71,8 +128,8 @@ def combine(kept: Kept, rows: Array) -> Array:
         product: Array = _compressed(kept.values.ravel(), kept.indices.ravel(), starts, (batch, n)) @ rows
         return product
 
-    ways = {"dense": dense, "rows": gathered, "compressed": compressed}
-    product: Array = on_cpu(ways[form(k, n, d)], dense, kept, rows)
+    ways = {"dense": dense, "rows": gathered, "sorted": gathered, "compressed": compressed}
+    product: Array = _in_form(ways, k, n, d, kept, rows)
     return product
 
 
@@ -88,13 +145,16 @@ def pick(g: Array, kept: Kept, rows: Array) -> Array:
         put = lambda j, out: out.at[:, j].set(jnp.sum(g * rows[indices[:, j]], axis=1))  # noqa: E731
         return _over_kept(k, put, jnp.zeros((batch, k), g.dtype))
 
+    def fused(g: Array, indices: Array, rows: Array) -> Array:
+        return jnp.sum(g[:, None] * rows[indices], axis=2)  # a GPU's compiler writes none of it out
+
     def few_tokens(g: Array, indices: Array, rows: Array) -> Array:
         # Of all tokens at once the rows would be (B, k, d).
         picked: Array = jax.lax.map(lambda token: rows[token[1]] @ token[0], (g, indices), batch_size=FEW)
         return picked
 
-    ways = {"dense": dense, "rows": gathered, "compressed": few_tokens}
-    picked: Array = on_cpu(ways[form(k, n, d)], dense, g, kept.indices, rows)
+    ways = {"dense": dense, "rows": gathered, "sorted": fused, "compressed": few_tokens}
+    picked: Array = _in_form(ways, k, n, d, g, kept.indices, rows)
     return picked
 
 
@@ -120,10 +180,17 @@ def scatter(values: tuple[Array, ...], indices: Array, tokens: tuple[Array, ...]
         starts = jnp.searchsorted(features, jnp.arange(n + 1, dtype=indices.dtype)).astype(indices.dtype)
         return tuple(_compressed(v.ravel()[order], order // k, starts, (n, batch)) @ t for v, t in each)
 
-    ways = {"dense": dense, "rows": scattered, "compressed": compressed}
-    sums: tuple[Array, ...] = on_cpu(
-        ways[form(k, n, d)], dense, list(zip(values, tokens, strict=True)), indices
-    )
+    def in_order(each: list[tuple[Array, Array]], indices: Array) -> tuple[Array, ...]:
+        features, order = _sorted(indices.ravel(), n)
+        return tuple(
+            jnp.zeros((n, d), v.dtype).at[features].add(
+                v.ravel()[order][:, None] * t[order // k], indices_are_sorted=True
+            )
+            for v, t in each
+        )  # fmt: skip
+
+    ways = {"dense": dense, "rows": scattered, "sorted": in_order, "compressed": compressed}
+    sums: tuple[Array, ...] = _in_form(ways, k, n, d, list(zip(values, tokens, strict=True)), indices)
     return sums
 
 

@@ -90,7 +90,9 @@ def update(
         is_matrix = p.ndim == 2
         size = next((size for size in range(BLOCK, BLOCK // 8, -2) if is_matrix and len(p) % size == 0), 0)
         whole = not size or not kept.is_large(*p.shape)
-        done: tuple[Array, Array, Array] = kept.on_cpu(at_once if whole else in_blocks, at_once, p, m, v, g, along)
+        done: tuple[Array, Array, Array] = kept.by_platform(
+            p, m, v, g, along, cpu=at_once if whole else in_blocks, elsewhere=at_once
+        )
         return done
 
     done = jax.tree.map(one, sae, moments.mean, moments.square, grads)

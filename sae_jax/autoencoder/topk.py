@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from sae_jax.autoencoder.kept import FEW, Kept, combine, form, is_large, on_cpu, pick, scatter
+from sae_jax.autoencoder.kept import FEW, Kept, by_platform, combine, form, is_large, largest, pick, scatter
 
 CHUNKS, CHUNK = 16, 128  # pieces of a batch, and least tokens in one: top-k of one runs beside the matmul of the next
 
@@ -61,12 +61,6 @@ def top_k(z_pre: Float[Array, "B n"], k: int) -> Kept:
     """The k largest of ReLU(z_pre), in descending order. A row with fewer than k positive entries keeps zeros."""
     values, indices = largest(z_pre, k)  # ReLU keeps the order, and costs k a token after the choice, not n
     return Kept(jax.nn.relu(values), indices)
-
-
-def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
-    """`jax.lax.top_k` behind a barrier: where XLA merges it with a slice of its result it sorts all n instead."""
-    values, indices = jax.lax.top_k(z, k)  # one barrier each: XLA's partitioner aborts on one for the pair
-    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
 
 
 def product(x: Float[Array, "B d"], W_enc: Float[Array, "n d"]) -> Float[Array, "B n"]:
@@ -168,7 +162,9 @@ def _error(target: Array, kept: Kept, W_dec: Array, shards: str | None) -> tuple
         return found
 
     fused = shards is None and form(kept.values.shape[1], *W_dec.shape) == "compressed"
-    found: tuple[Array, Array] = on_cpu(few_tokens if fused else apart, apart, target, kept, W_dec)
+    found: tuple[Array, Array] = by_platform(
+        target, kept, W_dec, cpu=few_tokens if fused else apart, elsewhere=apart
+    )
     return found
 
 
@@ -236,7 +232,7 @@ def in_pieces(
         found = [fn(*part, *args[n:]) for part in parts]
         return tuple(join(each) for join, each in zip(joins, zip(*found, strict=True), strict=True))
 
-    return on_cpu(split if pieces > 1 and is_large(*W_enc.shape) else fn, fn, *rows, W_enc, *rest)
+    return by_platform(*rows, W_enc, *rest, cpu=split if pieces > 1 and is_large(*W_enc.shape) else fn, elsewhere=fn)
 
 
 def rows_at_a_time(rows: float | int, n: int, d: int) -> float:

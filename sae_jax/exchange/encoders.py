@@ -39,7 +39,7 @@ from jaxtyping import Array, Bool, Float
 
 from sae_jax.autoencoder import death, topk
 from sae_jax.autoencoder.dense import DenseSAE
-from sae_jax.autoencoder.kept import Kept, combine, is_large, on_cpu
+from sae_jax.autoencoder.kept import Kept, by_platform, combine, is_large, largest
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.outliers import preprocess
 from sae_jax.outliers.moments import LAYER_NORM_EPS
@@ -177,7 +177,7 @@ def select(encoder: Encoder, z_pre: Float[Array, "B n"], b_mag: Any) -> tuple[Bo
         return positive, Acts(None, jnp.where(ranked > encoder.threshold, jax.nn.relu(ranked), 0.0))
     assert encoder.k is not None
     if encoder.rule == "abstopk":
-        indices = topk.largest(jnp.abs(ranked), encoder.k)[1]
+        indices = largest(jnp.abs(ranked), encoder.k)[1]
         return z_pre != 0, Acts(Kept(jnp.take_along_axis(ranked, indices, axis=1), indices), None)
     if encoder.rule == "groupmax":
         groups = ranked.reshape(len(z_pre), encoder.k, -1)
@@ -221,7 +221,7 @@ def decode(encoder: Encoder, acts: Acts, x: Float[Array, "B d"], b_dec: Array) -
     else:
         dense: Any = acts.dense if encoder.ranked_by is None else _over(acts.dense, encoder.ranked_by)
         sparse = _sparse_product if is_large(*encoder.W_dec.shape) else jnp.matmul
-        found = on_cpu(sparse, jnp.matmul, dense, encoder.W_dec)
+        found = by_platform(dense, encoder.W_dec, cpu=sparse, elsewhere=jnp.matmul)
     found = found + b_dec
     return found if encoder.W_skip is None else found + x @ encoder.W_skip.T
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sae_jax.autoencoder import topk
-from sae_jax.autoencoder.kept import Kept
+from sae_jax.autoencoder.kept import Kept, largest
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused
 from sae_jax.exchange import encoders, sharing
@@ -108,7 +108,7 @@ def _of_rows(encoder: Encoder, x: Float[Array, "B d"], whole: bool) -> tuple[Act
         assert dense is not None
         return Acts(None, dense * size), None
     if encoder.rule == "groupmax":  # which come in the order of the groups
-        values, order = topk.largest(kept.values, kept.values.shape[1])
+        values, order = largest(kept.values, kept.values.shape[1])
         kept = Kept(values, jnp.take_along_axis(kept.indices, order, axis=1))
     return Acts(Kept(kept.values * size, kept.indices), None), None
 
@@ -123,7 +123,7 @@ def _kept(acts: Acts, n_tokens: int) -> Kept:
     return Kept(*(np.asarray(a)[:, :width] for a in _largest(acts.dense, shape)))
 
 
-_largest = jax.jit(topk.largest, static_argnums=1)
+_largest = jax.jit(largest, static_argnums=1)
 
 
 @jax.jit
