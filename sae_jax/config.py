@@ -16,7 +16,9 @@ from sae_jax.checks import MOST
 from sae_jax.errors import Refused
 
 # Keys that change how a run is carried out but not what it computes: a workdir may be continued with others.
-FREE_KEYS = ("train.devices", "checkpoint.keep", "data.model.cache", "report.every_seconds", "report.wandb")
+FREE_KEYS = (
+    "train.devices", "train.mesh", "checkpoint.keep", "data.model.cache", "report.every_seconds", "report.wandb"
+)  # fmt: skip
 # Keys that name a file or a folder, which may be named in several ways.
 PATH_KEYS = ("data.path", *(f"data.model.{kind}" for kind in ("text", "images", "proteins", "dna", "activations")))
 # Keys that all members of a run share: they see the same batches for the same number of steps.
@@ -217,10 +219,8 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 def changed(config: ConfigDict, held: dict[str, Any], folder: str) -> tuple[str, Any, Any] | None:
     """The first key in which a configuration computes something else than a run that is held: (key, then, now).
 
-    A key that the run does not have is one that did not exist then: it counts as its default.
-
     Args:
-      held: the `identity` of the run.
+      held: the `identity` of the run. A key that it lacks did not exist then: it counts as its default.
       folder: that its relative paths start from.
     """
     wanted = json.loads(json.dumps(identity(config)))

@@ -19,16 +19,17 @@ jax.distributed.initialize(f"127.0.0.1:{port}", n, number)
 class Processes:
     """n interpreters that run the same source, in which `n` and `number` are known.
 
-    Each sees one CPU device, whatever flags the tests have, and finds this checkout; what they write goes to files.
+    Each sees one CPU device or as many as asked for, whatever flags the tests have, and finds this checkout; what they
+    write goes to files.
     """
 
-    def __init__(self, source: str, n: int, folder: Path):
+    def __init__(self, source: str, n: int, folder: Path, devices: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
         self._logs = [folder / f"process{number}.log" for number in range(n)]
         self._running = []
         for number, log in enumerate(self._logs):

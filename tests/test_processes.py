@@ -1,6 +1,7 @@
 """Several processes are one run: they compute what one does, stop together, and none waits for one that is gone."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ TRAIN = """
     advance = run_lib.Run._next_inputs
 
     def disturbed(self, count):
-        if self.step == (45 if disturb == "kill" else 15) and number == 1:
+        if self.step == {{"kill": 45}}.get(disturb, 15) and number == 1:
             os.kill(os.getpid(), signal.SIGKILL if disturb == "kill" else signal.SIGTERM)
         return advance(self, count)
 
@@ -34,7 +35,8 @@ TRAIN = """
     except Preempted as error:
         print(error, error.exit_code)
         run_lib.Run._next_inputs = advance
-        sae_jax.train(config, "w")
+        if disturb != "leave":
+            sae_jax.train(config, "w")
 """
 
 
@@ -54,19 +56,93 @@ def test_several_processes_equal_one_in_float64(tiny, tmp_path, rng, n, from_fil
     for code, said in started.wait():
         assert code == 0, said
         assert ("stopped on request at step" in said) == bool(disturb), said
-    several = json.loads((tmp_path / "several" / "w" / "report.json").read_text())
-    assert (several["devices"], one["devices"]) == (n, 1)
-    for ours, theirs in zip(several["members"], one["members"], strict=True):
+    assert (json.loads((tmp_path / "several" / "w" / "report.json").read_text())["devices"], one["devices"]) == (n, 1)
+    assert_alike(tiny, tmp_path / "one", tmp_path / "several" / "w")
+
+
+def assert_alike(config, one, other):
+    """Two runs of 50 steps have come to the same."""
+    a, b = (final_states(config, folder) for folder in (one, other))
+    for left, right in zip(a, b, strict=True):
+        np.testing.assert_array_equal(left.tokens_since_fired, right.tokens_since_fired)
+        assert set(right.step.tolist()) == {50}
+        for x, y in zip(jax.tree.leaves(left.sae), jax.tree.leaves(right.sae), strict=True):
+            np.testing.assert_allclose(y, x, rtol=1e-9, atol=1e-9)
+    figures = [json.loads((folder / "report.json").read_text())["members"] for folder in (one, other)]
+    for theirs, ours in zip(*figures, strict=True):
         for when in ("init", "final"):
             for key, value in theirs[when].items():
                 wanted = value if value is None else pytest.approx(np.asarray(value), rel=1e-9)
                 assert ours[when][key] == wanted, (when, key)
-    a, b = (final_states(tiny, folder) for folder in (tmp_path / "one", tmp_path / "several" / "w"))
-    for left, right in zip(a, b, strict=True):
-        np.testing.assert_array_equal(left.tokens_since_fired, right.tokens_since_fired)
-        assert right.step.tolist() == [50, 50]
-        for x, y in zip(jax.tree.leaves(left.sae), jax.tree.leaves(right.sae), strict=True):
-            np.testing.assert_allclose(y, x, rtol=1e-9, atol=1e-9)
+    assert (other / "fates.csv").read_text() == (one / "fates.csv").read_text()
+
+
+def spread_out(tiny, tmp_path, rng):
+    """Two programs, of a file: one with AuxK at work, one balanced as well."""
+    np.save(tmp_path / "x.npy", rng.normal(size=(4000, 16)) + 3)
+    tiny.data.path, tiny.data.signal = str(tmp_path / "x.npy"), ""
+    tiny.train.steps, tiny.train.steps_per_dispatch, tiny.auxk.dead_after_tokens = 50, 5, 64
+    balanced = {"sae": {"center": "mean", "balance": True}}
+    tiny.members = ConfigDict({"a": {"seed": 1}, "b": {"seed": 2}, "c": {**balanced}, "d": {**balanced, "seed": 3}})
+    sae_jax.train(tiny, str(tmp_path / "one"))
+    tiny.train.devices = 0
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("n", "mesh"), [
+    (2, "feature=4"), pytest.param(2, "member=2,feature=2", marks=pytest.mark.long),
+    pytest.param(4, "feature=4", marks=pytest.mark.long), pytest.param(4, "member=2,feature=2", marks=pytest.mark.long),
+    pytest.param(4, "feature=8", marks=pytest.mark.long),
+])
+def test_a_mesh_over_several_processes_equals_one_device_and_goes_on_anywhere(tiny, tmp_path, rng, n, mesh):
+    """Cut short, then continued by another mesh of as many processes, by one device, and by four of one process."""
+    spread_out(tiny, tmp_path, rng)
+    started, ways = ConfigDict(tiny.to_dict()), {}
+    started.train.mesh = mesh
+    source = TRAIN.format(config=started.to_json(), disturb="leave")
+    for code, said in Processes(source, n, tmp_path / "first", devices=2).wait():
+        assert code == 0, said
+        assert "stopped on request at step" in said
+    written = tmp_path / "first" / "w" / "checkpoints"
+    for step in written.iterdir():
+        assert {path.name for path in (step / "state").glob("ocdbt.process_*")} == {
+            f"ocdbt.process_{number}" for number in range(n)
+        }
+    for name, again, devices, how in (("meshed", n, 2, "feature=2"), ("four", 1, 4, "feature=4")):
+        shutil.copytree(tmp_path / "first" / "w", tmp_path / name / "w")
+        goes_on = ConfigDict(tiny.to_dict())
+        goes_on.train.mesh = how
+        ways[name] = Processes(TRAIN.format(config=goes_on.to_json(), disturb=""), again, tmp_path / name, devices)
+    tiny.train.devices = 1
+    sae_jax.train(tiny, str(tmp_path / "first" / "w"))
+    assert_alike(tiny, tmp_path / "one", tmp_path / "first" / "w")
+    for name, running in ways.items():
+        for code, said in running.wait():
+            assert code == 0, said
+        assert_alike(tiny, tmp_path / "one", tmp_path / name / "w")
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ("config.seed += number", "--config = 'processes 0 and 1 differ': one and the same configuration in all"),
+    ("config.train.mesh = f'feature={1 + number}'", "--config = 'processes 0 and 1 differ': one and the same"),
+    ("config.train.mesh, config.sae.n_features = 'feature=3', 63", "numbers whose product divides the 4 devices"),
+])
+def test_processes_that_cannot_be_one_run_say_so_and_write_nothing(tiny, tmp_path, change, said):
+    tiny.train.devices = 0
+    source = TRAIN.format(config=tiny.to_json(), disturb="").replace("    advance =", f"    {change}\n    advance =")
+    for code, lines in Processes(source, 2, tmp_path / "w", devices=2).wait(120):
+        assert code == 2, lines
+        assert [said in line for line in lines.splitlines() if line.startswith("sae_jax: ")] == [True], lines
+    assert not (tmp_path / "w" / "w").exists()
+
+
+@pytest.mark.long
+def test_a_mesh_that_cuts_through_processes_is_refused(tiny, tmp_path):
+    tiny.train.mesh, tiny.sae.n_features, tiny.train.devices = "feature=3", 63, 0
+    source = TRAIN.format(config=tiny.to_json(), disturb="")
+    for code, lines in Processes(source, 3, tmp_path / "w", devices=2).wait(120):
+        assert code == 2, lines
+        assert "3 processes of 2 devices each" in lines
 
 
 @pytest.mark.long

@@ -121,7 +121,7 @@ def combine(kept: Kept, rows: Array) -> Array:
 
     def gathered(kept: Kept, rows: Array) -> Array:
         add = lambda j, sum: sum + kept.values[:, j, None] * rows[kept.indices[:, j]]  # noqa: E731
-        return _over_kept(k, add, jnp.zeros((batch, d), rows.dtype))
+        return _over_kept(k, add, jnp.zeros((batch, d), jnp.result_type(kept.values, rows)))
 
     def compressed(kept: Kept, rows: Array) -> Array:
         starts = jnp.arange(batch + 1, dtype=kept.indices.dtype) * k

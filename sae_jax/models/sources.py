@@ -15,6 +15,7 @@ from sae_jax.activations import files, synthetic
 from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks, spread
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.runtime import memory
+from sae_jax.runtime.devices import ALONE, Part
 from sae_jax.runtime.disk import HELD_OUT
 
 STATISTICS = 2000  # synthetic tokens made at a time for statistics
@@ -47,20 +48,22 @@ class Source(Protocol):
 
 
 def open_source(
-    config: ConfigDict, fits: Callable[[int], None] = lambda d_model: None, evenly: bool = False
-) -> Source:
+    config: ConfigDict, fits: Callable[[int], None] = lambda d_model: None, evenly: bool = False,
+    part: Part = ALONE,
+) -> Source:  # fmt: skip
     """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first.
 
     Args:
       fits: called with d_model as soon as that is known, before all that takes time or memory; may refuse.
       evenly: held-out chunks are evenly spaced, as in runs of before.
+      part: what this process reads of every batch.
     """
     if config.data.path:
         chunks = files.open_chunks(config.data.path)
         fits(chunks.d_model)
         if isinstance(chunks, ArrayChunks):  # what we wrote ourselves has been looked at
             chunks.check()
-        return StoredSource(config, chunks, evenly=evenly)
+        return StoredSource(config, chunks, evenly=evenly, part=part)
     if config.data.model.id:
         from sae_jax.models import extraction, facts
 
@@ -73,13 +76,13 @@ def open_source(
             streamed = streaming.StreamedChunks(config.data.model, devices)
             fits(streamed.d_model)
             batches = streaming.batches if config.data.model.backend == "jax" else None
-            return StoredSource(config, streamed, cache(streamed.__getitem__), evenly, batches)
+            return StoredSource(config, streamed, cache(streamed.__getitem__), evenly, batches, part)
         chunks = files.open_chunks(extraction.extracted(config.data.model, devices))
         fits(chunks.d_model)
-        return StoredSource(config, chunks, evenly=evenly)
+        return StoredSource(config, chunks, evenly=evenly, part=part)
     _check_truth(config)
     fits(config.data.d_model)
-    return SyntheticSource(config)
+    return SyntheticSource(config, part)
 
 
 def _check_truth(config: ConfigDict) -> None:
@@ -99,19 +102,14 @@ def _check_truth(config: ConfigDict) -> None:
         )
 
 
-def _own(batch_size: int) -> slice:
-    """This process's rows of a batch."""
-    share = batch_size // jax.process_count()
-    return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-
-
 class SyntheticSource:
     """Batches made on the device; an input is just the number of the batch."""
 
     split_axis: int | None = None
     n_train_tokens: int | None = None
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, part: Part = ALONE):
+        self._part = part
         self._spec = synthetic.build(config.data, config.seed)
         self._sample = jax.jit(synthetic.sample)
         self._eval_batch = config.eval.batch_size
@@ -127,7 +125,8 @@ class SyntheticSource:
 
     def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
         for number, done in enumerate(range(0, self.n_eval_tokens, self._eval_batch)):
-            yield np.int32(number), (np.arange(self._eval_batch) < self.n_eval_tokens - done)[_own(self._eval_batch)]
+            valid = np.arange(self._eval_batch) < self.n_eval_tokens - done
+            yield np.int32(number), valid[self._part.rows(self._eval_batch)]
 
     def statistics(self) -> Iterator[np.ndarray]:
         for number, done in enumerate(range(0, self._n_statistics, STATISTICS)):
@@ -168,7 +167,7 @@ class StoredSource:
     Args:
       again: how the chunks are read that are needed more than once, for statistics and evaluation; where chunks are
         computed it keeps them.
-      evenly: as of `open_source`.
+      evenly, part: as of `open_source`.
       batches: what makes training batches of them; not given: `pipeline.batches`.
     """
 
@@ -177,10 +176,10 @@ class StoredSource:
 
     def __init__(
         self, config: ConfigDict, chunks: Chunks, again: Callable[[int], np.ndarray] | None = None,
-        evenly: bool = False, batches: Callable[..., Any] | None = None,
+        evenly: bool = False, batches: Callable[..., Any] | None = None, part: Part = ALONE,
     ):  # fmt: skip
         self._chunks, self._config, self._again = chunks, config, again or chunks.__getitem__
-        self._batches = batches
+        self._batches, self._part = batches, part
         n_tokens = len(chunks) * chunks.rows
         self.n_eval_tokens = min(config.eval.n_tokens, n_tokens // 5)
         if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:
@@ -197,14 +196,14 @@ class StoredSource:
 
         iterator = (self._batches or pipeline.batches)(
             self._chunks, self._train, self._config.train.batch_size, self._config.seed,
-            jax.process_index(), jax.process_count(),
+            *self._part,
         )  # fmt: skip
         iterator.set_state({"next_index": start})
         return iterator
 
     def held_out(self) -> Iterator[tuple[Any, np.ndarray]]:
         size = self._config.eval.batch_size
-        mine = _own(size)
+        mine = self._part.rows(size)
         for x in read(self._again, self._held_out, size, self.n_eval_tokens):
             padding = ((0, size - len(x)), (0, 0))
             yield np.pad(x, padding)[mine], (np.arange(size) < len(x))[mine]

@@ -1,14 +1,11 @@
 """The only file that knows about devices: one program for one (jit) or several (pmap, or a mesh).
 
-Under pmap they share the batch, each with all the parameters. On a mesh they share members and features as well.
+Under pmap they share the batch, each with all the parameters. On a mesh they share members and features as well, those
+of all processes together; no process holds more of them than its own devices do.
 """
 
-import contextlib
-import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import FEATURE, MEMBERS, AllSum
-from sae_jax.errors import Preempted, Refused, RunFailed
+from sae_jax.errors import Refused
+from sae_jax.runtime.processes import relaid
 
 DATA = "data"  # name of the axis over which a batch is split
 WHOLE = PartitionSpec()  # the same on all devices
@@ -35,12 +33,30 @@ class Memories(NamedTuple):
     batch_parts: int  # memories over which a batch is shared out
 
 
+class Part(NamedTuple):
+    """Which part of every batch a process reads. Those whose devices need the same rows read the same part."""
+
+    number: int
+    of: int
+
+    def rows(self, batch_size: int) -> slice:
+        """Its rows of a batch."""
+        share = batch_size // self.of
+        return slice(self.number * share, (self.number + 1) * share)
+
+
+ALONE = Part(0, 1)
+
+
 class Devices:
-    """The local devices of this run and how its work is laid over them.
+    """The devices of this run and how its work is laid over them.
 
     Args:
       count: local devices to use; 0 is all of them.
       member, feature: over how many the members and the features are spread; the batch is shared by what is left.
+
+    Attributes:
+      part: what this process reads of a batch.
     """
 
     def __init__(self, count: int = 0, member: int = 1, feature: int = 1):
@@ -52,13 +68,13 @@ class Devices:
         self.shares, rest = divmod(self.count, member * feature)  # parts of a batch
         self.shards = FEATURE if feature > 1 else None  # the axis over which features are split, where they are
         self._mesh: Mesh | None = None
+        self.part = Part(jax.process_index(), jax.process_count())
         if member * feature > 1:
             asked = f"member={member},feature={feature}"
-            if jax.process_count() > 1:
-                raise Refused("train.mesh", asked, "empty: several processes share the batch")
             if rest:
                 raise Refused("train.mesh", asked, f"numbers whose product divides the {self.count} devices")
-            self._mesh = make_mesh(self.local, member=member, data=self.shares, feature=feature)
+            self._mesh = make_mesh(self._everywhere(), member=member, data=self.shares, feature=feature)
+            self.part = _part(self._mesh, asked)
 
     def check_batch(self, field: str, batch_size: int) -> None:
         """Refuses a batch that the devices cannot share equally."""
@@ -77,7 +93,7 @@ class Devices:
         """How a run is laid over memories."""
         is_host = self.local[0].platform == "cpu"  # processors that are called several devices have one
         if is_host:
-            return Memories(is_host, self.shares, 1, 1)
+            return Memories(is_host, self.shares, jax.process_count() if self._mesh else 1, 1)
         return Memories(is_host, 1, self.count // self.shares, self.shares)
 
     def compile(
@@ -128,7 +144,10 @@ class Devices:
             if not compiled:
                 each = lambda *args: fn(_allsum(mesh), jax.lax.axis_index(DATA), *args)  # noqa: E731
                 compiled.append(_over(mesh, each, specs, out(*specs), donate))
-            laid = jax.tree.map(lambda s, part: jax.tree.map(partial(_laid, s), part), _on(mesh, specs), args)
+            laid = []
+            for spec, axis, arg in zip(specs, split, args, strict=True):
+                lay = partial(_laid, axis=axis, parts=self.part.of)
+                laid.append(jax.tree.map(lambda s, a, lay=lay: jax.tree.map(partial(lay, s), a), _on(mesh, spec), arg))
             return compiled[0](*laid)
 
         return call
@@ -147,8 +166,9 @@ class Devices:
         return [device for own in found.values() for device in own[: len(self.local)]]
 
     def shared(self, tree: Any) -> Any:
-        """The same values as arrays that all processes own together: what a checkpoint of a pod is made of."""
-        if jax.process_count() == 1:
+        """The same values as arrays that all processes own together: what a checkpoint of a pod is made of. On a mesh
+        they are that already, each process's own part in it."""
+        if jax.process_count() == 1 or self._mesh is not None:
             return tree
         everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), (DATA,)), PartitionSpec())
 
@@ -160,7 +180,9 @@ class Devices:
 
     def own(self, tree: Any) -> Any:
         """`shared` undone: this process's copy."""
-        return tree if jax.process_count() == 1 else jax.tree.map(lambda a: jnp.asarray(a.addressable_data(0)), tree)
+        if jax.process_count() == 1 or self._mesh is not None:
+            return tree
+        return jax.tree.map(lambda a: jnp.asarray(a.addressable_data(0)), tree)
 
     def _fold(self, array: np.ndarray, axis: int) -> np.ndarray:
         """(…, B, …) → (…, devices, B / devices, …)."""
@@ -168,28 +190,16 @@ class Devices:
         return array.reshape(*array.shape[:axis], n, array.shape[axis] // n, *array.shape[axis + 1 :])
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Several processes go on together or not at all: one that fails ends at once, and the others notice and follow.
-
-    The ordinary way out, past open checkpoints and an interpreter that shuts down, waits for all processes to take
-    leave of each other, and one that is gone never comes. To stop on request is no failure: all do so in the same turn.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, Preempted) or not jax.distributed.is_initialized():
-            raise
-        if isinstance(error, Refused | RunFailed):
-            message, code = str(error), error.exit_code
-        elif isinstance(error, jax.errors.JaxRuntimeError):
-            message, code = f"another process of this run has ended or cannot be reached, so all stop ({error})", 3
-        else:
-            traceback.print_exception(error)
-            message, code = f"process {jax.process_index()} has failed, so all stop", 1
-        print(f"sae_jax: {' '.join(message.split())}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(code)
+def _part(mesh: Mesh, asked: str) -> Part:
+    """What this process reads of a batch: the rows of its devices' places along the data axis."""
+    places: dict[int, set[int]] = {}
+    for (_, data, _), device in np.ndenumerate(mesh.devices):
+        places.setdefault(device.process_index, set()).add(data)
+    size = len(places[0])
+    if any(own != set(range(min(own) // size * size, min(own) // size * size + size)) for own in places.values()):
+        hosts = f"{len(places)} processes of {mesh.size // len(places)} devices each"
+        raise Refused("train.mesh", asked, f"numbers that divide the devices of a process, or are multiples: {hosts}")
+    return Part(min(places[jax.process_index()]) // size, mesh.shape[DATA] // size)
 
 
 _psum: AllSum = lambda tree: jax.lax.psum(tree, DATA)  # noqa: E731
@@ -233,16 +243,19 @@ def _on(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
-def _laid(sharding: NamedSharding, array: Any) -> jax.Array:
-    """The array so laid over the devices. From several to several it goes by a program: `device_put` reads it first."""
+def _laid(sharding: NamedSharding, array: Any, axis: int | None, parts: int) -> jax.Array:
+    """The array so laid over the devices. From several to several it goes by a program: `device_put` reads it first.
+
+    Of what is shared out along `axis` each process has one of so many parts; of other arrays all have the whole.
+    """
     if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
-        return array if array.sharding == sharding else _program(sharding)(array)
-    return jax.device_put(array, sharding)
-
-
-@cache
-def _program(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda array: array, out_shardings=sharding)
+        return array if array.sharding == sharding else relaid(sharding)(array)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    shape = list(np.shape(array))
+    if axis is not None:
+        shape[axis] *= parts
+    return jax.make_array_from_process_local_data(sharding, np.asarray(array), tuple(shape))
 
 
 def _over(mesh: Mesh, fn: Callable[..., Any], ins: Any, outs: Any, donate: tuple[int, ...]) -> Callable[..., Any]:

@@ -9,12 +9,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sae_jax.errors import Interrupted, Preempted
-
-if TYPE_CHECKING:  # this much is imported before anything else of a command, and must not take any time
-    from sae_jax.runtime import devices as devices_lib
 
 ENDS: dict[int, type[Preempted]] = {signal.SIGTERM: Preempted, signal.SIGINT: Interrupted}
 
@@ -23,21 +20,23 @@ class StopRequest:
     """Notes SIGTERM while its context lasts, in the main thread; in a command the first Ctrl-C too.
 
     Args:
-      devices: of a run; its processes agree on when to stop. None: this process asks nobody.
+      together: the processes of a run agree on when to stop; otherwise this one asks nobody.
     """
 
     active: "list[StopRequest]" = []
 
-    def __init__(self, devices: "devices_lib.Devices | None" = None):
+    def __init__(self, together: bool = False):
         self._noted = 0  # the signal
         self._told = False
         self._again = False
         self._agree: Callable[..., Any] | None = None
-        if devices:
-            import jax
+        if together:
+            import jax  # this much is imported before anything else of a command, and must not take any time
 
             if jax.process_count() > 1:
-                self._agree = devices.compile(lambda allsum, device, flag: allsum(flag), split=(None,))
+                from sae_jax.runtime import processes
+
+                self._agree = processes.any_process
         self._asked: Any = 0
 
     def __enter__(self) -> "StopRequest":
@@ -53,9 +52,7 @@ class StopRequest:
         if self._agree is None:
             self._told = self._noted > 0
         else:
-            import numpy as np
-
-            before, self._asked = self._asked, self._agree(np.int32(self._noted > 0))
+            before, self._asked = self._asked, self._agree(self._noted > 0)
             self._told = int(before) > 0
         return self._told
 

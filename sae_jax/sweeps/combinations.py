@@ -19,8 +19,8 @@ from sae_jax.errors import Refused
 from sae_jax.models import facts
 
 # What may be given later: where activations are kept, which code may run, activations that only the user has. What it
-# comes to is in the table's column `data`.
-FREE_KEYS = (*config_lib.FREE_KEYS, "data.model.cache", "data.model.remote_code", "data.model.activations")
+# comes to is in the table's column `data`. train.mesh has been counted ever since the first sweeps.
+FREE_KEYS = {*config_lib.FREE_KEYS, "data.model.remote_code", "data.model.activations"} - {"train.mesh"}
 
 # What the trained jobs of both shipped sweeps compare, as members.
 CONDITIONS = {

@@ -21,6 +21,7 @@ from sae_jax.models.sources import Source
 from sae_jax.outliers import giants, preprocess, rounding
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import Preprocessing
+from sae_jax.runtime import processes
 from sae_jax.training import evaluation, fates, recovery
 from sae_jax.training import step as step_lib
 
@@ -173,7 +174,7 @@ class Ensemble:
         letters: dict[str, str] = {}
         for group, state, sae, values in zip(self.groups, states, groups, results, strict=True):
             # In the frame of each member's own tokens; going there and back would cost float32 digits at high gamma.
-            biases = np.asarray(sae.b_dec if group.static.whiten else state.sae.b_dec)
+            biases = processes.fetched(sae.b_dec if group.static.whiten else state.sae.b_dec)
             for i, name in enumerate(group.names):
                 if not np.isfinite(biases[i]).all() or not np.isfinite(values[i]["fve_about_zero"] or 0):
                     raise RunFailed(f"{name} no longer reconstructs anything finite")
@@ -182,9 +183,9 @@ class Ensemble:
                 self.n_fired[name] = seen.n_fired
                 found[name] = {**values[i], **evaluation.bias_state(biases[i], self.mu(name))}
                 if self.source.truth is not None:
-                    rows = sae.W_dec[i]
-                    found[name]["mmcs"] = float(recovery.mmcs(self.source.truth, rows))
-                    found[name]["mmcs_alive"] = float(recovery.mmcs(self.source.truth, rows, jnp.asarray(seen.fired)))
+                    rows, truth = sae.W_dec[i], np.asarray(self.source.truth)
+                    found[name]["mmcs"] = float(_mmcs(truth, rows, None))
+                    found[name]["mmcs_alive"] = float(_mmcs(truth, rows, seen.fired))
         return {"members": {name: found[name] for name in self.members}, "fates": letters}
 
     def fates(
@@ -194,13 +195,16 @@ class Ensemble:
         """One line for every feature of every member; `record` has been called with these last states."""
         rows: list[dict[str, Any]] = []
         for group, first, last in zip(self.groups, first_states, states, strict=True):
-            W_enc = [np.asarray(step_lib.in_shared_frame(state).W_enc) for state in (first, last)]
+            W_enc = [step_lib.in_shared_frame(state).W_enc for state in (first, last)]
+            silent = processes.fetched(last.tokens_since_fired)
             for i, name in enumerate(group.names):
-                start, end = (fates.alignment(w[i], self.mu(name)) for w in W_enc)
-                silent = np.asarray(last.tokens_since_fired[i])
+                start, end = (processes.fetched(fates.alignment(w[i], self.mu(name))) for w in W_enc)
                 found = fates.ledger(history, name)
-                rows += fates.rows(name, found, start, end, silent, self.n_fired[name], self.source.n_eval_tokens)
+                rows += fates.rows(name, found, start, end, silent[i], self.n_fired[name], self.source.n_eval_tokens)
         return rows
+
+
+_mmcs = jax.jit(recovery.mmcs)  # one program: what the dictionary is compared with need not lie where it lies
 
 
 def culprit(x: Float[np.ndarray, "B d"]) -> str:

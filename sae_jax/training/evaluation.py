@@ -14,6 +14,7 @@ from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.death import Shift, Sightings
 from sae_jax.autoencoder.sae import SAE, AllSum
 from sae_jax.errors import RunFailed
+from sae_jax.runtime import processes
 
 
 class Sums(NamedTuple):
@@ -60,11 +61,7 @@ def evaluate_batch(
             seen, codes = death.sight(sae, x, valid, allsum)
             error = x - sae_lib.decode(sae, codes)
         else:
-            _, error, codes = sae_lib.square_error(sae, x, shards)
-            codes = codes._replace(values=jnp.where(valid[:, None], codes.values, 0.0))
-            positive = (sae_lib.preactivations(sae, x) > 0) & valid[:, None]
-            n_fired = sae_lib.fired(codes, sae.W_enc.shape[0])
-            seen = Sightings(positive.any(axis=0) | (n_fired > 0), n_fired)  # two products, which may round apart
+            seen, error = _sight_shard(sae, x, valid, shards)
         square = jnp.sum(error**2, axis=1)
         error_square, ordinary_error = (jnp.sum(jnp.where(rows, square, 0.0)) for rows in (valid, ordinary))
         return seen, Sums(error_square, ordinary_error)
@@ -75,9 +72,24 @@ def evaluate_batch(
 
     data = (totals(valid, shift), totals(ordinary, shift if ordinary_shift is None else ordinary_shift))
     members = tuple(sae_lib.each_member(one, sae) for sae in groups)
-    added = allsum(tuple((s.positive.astype(jnp.int32), s.n_fired) for s, _ in members))
-    seen = tuple(Sightings(positive > 0, n_fired) for positive, n_fired in added)
+    seen = _added([seen for seen, _ in members], allsum)
     return seen, allsum((tuple(sums for _, sums in members), data))
+
+
+def _sight_shard(
+    sae: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"], shards: str
+) -> tuple[Sightings, Float[Array, "B d"]]:
+    """`death.sight` of the features on this device, and x − x̂ of all."""
+    _, error, codes = sae_lib.square_error(sae, x, shards)
+    codes = codes._replace(values=jnp.where(valid[:, None], codes.values, 0.0))
+    positive = (sae_lib.preactivations(sae, x) > 0) & valid[:, None]
+    n_fired = sae_lib.fired(codes, sae.W_enc.shape[0])
+    return Sightings(positive.any(axis=0) | (n_fired > 0), n_fired), error  # two products, which may round apart
+
+
+def _added(seen: list[Sightings], allsum: AllSum) -> tuple[Sightings, ...]:
+    added = allsum(tuple((s.positive.astype(jnp.int32), s.n_fired) for s in seen))
+    return tuple(Sightings(positive > 0, n_fired) for positive, n_fired in added)
 
 
 class DeathCurve:
@@ -154,7 +166,7 @@ def evaluate(
     total: Any = None
     curves = [[DeathCurve() for _ in moved] for moved in mean_shifts]
     for number, (given, valid) in enumerate(batches):
-        part_seen, sums = jax.device_get(run(groups, given, valid))
+        part_seen, sums = processes.fetched(run(groups, given, valid))
         part_seen = tuple(map(death.fetched, part_seen))
         sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
         if not np.isfinite(sums[1][0].square):
@@ -211,30 +223,40 @@ def bias_state(b_dec: Float[np.ndarray, "d"], mu: Float[np.ndarray, "d"]) -> dic
 SHIFT_BATCHES = 10  # held-out batches that the picture of shifts is made from
 
 
-@jax.jit
-def _shift_sums(group: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"]) -> Any:
-    def one(sae: SAE) -> Any:
-        seen, _ = death.sight(sae, x, valid)
+def shift_batch(
+    groups: tuple[SAE, ...], x: Float[Array, "B d"], valid: Bool[Array, "B"], allsum: AllSum, shards: str | None = None
+) -> Any:
+    """What one batch shows of every pre-activation: sightings of each group, and sums of z_pre and of its square."""
+
+    def one(sae: SAE) -> tuple[Sightings, tuple[Array, Array]]:
+        seen = death.sight(sae, x, valid)[0] if shards is None else _sight_shard(sae, x, valid, shards)[0]
         z_pre = jnp.where(valid[:, None], sae_lib.preactivations(sae, x), 0.0)
         return seen, (z_pre.sum(axis=0), (z_pre**2).sum(axis=0))
 
-    return sae_lib.each_member(one, group)
+    members = [sae_lib.each_member(one, sae) for sae in groups]
+    return _added([seen for seen, _ in members], allsum), allsum(tuple(sums for _, sums in members))
 
 
 def shifts(
-    group: SAE, tokens: Callable[[Any], Array], batches: Iterator[tuple[Any, np.ndarray]]
-) -> list[Shift]:
-    """Pre-activation mean and spread of every feature of every member of a group, over a few held-out batches."""
+    run: Callable[..., Any], groups: tuple[SAE, ...], batches: Iterator[tuple[Any, np.ndarray]], n_tokens: int
+) -> list[list[Shift]]:
+    """Pre-activation mean and spread of every feature of every member of every group, over a few held-out batches.
+
+    Args:
+      run: the compiled `shift_batch` as run(groups, input, valid).
+      n_tokens: tokens in these batches, of all processes.
+    """
     seen: Any = None
     total: Any = None
-    count = 0
-    for _, (given, valid) in zip(range(SHIFT_BATCHES), batches, strict=False):
-        part, sums = jax.device_get(_shift_sums(group, tokens(given), valid))
-        sums = [np.asarray(s, np.float64) for s in sums]
-        seen = part if seen is None else seen | part
-        total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
-        count += int(valid.sum())
-    mean = total[0] / count
-    std = np.sqrt(np.maximum(total[1] / count - mean**2, 0))
-    relu, topk = ~seen.positive, seen.positive & ~seen.fired
-    return [Shift(*of_member, count) for of_member in zip(mean, std, relu, topk, strict=True)]
+    for given, valid in batches:
+        part, sums = processes.fetched(run(groups, given, valid))
+        sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
+        seen = part if seen is None else tuple(a | b for a, b in zip(seen, part, strict=True))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    found = []
+    for saw, (plain, squared) in zip(seen, total, strict=True):
+        mean = plain / n_tokens
+        std = np.sqrt(np.maximum(squared / n_tokens - mean**2, 0))
+        fates = (~saw.positive, saw.positive & ~saw.fired)
+        found.append([Shift(*of_member, n_tokens) for of_member in zip(mean, std, *fates, strict=True)])
+    return found

@@ -8,9 +8,12 @@ else follows from those.
 from itertools import product
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
+from sae_jax.autoencoder import topk
 from sae_jax.autoencoder.death import Sightings
 from sae_jax.training import evaluation
 
@@ -63,10 +66,14 @@ def transitions(before: UInt8[np.ndarray, "n"], after: UInt8[np.ndarray, "n"]) -
     }
 
 
-def alignment(W_enc: Float[np.ndarray, "n d"], mu: Float[np.ndarray, "d"]) -> Float[np.ndarray, "n"]:
+@jax.jit
+def alignment(
+    W_enc: Float[Array | np.ndarray, "n d"], mu: Float[Array | np.ndarray, "d"]
+) -> Float[Array, "n"]:
     """Cosine of each encoder row with mu; zeros where mu is zero."""
-    length = np.linalg.norm(W_enc, axis=1) * np.linalg.norm(mu)
-    return np.divide(W_enc @ mu, length, out=np.zeros(len(W_enc)), where=length > 0)
+    length = jnp.linalg.norm(W_enc, axis=1) * jnp.linalg.norm(mu)
+    with topk.exact():
+        return jnp.where(length > 0, W_enc @ mu / jnp.where(length > 0, length, 1.0), 0.0)
 
 
 def rows(

@@ -1,8 +1,7 @@
 """`train`: from a configuration to a workdir with checkpoints, figures and report.json. Resumes where it was."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +15,15 @@ from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import AllSum
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import Source, open_source
-from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import per_token
-from sae_jax.reports import boards, page, tables
-from sae_jax.runtime import checkpoint
+from sae_jax.reports import boards, tables
+from sae_jax.runtime import checkpoint, processes
 from sae_jax.runtime import devices as devices_lib
 from sae_jax.runtime import workdir as workdir_lib
 from sae_jax.runtime.stopping import StopRequest
-from sae_jax.training import evaluation, footprint, watching
+from sae_jax.training import drawing, evaluation, footprint, watching
 from sae_jax.training import step as step_lib
 from sae_jax.training.ensemble import Ensemble, culprit
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -46,15 +41,17 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       RunFailed: activations or the loss are not finite; the last good checkpoint is kept.
       Preempted: SIGTERM came (Interrupted: Ctrl-C, in a command); the state was saved.
     """
-    with devices_lib.together():
+    with processes.together():
         config_lib.check(config)
+        processes.check_alike(config_lib.identity(config) | {key: config.train[key] for key in ("devices", "mesh")})
         devices = devices_lib.Devices(config.train.devices, **config_lib.mesh(config))
         devices.check_batch("train.batch_size", config.train.batch_size)
         devices.check_batch("eval.batch_size", config.eval.batch_size)
         if jax.process_index() == 0:
             boards.check(config)
         workdir_lib.check(workdir, partial(config_lib.changed, config))
-        source = open_source(config, partial(footprint.check_run, config), workdir_lib.is_of_before(workdir))
+        evenly = workdir_lib.is_of_before(workdir)
+        source = open_source(config, partial(footprint.check_run, config), evenly, devices.part)
         if config.train.steps and source.n_train_tokens is not None and config.train.batch_size > source.n_train_tokens:
             allowed = f"up to {source.n_train_tokens}, the tokens there are to train on"
             raise Refused("train.batch_size", config.train.batch_size, allowed)
@@ -93,7 +90,7 @@ class Run:
 
     # -- what is compiled ----------------------------------------------------------------------------------------
 
-    def _tokens(self, split: str, given: Array, device: Int[Array, ""], share: int) -> Array:
+    def tokens(self, split: str, given: Array, device: Int[Array, ""], share: int) -> Array:
         """This device's `share` of the rows of a batch, normed one by one if so configured, and scaled."""
         rows = device * share + jnp.arange(share)
         return per_token(self.source.tokens(split, given, rows), self.config.data.norm) * self.ensemble.scale
@@ -105,7 +102,7 @@ class Run:
 
         @partial(jax.jit, inline=True)  # traced once: for the shapes of its metrics, and again from memory in the loop
         def step(states: Any, given: Array, device: Int[Array, ""]) -> tuple[Any, Any]:
-            x = self._tokens("train", given, device, self.config.train.batch_size // self.devices.shares)
+            x = self.tokens("train", given, device, self.config.train.batch_size // self.devices.shares)
             done = [
                 step_lib.group_step(state, x, static=group.static, allsum=allsum, shards=self.devices.shards)
                 for group, state in zip(self.groups, states, strict=True)
@@ -125,7 +122,7 @@ class Run:
     def _evaluate_batch(
         self, allsum: AllSum, device: Int[Array, ""], groups: Any, given: Any, valid: Any
     ) -> Any:
-        x = self._tokens("eval", given, device, self.config.eval.batch_size // self.devices.shares)
+        x = self.tokens("eval", given, device, self.config.eval.batch_size // self.devices.shares)
         shift, ordinary = (jnp.asarray(mu, x.dtype) for mu in (self.ensemble.shared_mu, self.ensemble.ordinary_mu))
         return evaluation.evaluate_batch(
             groups, x, valid, shift, allsum, self.devices.shards, ordinary, self.ensemble.giant_norm
@@ -136,7 +133,7 @@ class Run:
     def to_the_end(self) -> dict[str, Any]:
         """Evaluate and save, then advance, until the last step; then the report and the figures."""
         with watching.Watch(self.config, self.workdir, self.groups, self.step) as watch:
-            with StopRequest(self.devices) as stop:  # until the last checkpoint is whole
+            with StopRequest(together=True) as stop:  # until the last checkpoint is whole
                 try:
                     self._advance_to_the_end(stop, watch)
                 finally:
@@ -149,7 +146,7 @@ class Run:
     def _advance_to_the_end(self, stop: StopRequest, watch: watching.Watch) -> None:
         total, every = self.config.train.steps, config_lib.checkpoint_every(self.config)
         pending: tuple[int, int, Any] | None = None
-        with devices_lib.together():
+        with processes.together():
             while True:
                 due = self.step % every == 0 or self.step == total
                 evaluate, stopping = self.step in self._evaluation_steps, stop.requested()
@@ -183,7 +180,7 @@ class Run:
         if pending is None:
             return
         first, count, metrics = pending
-        metrics = jax.device_get(metrics)
+        metrics = processes.fetched(metrics)
         finite = [np.isfinite(group["loss"][:count]) & np.isfinite(group["grad_norm"][:count]) for group in metrics]
         bad = [t for t in range(count) if not all(group[t].all() for group in finite)]
         if bad:
@@ -253,11 +250,11 @@ class Run:
         }
         if not self.ensemble.n_fired:  # the run had come to its end before
             self._record()
-        kept = checkpoint.history(self.workdir)  # all processes together open the checkpoints
+        # All processes together open the checkpoints, and work on states of which each may have a part.
+        kept, first_states = checkpoint.history(self.workdir), self.devices.made(self.ensemble.initial_states)
+        rows = self.ensemble.fates(self.history, first_states, self.states)
+        self._draw(kept, result, first_states)
         if jax.process_index() == 0:
-            first_states, self.states = self.ensemble.initial_states(), jax.device_get(self.states)
-            self._draw(kept, result, first_states)
-            rows = self.ensemble.fates(self.history, first_states, self.states)
             tables.write_csv(epath.Path(self.workdir) / "fates.csv", rows)
             tables.write_json(self.workdir, result)
         return result
@@ -265,35 +262,4 @@ class Run:
     def _draw(
         self, kept: list[dict[str, Any]], result: dict[str, Any], first_states: tuple[step_lib.TrainState, ...]
     ) -> None:
-        """The figures, and the page that shows them."""
-        from sae_jax.reports import figures  # and with it matplotlib, half a second, at the end alone
-
-        names = list(self.ensemble.members)[: page.DRAWN]
-        kept = [{**entry, "members": {name: entry["members"][name] for name in names}} for entry in kept]
-        share = self.config.eval.batch_size // jax.process_count()
-        tokens = jax.jit(lambda given: self._tokens("eval", given, jnp.int32(0), share))
-        shifts: dict[str, list[tuple[str, evaluation.Shift]]] = {name: [] for name in self.ensemble.members}
-        for when, states in (("at init", first_states), (f"step {self.step}", self.states)):
-            for group, state in zip(self.groups, states, strict=True):
-                found = evaluation.shifts(step_lib.in_shared_frame(state), tokens, self.source.held_out())
-                for name, shift in zip(group.names, found, strict=True):
-                    shifts[name].append((when, shift._replace(pathway=result["pathway"])))
-        given, valid = next(self.source.held_out())
-        normed = moments_lib.layer_norm(np.asarray(tokens(given), np.float64)[valid])
-        standing = moments_lib.moments(normed)
-        draw: dict[str, Callable[..., Figure]] = {
-            "deaths": partial(figures.deaths, kept, pathway=result["pathway"]),
-            "bias": partial(figures.bias_convergence, kept),
-            "shifts": partial(figures.shifts, {name: shifts[name] for name in names}),
-            "curves": partial(figures.curves, kept),
-            "comparison": partial(
-                figures.comparison, result["members"][: page.DRAWN], pathway=result["pathway"]
-            ),
-            "landscape": partial(
-                figures.landscape, normed[:200], moments_lib.standing_out(standing), len(standing.outlier_dimensions)
-            ),
-        }
-        pictures = {
-            name: page.Picture(figures.png(one()), figures.png(one(narrow=True))) for name, one in draw.items()
-        }
-        page.write(self.workdir, result, pictures)
+        drawing.draw(self, kept, result, first_states)

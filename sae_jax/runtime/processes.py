@@ -1,0 +1,87 @@
+"""Several processes that are one run: they start alike, stop in the same turn, and go on together or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sae_jax.errors import Preempted, Refused, RunFailed
+
+
+def any_process(flag: bool) -> Any:
+    """In how many devices' processes it is so: to be looked at later, as the others may not have come to it yet."""
+    everywhere = Mesh(np.asarray(jax.devices()), ("device",))
+    own = np.full(jax.local_device_count(), flag, np.int32)
+    flags = jax.make_array_from_process_local_data(NamedSharding(everywhere, PartitionSpec("device")), own)
+    return _total(NamedSharding(everywhere, PartitionSpec()))(flags)
+
+
+@cache
+def _total(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.sum, out_shardings=sharding)
+
+
+def check_alike(identity: Any) -> None:
+    """Refuses processes of one run whose configurations are not one and the same, before they do anything together."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
+    every = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (every != every[0]).any():
+        other = int((every != every[0]).any(axis=1).argmax())
+        raise Refused("--config", f"processes 0 and {other} differ", "one and the same configuration in all processes")
+
+
+def fetched(tree: Any) -> Any:
+    """As NumPy arrays, whole, whichever devices of whichever processes hold the parts; all processes ask together."""
+
+    def one(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = relaid(NamedSharding(getattr(leaf.sharding, "mesh"), PartitionSpec()))(leaf)  # noqa: B009 - of every array here
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Several processes go on together or not at all: one that fails ends at once, and the others notice and follow.
+
+    The ordinary way out, past open checkpoints and an interpreter that shuts down, waits for all processes to take
+    leave of each other, and one that is gone never comes. To stop on request is no failure: all do so in the same turn.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Preempted) or not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, Refused | RunFailed):
+            message, code = str(error), error.exit_code
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            message, code = f"another process of this run has ended or cannot be reached, so all stop ({error})", 3
+        else:
+            traceback.print_exception(error)
+            message, code = f"process {jax.process_index()} has failed, so all stop", 1
+        print(f"sae_jax: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        if jax.process_index() == 0:
+            time.sleep(2)  # it coordinates: once it has gone the others are ended, whatever they were about to say
+        os._exit(code)
+
+
+@cache
+def relaid(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """What lays an array over devices so, from where it lies by now."""
+    return jax.jit(lambda array: array, out_shardings=sharding)
