@@ -78,11 +78,11 @@ def assert_alike(config, one, other):
 
 
 def spread_out(tiny, tmp_path, rng):
-    """Two programs, of a file: one with AuxK at work, one balanced as well."""
+    """Two programs, of a file: one with AuxK at work, one behind whitening and balanced as well."""
     np.save(tmp_path / "x.npy", rng.normal(size=(4000, 16)) + 3)
     tiny.data.path, tiny.data.signal = str(tmp_path / "x.npy"), ""
     tiny.train.steps, tiny.train.steps_per_dispatch, tiny.auxk.dead_after_tokens = 50, 5, 64
-    balanced = {"sae": {"center": "mean", "balance": True}}
+    balanced = {"sae": {"whiten": True, "balance": True}}
     tiny.members = ConfigDict({"a": {"seed": 1}, "b": {"seed": 2}, "c": {**balanced}, "d": {**balanced, "seed": 3}})
     sae_jax.train(tiny, str(tmp_path / "one"))
     tiny.train.devices = 0
@@ -125,6 +125,8 @@ def test_a_mesh_over_several_processes_equals_one_device_and_goes_on_anywhere(ti
 @pytest.mark.parametrize(("change", "said"), [
     ("config.seed += number", "--config = 'processes 0 and 1 differ': one and the same configuration in all"),
     ("config.train.mesh = f'feature={1 + number}'", "--config = 'processes 0 and 1 differ': one and the same"),
+    ("config.train.mesh = 'feature=4'; config.data.model.update(id='gpt2', stream=True, backend='jax')",
+     "data.model.stream = True: False, or backend=torch, on a train.mesh of several processes"),
     ("config.train.mesh, config.sae.n_features = 'feature=3', 63", "numbers whose product divides the 4 devices"),
 ])
 def test_processes_that_cannot_be_one_run_say_so_and_write_nothing(tiny, tmp_path, change, said):

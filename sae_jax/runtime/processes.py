@@ -55,6 +55,29 @@ def fetched(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def by_parts(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """fn(tree, *rest), like `tree` but perhaps of other widths: worked out on the host, by each process for its own
+    part of arrays that are spread over devices, and spread as they are."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    if len(sharding.device_set) == 1:
+        return fn(tree, *rest)
+    done: dict[str, Any] = {}  # devices that share a batch have the same part
+    placed = []
+    for device in sorted(sharding.addressable_devices, key=lambda device: device.id):
+        own = jax.tree.map(lambda a, at=device: next(s for s in a.addressable_shards if s.device == at), (tree, *rest))
+        where = str([shard.index for shard in jax.tree.leaves(own)])
+        if where not in done:
+            done[where] = fn(*jax.tree.map(lambda shard: shard.data, own))
+        placed.append(jax.device_put(done[where], device))
+
+    def joined(before: jax.Array, *parts: jax.Array) -> jax.Array:
+        n = len(getattr(before.sharding, "spec"))  # noqa: B009 - axes that may be spread
+        shape = (*before.shape[:n], *parts[0].shape[n:])
+        return jax.make_array_from_single_device_arrays(shape, before.sharding, list(parts))
+
+    return jax.tree.map(joined, tree, *placed)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Several processes go on together or not at all: one that fails ends at once, and the others notice and follow.

@@ -45,6 +45,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         config_lib.check(config)
         processes.check_alike(config_lib.identity(config) | {key: config.train[key] for key in ("devices", "mesh")})
         devices = devices_lib.Devices(config.train.devices, **config_lib.mesh(config))
+        model = config.data.model
+        if model.stream and model.backend == "jax" and config.train.mesh and jax.process_count() > 1:
+            raise Refused("data.model.stream", True, "False, or backend=torch, on a train.mesh of several processes")
         devices.check_batch("train.batch_size", config.train.batch_size)
         devices.check_batch("eval.batch_size", config.eval.batch_size)
         if jax.process_index() == 0:

@@ -14,6 +14,7 @@ from sae_jax.autoencoder import balance, death, dense, kept, objective, optimize
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE, AllSum
 from sae_jax.outliers.preprocess import Preprocessing, fold
+from sae_jax.runtime import processes
 
 
 class Static(NamedTuple):
@@ -284,5 +285,10 @@ def in_shared_frame(state: TrainState) -> SAE:
     if before.matrix is None:
         moved: SAE = state.sae.replace(b_dec=state.sae.b_dec + before.shift)
         return moved
-    pairs = [jax.tree.map(lambda a, i=i: a[i], (state.sae, before)) for i in range(len(state.step))]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fold(*pair) for pair in pairs))
+
+    def folded(sae: SAE, before: Preprocessing) -> SAE:
+        pairs = [jax.tree.map(lambda a, i=i: a[i], (sae, before)) for i in range(len(sae.b_dec))]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fold(*pair) for pair in pairs))
+
+    whole: SAE = processes.by_parts(folded, state.sae, before)
+    return whole
