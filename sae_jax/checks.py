@@ -40,6 +40,9 @@ def data(data: ConfigDict) -> None:
     _one_of("data.signal", data.signal, ("", "sparse", "gaussian"))
     _one_of("data.norm", data.norm, ("none", "layer_norm", "unit"))
     _one_of("data.model.backend", data.model.backend, ("torch", "jax"))
+    _one_of("data.model.weights", data.model.weights, ("float32", "bfloat16"))
+    if data.model.weights != "float32" and data.model.backend != "jax":
+        raise Refused("data.model.weights", data.model.weights, "float32, or data.model.backend=jax")
     _one_of("data.model.dtype", data.model.dtype, ("float32", "bfloat16", "float16"))
     _one_of("data.mean_direction", data.mean_direction, ("one", "few", "spread"))
     gamma("data.gamma", data.gamma)

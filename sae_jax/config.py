@@ -16,9 +16,8 @@ from sae_jax.checks import MOST
 from sae_jax.errors import Refused
 
 # Keys that change how a run is carried out but not what it computes: a workdir may be continued with others.
-FREE_KEYS = (
-    "train.devices", "train.mesh", "checkpoint.keep", "data.model.cache", "report.every_seconds", "report.wandb"
-)  # fmt: skip
+FREE_KEYS = ("train.devices", "train.mesh", "checkpoint.keep", "data.model.cache",
+             "report.every_seconds", "report.wandb")  # fmt: skip
 # Keys that name a file or a folder, which may be named in several ways.
 PATH_KEYS = ("data.path", *(f"data.model.{kind}" for kind in ("text", "images", "proteins", "dna", "activations")))
 # Keys that all members of a run share: they see the same batches for the same number of steps.
@@ -70,6 +69,7 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     model.hook = "residual"  # residual: the stream after `layer` blocks | attention | mlp | a submodule of that block
     model.n_tokens = 150_000  # tokens to keep (special tokens are not counted)
     model.backend = "torch"  # what runs the model: torch | jax, on the devices that train the SAE (extra torchax)
+    model.weights = "float32"  # of the model where JAX runs it: float32 | bfloat16, faster on accelerators
     model.context = 256  # tokens a sequence, special tokens included
     model.batch_size = 16  # sequences a forward pass
     # What the model is shown, by kind: a file (images: a folder), hf:OWNER/NAME for a dataset of the hub, or empty for

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from sae_jax.activations import files, store
-from sae_jax.config import base
+from sae_jax.config import base, check
 from sae_jax.errors import Refused
 from sae_jax.models import adapters, extraction, facts, hooks
+from sae_jax.runtime import memory
 
 torch = pytest.importorskip("torch", reason="needs the extra hf")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
@@ -466,6 +467,51 @@ def test_datasets_of_torch_keep_the_name_that_they_had(settings):
     assert "backend" not in extraction.described(settings, 1)
     settings.backend = "jax"
     assert extraction.described(settings, 1)["backend"] == "jax"
+    assert "weights" not in extraction.described(settings, 1)
+    settings.weights = "bfloat16"
+    assert extraction.described(settings, 1)["weights"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "tiny/gemma3", "modernbert"])
+def test_weights_in_bfloat16_are_rounded_and_no_more(name, settings, monkeypatch, tmp_path):
+    """Against torch with parameters rounded alike: float32 in between, so bfloat16's own sums are the difference."""
+    pytest.importorskip("torchax")
+    network, words, _ = TEXT[name]()
+    saved(monkeypatch, settings, tmp_path / "model", name, network, words)
+    settings.n_tokens = 150
+    exact = extracted(settings, [1, 2])
+    settings.backend, settings.weights = "jax", "bfloat16"
+    found = extracted(settings, [1, 2])
+    for layer in (1, 2):
+        x, y = exact[layer].x, found[layer].x
+        assert y.dtype == np.float32
+        error = np.linalg.norm(x - y) / np.linalg.norm(x - x.mean(axis=0))
+        assert 1e-4 < error < 0.03, error
+
+
+def test_weights_that_would_fill_a_device_are_spread_over_all(settings, monkeypatch, tmp_path):
+    pytest.importorskip("torchax")
+    network, words, _ = gpt2()
+    saved(monkeypatch, settings, tmp_path / "model", "gpt2", network, words)
+    settings.n_tokens, settings.backend = 150, "jax"
+    exact, placed = extracted(settings, [1, 2]), []
+    put = jax.device_put
+    monkeypatch.setattr(memory, "available", lambda: 2**12)
+    monkeypatch.setattr(jax, "device_put", lambda x, *a: placed.append(put(x, *a)) or placed[-1])
+    found = extracted(settings, [1, 2])
+    matrices = [x for x in placed if isinstance(x, jax.Array) and x.ndim == 2 and x.shape[1] == WIDTH]
+    assert matrices
+    assert all(len(x.sharding.device_set) == 2 and not x.is_fully_replicated for x in matrices)
+    for layer in (1, 2):
+        np.testing.assert_allclose(found[layer].x, exact[layer].x, atol=1e-5)
+
+
+def test_bfloat16_weights_are_jaxs_alone(settings):
+    config = base()
+    config.data.model.weights = "bfloat16"
+    config.data.model.id = "gpt2"
+    with pytest.raises(Refused, match="data.model.weights = 'bfloat16': float32, or data.model.backend=jax"):
+        check(config)
 
 
 def test_sequences_of_many_lengths_are_few_programs(settings, monkeypatch, tmp_path):

@@ -101,7 +101,8 @@ def described(model: ConfigDict, layer: int) -> dict[str, Any]:
     kinds = [known.inputs] if known else [kind for kind in inputs.COLUMN if kind == "text" or model[kind]]
     shown = {kind: inputs.identity(kind, model[kind]) for kind in kinds}
     ignored = {"cache", "batch_size", "stream", "activations", *inputs.COLUMN}
-    ignored |= {"backend"} if model.backend == "torch" else set()  # datasets of before it could be chosen keep theirs
+    plain = config_lib.defaults()  # datasets of before these could be chosen keep their names
+    ignored |= {key for key in ("backend", "weights") if model[key] == plain[f"data.model.{key}"]}
     settings = {key: model[key] for key in sorted(model) if key not in ignored}
     return settings | {"layer": layer, "inputs": shown}
 

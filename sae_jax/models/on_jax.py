@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from sae_jax.errors import Refused, first_line, missing_extra
 from sae_jax.models import hooks
 from sae_jax.models.network import Batch, Network
+from sae_jax.runtime import memory
 from sae_jax.runtime.optional import module
 
 EXTRA = "torchax"
@@ -21,20 +22,25 @@ SHORTEST = 16  # positions that sequences are padded to at least, and to powers 
 
 
 def moved(network: Network, model: ConfigDict, devices: Sequence[jax.Device] = ()) -> Network:
-    """The network with its forward pass in JAX, its weights placed once on every device, batches spread over them.
+    """The network with its forward pass in JAX, its weights placed once, batches spread over the devices.
+
+    Every device has all weights; each a part of them where they would take more than half of its memory: XLA then
+    brings together what a layer needs when it is its turn.
 
     Raises:
       Refused: torchax is missing; from the first batch on also that it cannot trace this model.
     """
     _torchax().default_env()  # made here: what it holds would else be part of the first program that is traced
     mesh = Mesh(np.array(list(devices) or jax.local_devices()), ("batch",))
-    everywhere, spread = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
-    placed = jax.device_put(weights(network), everywhere)
+    held, spread = weights(network, model.weights), NamedSharding(mesh, PartitionSpec("batch"))
+    room = memory.available()
+    too_large = room is not None and sum(x.nbytes for x in held.values()) > room / 2
+    placed = {key: jax.device_put(x, _part(mesh, x.shape) if too_large else _whole(mesh)) for key, x in held.items()}
     programs: dict[Any, Any] = {}  # compiled, by what they give and the shapes of what they take
 
     def compute(batch: Batch, layers: Collection[int], hook: str) -> dict[int, jax.Array]:
         size = -(-model.batch_size // mesh.size) * mesh.size
-        given = jax.device_put(_padded(batch, size, network.context), spread)
+        given = jax.device_put(_padded(batch, size, network.context, model.weights), spread)
         key = (tuple(sorted(layers)), hook, *((name, x.shape) for name, x in given.items()))
         if key not in programs:
             try:
@@ -66,14 +72,28 @@ def function(network: Network, layers: Collection[int], hook: str = "residual") 
         with torchax.default_env(), torch.device("jax"), exact, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # 32 bits are enough
             found: dict[int, Any] = torchax.interop.jax_view(streams)(weights, given)
-        return found
+        return {layer: x.astype(jnp.result_type(float)) for layer, x in found.items()}
 
     return traced
 
 
-def weights(network: Network) -> dict[str, np.ndarray]:
-    """Parameters and buffers by name, on the host, of JAX's default precision."""
-    return {key: _array(x) for key, x in (*network.run.named_parameters(), *network.run.named_buffers())}
+def weights(network: Network, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Parameters and buffers by name, on the host, of JAX's default precision; parameters in bfloat16 if asked for.
+
+    Buffers stay as they are: angles of positions and running means would lose what they are there for.
+    """
+    held = {key: _array(x, dtype) for key, x in network.run.named_parameters()}
+    return held | {key: _array(x) for key, x in network.run.named_buffers()}
+
+
+def _whole(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _part(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Along the first axis that the devices can share equally, or nowhere."""
+    axis = next((i for i, size in enumerate(shape) if size % mesh.size == 0 and size), None)
+    return _whole(mesh) if axis is None else NamedSharding(mesh, PartitionSpec(*[None] * axis, "batch"))
 
 
 def _torchax() -> Any:
@@ -84,13 +104,14 @@ def _torchax() -> Any:
         raise missing_extra("a torchax that goes with this torch", EXTRA) from error
 
 
-def _array(tensor: Any) -> np.ndarray:
+def _array(tensor: Any, dtype: str = "float32") -> np.ndarray:
     tensor = tensor.detach().cpu()
     found: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-    return found.astype(jnp.zeros(()).dtype, copy=False) if found.dtype.kind == "f" else found
+    wanted = jnp.bfloat16 if dtype == "bfloat16" else jnp.result_type(float)
+    return found.astype(wanted, copy=False) if found.dtype.kind == "f" else found
 
 
-def _padded(batch: Batch, size: int, context: int) -> dict[str, np.ndarray]:
+def _padded(batch: Batch, size: int, context: int, dtype: str = "float32") -> dict[str, np.ndarray]:
     """The inputs as `size` sequences; where lengths differ (a `context`), as long as few programs take.
 
     A sequence more is the last once again: one of nothing but padding has no softmax.
@@ -99,7 +120,7 @@ def _padded(batch: Batch, size: int, context: int) -> dict[str, np.ndarray]:
     longer = max(0, min(max(SHORTEST, 1 << (length - 1).bit_length()), context) - length)
     given = {}
     for key, tensor in batch.inputs.items():
-        x = _array(tensor)
+        x = _array(tensor, dtype)
         if x.shape == (rows, length):
             x = np.pad(x, ((0, 0), (0, longer)))
         given[key] = np.pad(x, ((0, size - rows), *((0, 0),) * (x.ndim - 1)), mode="edge")

@@ -30,7 +30,7 @@ CONDITIONS = {
 }
 
 
-YOUNGER = ("sae.activation", "sae.groups", "sae.init_norm", "sparsity.", "data.model.backend")
+YOUNGER = ("sae.activation", "sae.groups", "sae.init_norm", "sparsity.", "data.model.backend", "data.model.weights")
 
 
 class Job(NamedTuple):
