@@ -2,7 +2,7 @@
 
     python -m experiments.speed.bench_forms --out=runs/bench_forms.csv
 
-d 768; 4,096 tokens on a GPU, 512 on a CPU. Of top-k: `jax.lax.top_k` and in groups. Of the products, in the forms that
+d 768; 4,096 tokens on a GPU, 2,048 on a CPU. Of top-k: `jax.lax.top_k` and in groups. Of the products, in the forms that
 the platform has: the decoder (A @ W_dec), what the gradient of the kept entries is made of (e @ W_decᵀ there), and both
 weight gradients (Aᵀ @ x of two A). Medians of ten, everything compiled first; whether a second call gave the same bits.
 """
@@ -25,7 +25,7 @@ from sae_jax.autoencoder.kept import Kept
 from sae_jax.reports import tables
 
 ON_GPU = jax.default_backend() == "gpu"
-D, BATCH = 768, 4096 if ON_GPU else 512
+D, BATCH = 768, 4096 if ON_GPU else 2048
 FORMS = ("dense", "sorted") if ON_GPU else ("dense", "rows", "compressed")
 
 

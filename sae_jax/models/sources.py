@@ -15,7 +15,7 @@ from sae_jax.activations import files, synthetic
 from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks, spread
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.runtime import memory
-from sae_jax.runtime.devices import ALONE, Part
+from sae_jax.runtime.devices import Part, own_part
 from sae_jax.runtime.disk import HELD_OUT
 
 STATISTICS = 2000  # synthetic tokens made at a time for statistics
@@ -49,14 +49,14 @@ class Source(Protocol):
 
 def open_source(
     config: ConfigDict, fits: Callable[[int], None] = lambda d_model: None, evenly: bool = False,
-    part: Part = ALONE,
+    part: Part | None = None,
 ) -> Source:  # fmt: skip
     """The source that `config.data` names; refuses what cannot be read. Models are extracted (or found) first.
 
     Args:
       fits: called with d_model as soon as that is known, before all that takes time or memory; may refuse.
       evenly: held-out chunks are evenly spaced, as in runs of before.
-      part: what this process reads of every batch.
+      part: what this process reads of every batch; not given: an equal share of its own.
     """
     if config.data.path:
         chunks = files.open_chunks(config.data.path)
@@ -108,8 +108,8 @@ class SyntheticSource:
     split_axis: int | None = None
     n_train_tokens: int | None = None
 
-    def __init__(self, config: ConfigDict, part: Part = ALONE):
-        self._part = part
+    def __init__(self, config: ConfigDict, part: Part | None = None):
+        self._part = part or own_part()
         self._spec = synthetic.build(config.data, config.seed)
         self._sample = jax.jit(synthetic.sample)
         self._eval_batch = config.eval.batch_size
@@ -176,10 +176,10 @@ class StoredSource:
 
     def __init__(
         self, config: ConfigDict, chunks: Chunks, again: Callable[[int], np.ndarray] | None = None,
-        evenly: bool = False, batches: Callable[..., Any] | None = None, part: Part = ALONE,
+        evenly: bool = False, batches: Callable[..., Any] | None = None, part: Part | None = None,
     ):  # fmt: skip
         self._chunks, self._config, self._again = chunks, config, again or chunks.__getitem__
-        self._batches, self._part = batches, part
+        self._batches, self._part = batches, part or own_part()
         n_tokens = len(chunks) * chunks.rows
         self.n_eval_tokens = min(config.eval.n_tokens, n_tokens // 5)
         if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:

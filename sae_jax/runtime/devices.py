@@ -45,7 +45,9 @@ class Part(NamedTuple):
         return slice(self.number * share, (self.number + 1) * share)
 
 
-ALONE = Part(0, 1)
+def own_part() -> Part:
+    """Where every process reads a part of its own."""
+    return Part(jax.process_index(), jax.process_count())
 
 
 class Devices:
@@ -68,7 +70,7 @@ class Devices:
         self.shares, rest = divmod(self.count, member * feature)  # parts of a batch
         self.shards = FEATURE if feature > 1 else None  # the axis over which features are split, where they are
         self._mesh: Mesh | None = None
-        self.part = Part(jax.process_index(), jax.process_count())
+        self.part = own_part()
         if member * feature > 1:
             asked = f"member={member},feature={feature}"
             if rest:
