@@ -3,8 +3,9 @@
     python -m experiments.speed.bench_forms --out=runs/bench_forms.csv
 
 d 768; 4,096 tokens on a GPU, 2,048 on a CPU. Of top-k: `jax.lax.top_k` and in groups. Of the products, in the forms
-that the platform has: the decoder (A @ W_dec), what the gradient of the kept entries is made of (e @ W_decᵀ there), and both
-weight gradients (Aᵀ @ x of two A). Medians of ten, everything compiled first; whether a second call gave the same bits.
+that the platform has: the decoder (A @ W_dec), what the gradient of the kept entries is made of (e @ W_decᵀ there),
+and both weight gradients (Aᵀ @ x of two A). Medians of ten, everything compiled first; whether a second call gave the
+same bits.
 """
 
 import argparse
