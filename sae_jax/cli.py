@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
             print("sae-jax, not installed")
         return 0
     try:
+        _check_alike(argv)
         if argv[0] not in VERBS:
             near = difflib.get_close_matches(argv[0], VERBS, n=1)
             nearest = f" (the nearest is {near[0]})" if near else ""
@@ -45,6 +46,15 @@ def main(argv: list[str]) -> int:
         if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
         return _say(f"out of memory: fewer sae.n_features or a smaller batch may fit ({error})", RunFailed.exit_code)
+
+
+def _check_alike(argv: list[str]) -> None:
+    """Where this is one of several processes of a run, refuses what the others were not told."""
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        from sae_jax.runtime import processes
+
+        with processes.together():
+            processes.check_alike("command line", "command line", argv)
 
 
 def _say(message: str, exit_code: int) -> int:

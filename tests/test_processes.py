@@ -19,6 +19,7 @@ TRAIN = """
     import sae_jax
     from sae_jax.training import run as run_lib
     from sae_jax.errors import Preempted
+    from sae_jax.runtime import processes
 
     jax.config.update("jax_enable_x64", True)
     config, disturb = ConfigDict(json.loads({config!r})), {disturb!r}
@@ -30,6 +31,15 @@ TRAIN = """
         return advance(self, count)
 
     run_lib.Run._next_inputs = disturbed if disturb else advance
+    fetched = processes.fetched
+
+    def watched(tree):
+        found = fetched(tree)
+        if config.train.mesh:  # not a matrix of all features, (members, n, d), on any host
+            assert all(x.ndim < 3 for x in jax.tree.leaves(found)), [x.shape for x in jax.tree.leaves(found)]
+        return found
+
+    processes.fetched = watched
     try:
         sae_jax.train(config, "w")
     except Preempted as error:
@@ -90,9 +100,10 @@ def spread_out(tiny, tmp_path, rng):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("n", "mesh"), [
-    (2, "feature=4"), pytest.param(2, "member=2,feature=2", marks=pytest.mark.long),
-    pytest.param(4, "feature=4", marks=pytest.mark.long), pytest.param(4, "member=2,feature=2", marks=pytest.mark.long),
-    pytest.param(4, "feature=8", marks=pytest.mark.long),
+    (2, "feature=2"), (2, ""), pytest.param(2, "feature=4", marks=pytest.mark.long),
+    pytest.param(2, "member=2,feature=2", marks=pytest.mark.long),
+    pytest.param(4, "member=2,feature=2", marks=pytest.mark.long),
+    pytest.param(4, "feature=8", marks=pytest.mark.long), pytest.param(4, "feature=4", marks=pytest.mark.long),
 ])
 def test_a_mesh_over_several_processes_equals_one_device_and_goes_on_anywhere(tiny, tmp_path, rng, n, mesh):
     """Cut short, then continued by another mesh of as many processes, by one device, and by four of one process."""
@@ -108,7 +119,7 @@ def test_a_mesh_over_several_processes_equals_one_device_and_goes_on_anywhere(ti
         assert {path.name for path in (step / "state").glob("ocdbt.process_*")} == {
             f"ocdbt.process_{number}" for number in range(n)
         }
-    for name, again, devices, how in (("meshed", n, 2, "feature=2"), ("four", 1, 4, "feature=4")):
+    for name, again, devices, how in (("meshed", n, 2, "feature=4"), ("four", 1, 4, "member=2,feature=2")):
         shutil.copytree(tmp_path / "first" / "w", tmp_path / name / "w")
         goes_on = ConfigDict(tiny.to_dict())
         goes_on.train.mesh = how
@@ -123,10 +134,9 @@ def test_a_mesh_over_several_processes_equals_one_device_and_goes_on_anywhere(ti
 
 
 @pytest.mark.parametrize(("change", "said"), [
+    ("config.sae.k -= 4 * number", "--config = 'processes 0 and 1 differ': one and the same configuration in all"),
     ("config.seed += number", "--config = 'processes 0 and 1 differ': one and the same configuration in all"),
     ("config.train.mesh = f'feature={1 + number}'", "--config = 'processes 0 and 1 differ': one and the same"),
-    ("config.train.mesh = 'feature=4'; config.data.model.update(id='gpt2', stream=True, backend='jax')",
-     "data.model.stream = True: False, or backend=torch, on a train.mesh of several processes"),
     ("config.train.mesh, config.sae.n_features = 'feature=3', 63", "numbers whose product divides the 4 devices"),
 ])
 def test_processes_that_cannot_be_one_run_say_so_and_write_nothing(tiny, tmp_path, change, said):
@@ -136,6 +146,40 @@ def test_processes_that_cannot_be_one_run_say_so_and_write_nothing(tiny, tmp_pat
         assert code == 2, lines
         assert [said in line for line in lines.splitlines() if line.startswith("sae_jax: ")] == [True], lines
     assert not (tmp_path / "w" / "w").exists()
+
+
+@pytest.mark.parametrize(("rows", "workdir", "said"), [
+    (1001, "shared", "data.path = 'processes 0 and 1 differ': one and the same activations in all"),
+    (1000, "shared", "data.path = 'processes 0 and 1 differ': one and the same activations in all"),
+    (0, "own", "--workdir = 'processes 0 and 1 differ': one and the same folder, which they share, in all"),
+])
+def test_processes_that_read_or_write_something_else_say_so(tiny, tmp_path, rng, rows, workdir, said):
+    """Other activations in a file of the same name, of another length or of this; a workdir of one's own."""
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        if not rows:
+            rng = np.random.default_rng(0)
+        np.save(tmp_path / str(number) / "x.npy", rng.normal(size=(rows if number and rows else 1000, 16)))
+    tiny.data.signal, tiny.data.path, tiny.train.devices = "", "x.npy", 0
+    before = f"os.chdir(f'{tmp_path}/{{number}}'); from sae_jax.runtime import workdir; workdir.SEEN_WITHIN = 1.0"
+    source = TRAIN.format(config=tiny.to_json(), disturb="").replace("    advance =", f"    {before}\n    advance =")
+    if workdir == "shared":
+        source = source.replace('"w")', f'"{tmp_path}/w")')
+    for code, lines in Processes(source, 2, tmp_path / "logs", devices=2).wait(120):
+        assert code == 2, lines
+        assert said in lines
+    assert not (tmp_path / "w").exists()
+
+
+def test_commands_that_differ_are_refused(tmp_path):
+    """Before they are read: what one alone refused would leave the other waiting."""
+    source = """
+    from sae_jax.cli import main
+    sys.exit(main(["train", "--config=nope.py", *["--config.sae.kk=3"] * number]))
+    """
+    for code, lines in Processes(source, 2, tmp_path).wait(120):
+        assert code == 2, lines
+        assert "sae_jax: command line = 'processes 0 and 1 differ': one and the same" in lines
 
 
 @pytest.mark.long

@@ -20,5 +20,10 @@ if [ "${1:-}" != train ]; then
   sed -n '2,8p' "$0" >&2
   exit 2
 fi
-join='import sys, jax; jax.distributed.initialize(); from sae_jax.cli import main; sys.exit(main(sys.argv[1:]))'
+# Left to itself JAX takes one GPU a process under Slurm.
+join='import os, sys, jax
+gpus = list(range(int(os.environ.get("SLURM_GPUS_ON_NODE", 0))))
+jax.distributed.initialize(local_device_ids=gpus or None)
+from sae_jax.cli import main
+sys.exit(main(sys.argv[1:]))'
 exec srun --kill-on-bad-exit=1 python -c "$join" "$@"

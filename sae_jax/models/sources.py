@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from math import gcd
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
 from sae_jax.activations import files, synthetic
-from sae_jax.activations.chunks import ArrayChunks, Chunks, read, split_chunks, spread
+from sae_jax.activations.chunks import LANES, ArrayChunks, Chunks, read, split_chunks, spread
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.runtime import memory
 from sae_jax.runtime.devices import Part, own_part
@@ -180,6 +181,9 @@ class StoredSource:
     ):  # fmt: skip
         self._chunks, self._config, self._again = chunks, config, again or chunks.__getitem__
         self._batches, self._part = batches, part or own_part()
+        if gcd(LANES, config.train.batch_size) % self._part.of:
+            allowed = f"a multiple of the {self._part.of} parts that processes read, which have to divide {LANES}"
+            raise Refused("train.batch_size", config.train.batch_size, allowed)
         n_tokens = len(chunks) * chunks.rows
         self.n_eval_tokens = min(config.eval.n_tokens, n_tokens // 5)
         if self.n_eval_tokens < 1 or n_tokens - self.n_eval_tokens < 2:

@@ -190,9 +190,9 @@ class Checkpoints:
     def _restored(self, **items: Any) -> Any:
         try:
             return self._manager.restore(self.latest, args=ocp.args.Composite(**items))
-        except Exception as error:  # every bit is as it was written: another version wrote it
-            where = self._folder / str(self.latest)
-            raise Refused("--workdir", str(where), f"a checkpoint that this version can read ({error})") from error
+        except Exception as error:  # every bit is as it was written: by another version, or members grouped otherwise
+            allowed = "a checkpoint that this version can read, of a run with as many members side by side (member=N)"
+            raise Refused("--workdir", str(self._folder / str(self.latest)), f"{allowed} ({error})") from error
 
     def close(self) -> None:
         """Waits for saves that are under way."""

@@ -1,7 +1,7 @@
-"""The only file that knows about devices: one program for one (jit) or several (pmap, or a mesh).
+"""How work is laid over devices: one program for one (jit) or several (pmap, or a mesh).
 
-Under pmap they share the batch, each with all the parameters. On a mesh they share members and features as well, those
-of all processes together; no process holds more of them than its own devices do.
+Under pmap they share the batch, each with all the parameters. On a mesh they share members and features as well. What
+several processes have is always a mesh: no process holds more of members and features than its own devices do.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class Devices:
         self.shards = FEATURE if feature > 1 else None  # the axis over which features are split, where they are
         self._mesh: Mesh | None = None
         self.part = own_part()
-        if member * feature > 1:
+        if member * feature > 1 or jax.process_count() > 1:
             asked = f"member={member},feature={feature}"
             if rest:
                 raise Refused("train.mesh", asked, f"numbers whose product divides the {self.count} devices")
@@ -123,9 +123,9 @@ class Devices:
             in_axes=(0, *split),
             out_axes=None,
             donate_argnums=tuple(1 + argument for argument in donate),
-            devices=self._everywhere(),
+            devices=self.local,
         )
-        numbers = jax.process_index() * len(self.local) + np.arange(len(self.local), dtype=np.int32)
+        numbers = np.arange(len(self.local), dtype=np.int32)
 
         def call(*args: Any) -> Any:
             folded = [a if axis is None else self._fold(a, axis) for a, axis in zip(args, split, strict=True)]
@@ -148,7 +148,7 @@ class Devices:
                 compiled.append(_over(mesh, each, specs, out(*specs), donate))
             laid = []
             for spec, axis, arg in zip(specs, split, args, strict=True):
-                lay = partial(_laid, axis=axis, parts=self.part.of)
+                lay = partial(_laid, axis=axis, part=self.part)
                 laid.append(jax.tree.map(lambda s, a, lay=lay: jax.tree.map(partial(lay, s), a), _on(mesh, spec), arg))
             return compiled[0](*laid)
 
@@ -166,25 +166,6 @@ class Devices:
         for device in jax.devices():
             found.setdefault(device.process_index, []).append(device)
         return [device for own in found.values() for device in own[: len(self.local)]]
-
-    def shared(self, tree: Any) -> Any:
-        """The same values as arrays that all processes own together: what a checkpoint of a pod is made of. On a mesh
-        they are that already, each process's own part in it."""
-        if jax.process_count() == 1 or self._mesh is not None:
-            return tree
-        everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), (DATA,)), PartitionSpec())
-
-        def one(leaf: jax.Array) -> jax.Array:
-            values = np.asarray(leaf)
-            return jax.make_array_from_callback(values.shape, everywhere, lambda index: values[index])
-
-        return jax.tree.map(one, tree)
-
-    def own(self, tree: Any) -> Any:
-        """`shared` undone: this process's copy."""
-        if jax.process_count() == 1 or self._mesh is not None:
-            return tree
-        return jax.tree.map(lambda a: jnp.asarray(a.addressable_data(0)), tree)
 
     def _fold(self, array: np.ndarray, axis: int) -> np.ndarray:
         """(…, B, …) → (…, devices, B / devices, …)."""
@@ -245,19 +226,30 @@ def _on(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
-def _laid(sharding: NamedSharding, array: Any, axis: int | None, parts: int) -> jax.Array:
+def _laid(sharding: NamedSharding, array: Any, axis: int | None, part: Part) -> jax.Array:
     """The array so laid over the devices. From several to several it goes by a program: `device_put` reads it first.
 
-    Of what is shared out along `axis` each process has one of so many parts; of other arrays all have the whole.
+    Of what is shared out along `axis` each process has its part; of other arrays all have the whole.
     """
-    if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
+    on_devices = isinstance(array, jax.Array)
+    here = sharding.is_fully_addressable
+    if on_devices and len(array.sharding.device_set) > 1 and array.is_fully_addressable == here:
         return array if array.sharding == sharding else relaid(sharding)(array)
-    if sharding.is_fully_addressable:
+    if here:
         return jax.device_put(array, sharding)
-    shape = list(np.shape(array))
+    shape, before = list(np.shape(array)), 0
     if axis is not None:
-        shape[axis] *= parts
-    return jax.make_array_from_process_local_data(sharding, np.asarray(array), tuple(shape))
+        before = part.number * shape[axis]
+        shape[axis] *= part.of
+    if not on_devices:
+        return jax.make_array_from_process_local_data(sharding, np.asarray(array), tuple(shape))
+    placed = []  # device to device: what a model has computed here does not go by the host
+    for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
+        assert index is not None
+        own = [slice(s.start and s.start - before, s.stop and s.stop - before) if i == axis else s
+               for i, s in enumerate(index)]  # fmt: skip
+        placed.append(jax.device_put(array[tuple(own)], device))
+    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, placed)
 
 
 def _over(mesh: Mesh, fn: Callable[..., Any], ins: Any, outs: Any, donate: tuple[int, ...]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -33,15 +34,34 @@ def _total(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(jnp.sum, out_shardings=sharding)
 
 
-def check_alike(identity: Any) -> None:
-    """Refuses processes of one run whose configurations are not one and the same, before they do anything together."""
+def check_alike(field: str, what: str, value: Any) -> None:
+    """Refuses processes of one run that differ in something of which all have to have the same; all ask together."""
     if jax.process_count() == 1:
         return
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest()
+    devices = Counter(device.process_index for device in jax.devices()).values()
+    if len(set(devices)) > 1:
+        raise Refused("processes", f"{min(devices)} to {max(devices)} devices each", "equally many in all processes")
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
     every = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
     if (every != every[0]).any():
         other = int((every != every[0]).any(axis=1).argmax())
-        raise Refused("--config", f"processes 0 and {other} differ", "one and the same configuration in all processes")
+        raise Refused(field, f"processes 0 and {other} differ", f"one and the same {what} in all processes")
+
+
+def of_the_first(found: dict[str, np.ndarray], field: str, what: str) -> dict[str, np.ndarray]:
+    """What process 0 has found, to the bit; refused where others have found something else than rounding explains."""
+    if jax.process_count() == 1:
+        return found
+    check_alike(field, what, {key: [str(x.dtype), *x.shape] for key, x in found.items()})
+    as_bytes = {key: np.frombuffer(np.ascontiguousarray(x).tobytes(), np.uint8) for key, x in found.items()}
+    sent = {key: np.asarray(x, np.uint8) for key, x in multihost_utils.broadcast_one_to_all(as_bytes).items()}
+    first = {key: np.frombuffer(sent[key].tobytes(), x.dtype).reshape(x.shape) for key, x in found.items()}
+    alike = [
+        np.allclose(x, first[key], rtol=1e-4, atol=1e-4 * np.nan_to_num(np.abs(x)).max(initial=0), equal_nan=True)
+        for key, x in found.items()
+    ]
+    check_alike(field, what, all(alike))
+    return first
 
 
 def fetched(tree: Any) -> Any:

@@ -3,17 +3,20 @@
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from sae_jax.errors import Refused
-from sae_jax.runtime import checkpoint, disk
+from sae_jax.runtime import checkpoint, disk, processes
 from sae_jax.runtime.checkpoint import CONFIG
 
 DATA = "data.json"
+SEEN_WITHIN = 60.0  # seconds until what one process has written is there for the others, on a disk that they share
 WHERE = "started_in"  # in DATA: the folder that relative paths start from
 # The identity that is held, and the folder its relative paths start from → the first key that differs, its value there
 # and its value now; None where it is the same run.
@@ -69,6 +72,17 @@ def check_data(workdir: str, data: dict[str, Any]) -> None:
                     "--workdir", workdir,
                     f"a new folder: this one is of data with {key} = {held.get(key)!r}, not {wanted.get(key)!r}",
                 )  # fmt: skip
+
+
+def check_shared(workdir: str) -> None:
+    """Refuses a workdir that is another folder to other processes: nobody would ever see their part of a checkpoint."""
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices("claimed")
+    until = time.monotonic() + SEEN_WITHIN
+    while not (seen := (epath.Path(workdir) / CONFIG).exists()) and time.monotonic() < until:
+        time.sleep(0.2)
+    processes.check_alike("--workdir", "folder, which they share,", seen)
 
 
 @contextlib.contextmanager

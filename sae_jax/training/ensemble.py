@@ -39,7 +39,8 @@ class Ensemble:
         self.members = config_lib.members(config)
         self.groups = step_lib.group_members(self.members, source.d_model)
         self.n_fired: dict[str, np.ndarray] = {}  # held-out tokens on which each feature fired, of the latest record
-        self.statistics = statistics or self._statistics()
+        found = statistics or self._statistics()
+        self.statistics = processes.of_the_first(found, "data.path", "activations")
         if "giant_norm" not in self.statistics:  # a run that is older than these numbers
             self.statistics |= self._ordinary()[0]
         self.scale = float(self.statistics["scale"])

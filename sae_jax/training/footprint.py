@@ -27,7 +27,7 @@ def check(groups: list[step_lib.Group], d_model: int, config: ConfigDict, device
         sizes = [(len(group.names), group.static.n_features * n / largest) for group in groups]  # others in proportion
         weights = [4 * (2 * d_model + 1) * members * features for members, features in sizes]
         kept = (STATE * sum(weights) + GRADIENT * max(weights)) * laid.copies / laid.parts
-        saved = SAVED * sum(weights) if laid.is_host else 0
+        saved = SAVED * sum(weights) / laid.parts if laid.is_host else 0
         rows = [rows / laid.batch_parts for rows in (batch, held_out)]
         at_a_time = [topk.rows_at_a_time(r, round(n), d_model) if laid.is_host else r for r in rows]
         most = (DENSE_SCORES * max(rows), SCORES * max(at_a_time))  # of a group that is dense, and of another

@@ -42,12 +42,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
       Preempted: SIGTERM came (Interrupted: Ctrl-C, in a command); the state was saved.
     """
     with processes.together():
+        laid = {key: config.train[key] for key in ("devices", "mesh")}
+        processes.check_alike("--config", "configuration", config_lib.identity(config) | laid)
         config_lib.check(config)
-        processes.check_alike(config_lib.identity(config) | {key: config.train[key] for key in ("devices", "mesh")})
         devices = devices_lib.Devices(config.train.devices, **config_lib.mesh(config))
-        model = config.data.model
-        if model.stream and model.backend == "jax" and config.train.mesh and jax.process_count() > 1:
-            raise Refused("data.model.stream", True, "False, or backend=torch, on a train.mesh of several processes")
         devices.check_batch("train.batch_size", config.train.batch_size)
         devices.check_batch("eval.batch_size", config.eval.batch_size)
         if jax.process_index() == 0:
@@ -61,7 +59,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         groups = step_lib.group_members(config_lib.members(config), source.d_model)
         devices.check_groups([group.names for group in groups])
         workdir_lib.check_data(workdir, source.identity)
+        data = {key: value for key, value in source.identity.items() if key != "path"}
+        processes.check_alike("data.path", "activations", data)
         with workdir_lib.claimed(workdir, config_lib.identity(config), source.identity):
+            workdir_lib.check_shared(workdir)
             return Run(config, workdir, devices, source).to_the_end()
 
 
@@ -78,8 +79,7 @@ class Run:
         self.step, self.data = 0, source.train(0)
         self._evaluation_steps = config_lib.evaluation_steps(config)
         if self.checkpoints.latest is not None:
-            self.states, self.history, position = self.checkpoints.restore(devices.shared(self.states))
-            self.states = devices.own(self.states)
+            self.states, self.history, position = self.checkpoints.restore(self.states)
             self.step = self.checkpoints.latest
             self.data.set_state(position)
         self._advance = devices.compile(
@@ -221,9 +221,8 @@ class Run:
 
     def _save(self) -> None:
         if self.checkpoints.latest != self.step:
-            states = self.devices.shared(self.states)
             self.checkpoints.save(
-                self.step, states, self.ensemble.statistics, self.history, self.data.get_state()
+                self.step, self.states, self.ensemble.statistics, self.history, self.data.get_state()
             )
 
     # -- the end -------------------------------------------------------------------------------------------------
