@@ -171,6 +171,33 @@ def test_processes_that_read_or_write_something_else_say_so(tiny, tmp_path, rng,
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("by", [1e-12, 1e-2])
+def test_statistics_are_the_first_ones_to_the_bit_and_refused_where_they_are_others(tiny, tmp_path, by):
+    """Processors round as they like; what is more than that comes of other activations."""
+    tiny.train.steps, tiny.train.devices, tiny.train.mesh = 5, 0, "feature=2"
+    before = f"""
+    from sae_jax.training.ensemble import Ensemble
+    own = Ensemble._statistics
+    Ensemble._statistics = lambda self: {{key: x * (1 + {by} * number) for key, x in own(self).items()}}
+    init = Ensemble.__init__
+
+    def seen(self, *given):
+        init(self, *given)
+        print("scale", repr(self.scale))
+
+    Ensemble.__init__ = seen
+    advance ="""
+    source = TRAIN.format(config=tiny.to_json(), disturb="").replace("    advance =", before)
+    ended = Processes(source, 2, tmp_path / "w").wait(120)
+    if by > 1e-4:
+        assert [code for code, _ in ended] == [2, 2], ended
+        assert all("data.path = 'processes 0 and 1 differ': one and the same activations" in said for _, said in ended)
+        return
+    assert [code for code, _ in ended] == [0, 0], ended
+    scales = {line for _, said in ended for line in said.splitlines() if line.startswith("scale")}
+    assert len(scales) == 1
+
+
 def test_commands_that_differ_are_refused(tmp_path):
     """Before they are read: what one alone refused would leave the other waiting."""
     source = """
