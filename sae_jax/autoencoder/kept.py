@@ -69,12 +69,7 @@ def _in_form(ways: dict[str, Callable[..., Any]], k: int, n: int, d: int, *args:
 
 def largest(z: Float[Array, "B n"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
     """`jax.lax.top_k`; in groups on a GPU, where that sorts all n."""
-
-    def plain(z: Array) -> tuple[Array, Array]:
-        values, indices = jax.lax.top_k(z, k)
-        return values, indices
-
-    values, indices = by_platform(z, gpu=partial(in_groups, k=k, size=GROUP), elsewhere=plain)
+    values, indices = by_platform(z, gpu=partial(in_groups, k=k, size=GROUP), elsewhere=partial(_top_k, k=k))
     # Where XLA merges top-k with a slice of its result it sorts all n instead: hence a barrier; one each, as its
     # partitioner aborts on one for the pair.
     return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(indices)
@@ -89,16 +84,20 @@ def in_groups(z: Float[Array, "B n"], k: int, size: int) -> tuple[Float[Array, "
     batch, n = z.shape
     n_groups = n // size
     if n_groups <= 2 * k:
-        values, indices = jax.lax.top_k(z, k)
-        return values, indices
+        return _top_k(z, k)
     whole = n_groups * size
     maxima = z[:, :whole].reshape(batch, n_groups, size).max(axis=2)
     groups = jnp.sort(in_groups(maxima, k, size)[1], axis=1)
     inside = (groups[:, :, None] * size + jnp.arange(size, dtype=groups.dtype)).reshape(batch, -1)
     rest = jnp.broadcast_to(jnp.arange(whole, n, dtype=groups.dtype), (batch, n - whole))
     candidates = jnp.concatenate([inside, rest], axis=1)
-    values, places = jax.lax.top_k(jnp.take_along_axis(z, candidates, axis=1), k)
+    values, places = _top_k(jnp.take_along_axis(z, candidates, axis=1), k)
     return values, jnp.take_along_axis(candidates, places, axis=1)
+
+
+def _top_k(z: Array, k: int) -> tuple[Array, Array]:
+    values, indices = jax.lax.top_k(z, k)  # a list
+    return values, indices
 
 
 def _dense(kept: Kept, n: int) -> Array:

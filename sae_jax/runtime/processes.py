@@ -69,7 +69,8 @@ def fetched(tree: Any) -> Any:
 
     def one(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            leaf = relaid(NamedSharding(getattr(leaf.sharding, "mesh"), PartitionSpec()))(leaf)  # noqa: B009 - of every array here
+            assert isinstance(leaf.sharding, NamedSharding)
+            leaf = relaid(NamedSharding(leaf.sharding.mesh, PartitionSpec()))(leaf)
         return np.asarray(leaf)
 
     return jax.tree.map(one, tree)
@@ -91,7 +92,8 @@ def by_parts(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
         placed.append(jax.device_put(done[where], device))
 
     def joined(before: jax.Array, *parts: jax.Array) -> jax.Array:
-        n = len(getattr(before.sharding, "spec"))  # noqa: B009 - axes that may be spread
+        assert isinstance(before.sharding, NamedSharding)
+        n = len(before.sharding.spec)  # axes that may be spread
         shape = (*before.shape[:n], *parts[0].shape[n:])
         return jax.make_array_from_single_device_arrays(shape, before.sharding, list(parts))
 

@@ -261,7 +261,4 @@ class Run:
             tables.write_json(self.workdir, result)
         return result
 
-    def _draw(
-        self, kept: list[dict[str, Any]], result: dict[str, Any], first_states: tuple[step_lib.TrainState, ...]
-    ) -> None:
-        drawing.draw(self, kept, result, first_states)
+    _draw = drawing.draw
