@@ -133,6 +133,7 @@ def test_a_step_moves_beta_by_the_formula(x64):
     assert 0 < (np.asarray(after.beta[0]) > 0).sum() < N
 
 
+@pytest.mark.repeats
 def test_a_balanced_run_stopped_goes_on_and_is_exported_as_an_ordinary_sae(tiny, tmp_path, monkeypatch):
     tiny.members = ConfigDict({"balanced": {"sae": {"center": "mean", "balance": True}}})
     tiny.sae.n_features = 256
