@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments.death import architectures, race, rivals
+from experiments.paper import toys
 from sae_jax.activations import synthetic
 from sae_jax.models.facts import MODELS, PAPER
 from sae_jax.training import step as step_lib
@@ -29,6 +30,7 @@ FEWER = {
                             "SEEDS": (0,)},
     "trust.concept_f1": {"SEEDS": (0,), "ARMS": {"centred 1": {"sae": {"center": "mean"}, "share": 1}}},
     "death.one_dimension": {"VARIANTS": {}},
+    "paper.regimes": {"PARTS": ("base", "k_aux")},
     "death.auxk_idle": {"ARMS": {"AuxK on the encoder": (4, True, False)}},
     "speed.bench_ensemble": {"SHAPES": ((32, 128, 3, 32),), "MEMBERS": 2},
 }  # fmt: skip
@@ -47,6 +49,7 @@ def rows(path):
     pytest.param("paper.figS7_real_dynamics", ["figS7_real_dynamics"], ["figS7_real_dynamics"], marks=pytest.mark.long),
     pytest.param("paper.lr_sensitivity", ["lr_sensitivity"], ["lr_sensitivity"],
                  marks=[pytest.mark.drawn, pytest.mark.long]),
+    pytest.param("paper.regimes", ["regimes"], ["regimes"], marks=pytest.mark.long),
     pytest.param("death.remedies_compared", ["remedies_compared"], [], marks=pytest.mark.long),
     pytest.param("death.bias_timescales", ["bias_timescales", "bias_interventions"], [], marks=pytest.mark.long),
     ("death.auxk_idle", ["auxk_idle"], []),
@@ -106,6 +109,55 @@ def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):
     assert "gamma 40  condition AuxK, frozen bias" in capsys.readouterr().out
     assert len(rows(tmp_path / "fig5_claims.csv")) == 4 * len(script.CONDITIONS)
     assert (tmp_path / "fig5_recovery.png").stat().st_size > 0
+
+
+TOY = toys.Toy(d=16, n_true=32, active=3, n=64, k=3, batch=16, steps=12, held_out=1000)
+
+
+def test_a_toy_is_the_package_s_own_step_on_its_own_tokens(x64):
+    member = toys.Member(4.0, rate=1e-2, size=0.25, direction="spread", condition="AuxK", seed=3)
+    several = toys.Toys(TOY, [toys.Member(40.0), member, toys.Member(5.0, clip=toys.FREE, seed=3)])
+    index = several.members.index(member)
+    states = several.run(several.states(), 0, TOY.steps)
+    config = toys.config(TOY, member)
+    static, spec = step_lib.Static.of(config), synthetic.build(config.data, 3)
+    mu = 4.0 * np.sqrt(TOY.d) * np.asarray(spec.direction)
+    alone = step_lib.init_group([config], jnp.zeros((1, TOY.d)))
+    for t in range(TOY.steps):
+        x = (synthetic.sample(spec, 0, t, jnp.arange(TOY.batch)) + mu) / 4
+        alone, _ = step_lib.group_step(alone, x, static=static, allsum=lambda tree: tree)
+    whole = jnp.concatenate([state.sae.W_enc for state in states])
+    np.testing.assert_allclose(whole[index], alone.sae.W_enc[0], atol=1e-9)
+    found, _ = several.record(states)
+    x = (np.concatenate([synthetic.sample(spec, 2, t, jnp.arange(500)) for t in range(2)]) + mu) / 4
+    sae = jax.tree.map(lambda a: np.asarray(a[0]), alone.sae)
+    z = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    assert found["dead_by_relu"][index] == pytest.approx((z <= 0).all(axis=0).mean(), abs=1e-5)
+    codes = np.where(z >= np.sort(z, axis=1)[:, [-TOY.k]], np.maximum(z, 0), 0)
+    assert found["dead_by_topk"][index] == pytest.approx(((z > 0).any(axis=0) & ~codes.any(axis=0)).mean(), abs=1e-5)
+    error = np.sum((x - codes @ sae.W_dec - sae.b_dec) ** 2)
+    about = np.sum((x - mu / 4) ** 2)
+    assert found["fve"][index] == pytest.approx(1 - error / about, abs=1e-5)
+    assert found["bias_projection"][index] == pytest.approx(4 * sae.b_dec @ mu / (mu @ mu), abs=1e-5)
+
+
+@pytest.mark.repeats
+def test_toys_that_are_stopped_go_on_as_if_they_were_not(tmp_path, monkeypatch):
+    members = [toys.Member(5.0, seed=seed, condition=of) for seed in (0, 1) for of in ("AuxK", "baseline")]
+    toys.train(TOY, members, tmp_path / "whole", points=4)
+    given = toys.Toys.run
+
+    def cut(self, states, first, count):
+        if first >= 3:
+            raise KeyboardInterrupt
+        return given(self, states, first, count)
+
+    monkeypatch.setattr(toys.Toys, "run", cut)
+    with pytest.raises(KeyboardInterrupt):
+        toys.train(TOY, members, tmp_path / "cut", points=4)
+    monkeypatch.undo()
+    toys.train(TOY, members, tmp_path / "cut", points=4)
+    assert toys.read(tmp_path / "cut") == toys.read(tmp_path / "whole")
 
 
 def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):

@@ -5,27 +5,35 @@
 Sparse signal (d 64, 128 true features, 5 active; n 256, k 5; batches of 32), 200,000 steps of Adam without decay, three
 seeds, each with true features, tokens and initial rows of its own. Members differ in gamma_raw, learning rate,
 condition, and in the size of the data: ‖sigma‖ = √d, as this package scales them, or 2, as in the paper's notebook (to
-which a bias has a quarter of the way). Parts: `base`, mean in one dimension; `decoder`, with decoder rows of any norm; `clip`, without
-clipping; `k_aux`, an AuxK of few features a token; `spread`, mean in all dimensions. Each part writes what it has found
-after every evaluation; killed, it goes on from there. Writes regimes.csv and regimes.png of the parts there are.
+which a bias has a quarter of the way). Parts: `base`, mean in one dimension; `decoder`, with decoder rows of any norm;
+`clip`, without clipping; `k_aux`, an AuxK of few features a token; `spread`, mean in all dimensions. Each part writes
+what it has found after every evaluation; killed, it goes on from there. Writes regimes.csv and regimes.png of the parts
+there are. Six and a half minutes on an H200.
 """
 
 import itertools
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import command
 from experiments.paper import toys
 from experiments.paper.toys import Member, Toy
-from sae_jax.reports import tables
+from sae_jax.reports import figures, tables
 
 GAMMAS, RATES, SIZES, SEEDS = (5.0, 20.0, 40.0), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (1.0, 0.25), (0, 1, 2)
 PARTS = ("base", "decoder", "clip", "k_aux", "spread")
 OTHER: dict[str, Any] = {"decoder": {"unit": False}, "clip": {"clip": toys.FREE}, "spread": {"direction": "spread"}}
 STEPS = {"smoke": 200, "cpu": 200_000, "paper": 2_000_000}
-AT = (0, 1 / 10, 1)  # of the run: what the table shows
+CURVES = ("dead_by_relu", "dead_by_topk", "bias_projection")  # what the table has of the start and of a tenth too
+PANELS = (
+    (("mean in one dimension", "base", "baseline"), ("AuxK", "base", "AuxK"), ("frozen bias", "base", "frozen bias")),
+    (("mean spread", "spread", "baseline"), ("spread, AuxK", "spread", "AuxK"), ("decoder free", "decoder", "baseline"),
+     ("no clipping", "clip", "baseline"), ("AuxK, 5 a token", "k_aux", "AuxK of 5")),
+)  # fmt: skip
 
 
 def members(part: str, scale: str) -> list[Member]:
@@ -42,19 +50,61 @@ def members(part: str, scale: str) -> list[Member]:
 
 
 def rows(part: str, of: list[Member], history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and range over seeds of what is measured at the start, after a tenth and at the end."""
+    """Means over seeds at the start, after a tenth and at the end; ranges at the end; when half of a fall was over."""
     end = history[-1]["step"]
-    entries = [max((e for e in history if e["step"] <= share * end), key=lambda e: e["step"]) for share in AT]
+    start, tenth = history[0], max((e for e in history if e["step"] <= end / 10), key=lambda e: e["step"])
     found = []
     for kind in dict.fromkeys(member._replace(seed=0) for member in of):
         which = [i for i, member in enumerate(of) if member._replace(seed=0) == kind]
         row = {"part": part, **{k: v for k, v in kind._asdict().items() if k not in ("seed", "clip", "unit")}}
+        row |= {"seeds": len(which), "steps": end}
         for key in toys.MEASURES:
-            for entry in entries if key.startswith("dead") or key == "bias_projection" else entries[-1:]:
-                values = np.asarray([entry[key][i] for i in which])
-                row[f"{key} {entry['step']}"] = f"{values.mean():.3f} [{values.min():.3f}, {values.max():.3f}]"
+            if key in CURVES:
+                row |= {f"{key}_start": mean(start, key, which), f"{key}_tenth": mean(tenth, key, which)}
+            last = [history[-1][key][i] for i in which]
+            row |= {f"{key}_end": mean(history[-1], key, which), f"{key}_low": min(last), f"{key}_high": max(last)}
+        halves = sorted(half([e["dead_by_topk"][i] for e in history]) for i in which)
+        row["topk_half_low"], row["topk_half_high"] = (history[halves[i]]["step"] for i in (0, -1))
         found.append(row)
     return found
+
+
+def mean(entry: dict[str, Any], key: str, which: list[int]) -> float:
+    """Of a measure over some members."""
+    return round(float(np.mean([entry[key][i] for i in which])), 4)
+
+
+def half(curve: list[float]) -> int:
+    """The evaluation by which half of a curve's whole fall has happened."""
+    return next(i for i, value in enumerate(curve) if value <= (curve[0] + min(curve)) / 2)
+
+
+def picture(table: list[dict[str, Any]]) -> Figure:
+    """Dead by ReLU at the end over learning rate, gamma and size; how far the bias has come in small print."""
+    kinds = sorted({(row["gamma"], -row["size"]) for row in table})
+    with matplotlib.rc_context({**figures.STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(figures.WIDE, 5.2), layout="constrained")
+        for place, panels in zip(figure.subfigures(2), PANELS, strict=True):
+            axes = place.subplots(1, len(panels), sharey=True)
+            for axis, (title, part, condition) in zip(axes, panels, strict=True):
+                those = [row for row in table if row["part"] == part and row["condition"] == condition]
+                rates = sorted({row["rate"] for row in those})
+                shown = np.full((len(kinds), len(rates) or 1), np.nan)
+                for row in those:
+                    y, x = kinds.index((row["gamma"], -row["size"])), rates.index(row["rate"])
+                    shown[y, x] = 100 * row["dead_by_relu_end"]
+                    look = {"ha": "center", "va": "center", "color": "white" if shown[y, x] > 55 else "black"}
+                    axis.text(x, y - 0.13, f"{shown[y, x]:.0f}", size=7, **look)
+                    axis.text(x, y + 0.27, f"{max(row['bias_projection_end'], 0):.2f}", size=5, **look)
+                drawn = axis.imshow(shown, vmin=0, vmax=100, cmap="Reds", aspect="auto")
+                axis.set_xticks(range(len(rates)), [f"{rate:.0e}".replace("e-0", "e-") for rate in rates], size=6.5)
+                axis.set_yticks(range(len(kinds)), [f"{g:g}, {'√d' if size == -1 else '2'}" for g, size in kinds])
+                axis.set_title(title, size=8)
+                axis.tick_params(length=0)
+            axes[0].set_ylabel("gamma_raw, ‖sigma‖")
+            place.supxlabel("learning rate", size=8)
+        figure.colorbar(drawn, ax=axes, label="dead by ReLU at the end (%)")
+    return figure
 
 
 def main(workdir: Path, scale: str, part: str = "") -> None:
@@ -72,6 +122,7 @@ def summarise(workdir: Path) -> None:
         if (workdir / f"{name}.json").exists():
             found += rows(name, *toys.read(workdir / name))
     tables.write_csv(workdir / "regimes.csv", found)
+    (workdir / "regimes.png").write_bytes(figures.png(picture(found)))
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ class Toys:
         self.specs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *specs)
         self.of_seed = [jnp.asarray([self.seeds.index(m.seed) for m in group]) for group in self.groups]
         self.mus = [jnp.stack([self._mu(member) for member in group]) for group in self.groups]
-        self.run = jax.jit(self._run, donate_argnums=0)
-        self.evaluate = jax.jit(self._evaluate)
+        self._compiled = jax.jit(self._run, donate_argnums=0)
+        self._seen = jax.jit(self._evaluate)
 
     def _mu(self, member: Member) -> Float[Array, "d"]:
         return synthetic.build(config(self.toy, member).data, member.seed).direction * (member.gamma * self.toy.d**0.5)
@@ -114,8 +114,12 @@ class Toys:
     def _signal(self, split: int, step: Any, rows: Array) -> Float[Array, "S B d"]:
         return jax.vmap(lambda spec: synthetic.sample(spec, split, step, rows))(self.specs)
 
+    def run(self, states: list[step_lib.TrainState], first: int, count: int) -> list[step_lib.TrainState]:
+        """The states `count` steps after step `first`; those that are given are used up."""
+        found: list[step_lib.TrainState] = self._compiled(states, np.int32(first), np.int32(count))
+        return found
+
     def _run(self, states: Any, first: Any, count: Any) -> Any:
-        """`count` steps from step `first`."""
 
         def body(t: Array, states: Any) -> Any:
             signal = self._signal(0, t, jnp.arange(self.toy.batch))
@@ -149,7 +153,7 @@ class Toys:
 
     def record(self, states: Any, first: Any = None) -> tuple[dict[str, list[float]], Any]:
         """`MEASURES` of every member, and the fates that later ones are told against."""
-        parts = jax.device_get(self.evaluate(states))
+        parts = jax.device_get(self._seen(states))
         positive, fired, error, square, about_zero, mmcs, bias = (np.concatenate(p) for p in zip(*parts, strict=True))
         mu = np.concatenate(jax.device_get(self.mus)).astype(np.float64)
         length = np.maximum(np.sum(mu**2, axis=1), 1e-30)
@@ -200,7 +204,7 @@ def train(toy: Toy, members: list[Member], workdir: Path, points: int = 30) -> N
         done = history[-1]["step"]
         if step <= done:
             continue
-        states = toys.run(states, np.int32(done), np.int32(step - done))
+        states = toys.run(states, done, step - done)
         history.append({"step": step, **toys.record(states, first)[0]})
         kept.save(step, states, {"seeds": np.asarray(toys.seeds)}, history, {"next_index": step})
         told = {"members": [member._asdict() for member in toys.members], "history": history}
