@@ -16,7 +16,7 @@ import sae_jax
 from experiments.trust import peer_losses
 from sae_jax import cli
 from sae_jax import config as config_lib
-from sae_jax.autoencoder import batch_topk, death
+from sae_jax.autoencoder import batch_topk, death, jumprelu
 from sae_jax.errors import Refused
 from sae_jax.exchange import sharing
 from sae_jax.models import sources
@@ -61,6 +61,27 @@ def test_losses_and_gradients_are_those_of_saelens(seed):
     for name, theirs, mine in cases:
         off = peer_losses.differences(theirs, mine)
         assert max(off.values()) < 1e-12, (name, off)
+
+
+@pytest.mark.parametrize("target", [0.5, 3.0])
+def test_the_target_of_dictionary_learning_pulls_at_theta_as_its_formula_says(rng, x64, target):
+    """(mean L0 / L0* − 1)² of the batch, in two shares, and its slope by θ: −2 (mean L0 / L0* − 1) / L0* · K / ε."""
+    theta, width, n_tokens = np.full(6, 0.3), 0.4, 20
+    acts = np.where((z := rng.normal(size=(n_tokens, 6))) > theta, z, 0)
+    shares = np.split(acts, [8])
+    total = sum((share > theta).sum() for share in shares) / n_tokens
+
+    def penalty(theta, share):
+        return jumprelu.penalty(
+            "dictionary_learning", share, share, theta, jnp.ones(6), jnp.zeros(6, bool), weight=jnp.asarray(0.7),
+            target=target, bandwidth=width, n_tokens=n_tokens, allsum=lambda _: total,
+        )  # fmt: skip
+
+    found = [jax.value_and_grad(penalty)(jnp.asarray(theta), share) for share in map(jnp.asarray, shares)]
+    assert sum(value for value, _ in found) == pytest.approx(0.7 * (total / target - 1) ** 2)
+    near = (np.abs(acts - theta) < width / 2).sum(axis=0) / width / n_tokens
+    slope = sum(np.asarray(gradient) for _, gradient in found)
+    np.testing.assert_allclose(slope, -0.7 * 2 * (total / target - 1) / target * near, atol=1e-12)
 
 
 @settings(deadline=None, max_examples=50)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from experiments.trust import containers
@@ -168,3 +169,23 @@ def test_a_folder_that_holds_no_activations_is_said_to(tmp_path):
     (tmp_path / "notes.txt").write_text("not at all")
     with pytest.raises(Refused, match="a dataset folder"):
         store.import_file(str(tmp_path), str(tmp_path / "data"))
+
+
+def test_places_of_rows_in_the_middle():
+    ids = np.arange(100, 112)
+    array = tokens.Matrix(np.zeros((12, 2)), ids, [5, 4, 3])
+    found = array.places(3, 10)
+    np.testing.assert_array_equal(found.token_id, ids[3:10])
+    np.testing.assert_array_equal(found.sequence_id, [0, 0, 1, 1, 1, 1, 2])
+    np.testing.assert_array_equal(found.position, [3, 4, 0, 1, 2, 3, 0])
+
+
+def test_of_a_parquet_file_no_more_is_held_than_is_being_read(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20_000, 16))
+    table = pyarrow.table({"acts": pyarrow.FixedSizeListArray.from_arrays(x.ravel(), 16)})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=200)
+    held = pyarrow.total_allocated_bytes()
+    array = files.open_array(str(tmp_path / "x.parquet"))
+    for start in range(0, len(x), 2_000):
+        np.testing.assert_array_equal(array[start : start + 2_000], x[start : start + 2_000])
+    assert pyarrow.total_allocated_bytes() - held < x.nbytes / 5

@@ -332,3 +332,12 @@ def test_large_saes_are_counted_as_small_ones(above):
         assert at["l0"] * len(x) == pytest.approx(fires.sum(), abs=float(ties.sum()))
         if at is found:
             assert (np.abs(found.features["n_fired"] - fires.sum(axis=0)) <= ties).all()
+
+
+def test_small_activations_count_as_many(rng):
+    """Where tokens have more entries than the sparse product takes, all are added, however small they are."""
+    rows = np.float32(rng.normal(size=(256, D)))
+    dense = np.zeros((3, 256), np.float32)
+    dense[1, :9] = 0.25  # the sparse product takes 256 / 64 = 4
+    found = encoders._sparse_product(jnp.asarray(dense), jnp.asarray(rows))
+    np.testing.assert_allclose(found, dense @ rows, rtol=1e-5)

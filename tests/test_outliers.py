@@ -107,3 +107,13 @@ def test_a_part_without_rows_changes_nothing(rng):
     none = moments_lib.Moments(0, *(np.zeros(3) for _ in range(4)))
     assert moments_lib.merge(a, none) is a
     assert moments_lib.merge(none, a) is a
+
+
+@pytest.mark.parametrize("power", [-20, 20])
+def test_the_geometric_median_of_tokens_in_other_units_is_in_those_units(rng, power):
+    """A power of two changes no digit: neither the point nor where the iteration stops may hang on the units."""
+    x = rng.exponential(size=(300, 4)) ** 3
+    plain, scaled = (
+        moments_lib.geometric_median(lambda c=c: [x * c], x.mean(axis=0) * c, tolerance=1e-3) for c in (1.0, 2.0**power)
+    )
+    np.testing.assert_array_equal(scaled, plain * 2.0**power)

@@ -385,3 +385,11 @@ def test_a_layer_that_cannot_be_extracted_leaves_the_others_alone(monkeypatch, t
     rows = jobs_lib.merge(str(tmp_path), every)
     assert {(r["layer"], r["status"]) for r in rows} == {(1, "done"), (2, "failed"), (3, "done")}
     assert next(r["error"] for r in rows if r["layer"] == 2) == "RunFailed: token 7: activations not finite"
+
+
+def test_a_sweep_may_start_in_a_folder_of_folders_that_are_not_there(tmp_path):
+    found = [combinations.Job("one", config_lib.base())]
+    jobs_lib.check_workdir(str(tmp_path / "a" / "b"), found)
+    jobs_lib.check_workdir(str(tmp_path / "a" / "b"), found)
+    with pytest.raises(Refused, match=r"it holds another \(first difference: one\)"):
+        jobs_lib.check_workdir(str(tmp_path / "a" / "b"), [])

@@ -234,7 +234,7 @@ def covered(workdir: Path) -> dict[str, dict[str, Any]]:
             return
         folder = copied(workdir / f"cover_{name}")
         rc = folder / "coverage.ini"
-        rc.write_text("[run]\nbranch = True\nparallel = True\npatch = subprocess\nsource = sae_jax\n"
+        rc.write_text("[run]\nbranch = True\nparallel = True\npatch = subprocess, _exit\nsource = sae_jax\n"
                       "dynamic_context = test_function\n[json]\nshow_contexts = True\n")  # fmt: skip
         began = time.monotonic()
         code, _ = run(folder, [f"tests/{name}"], 3600, zlib.crc32(name.encode()), under=rc)
