@@ -129,6 +129,12 @@ def test_what_cannot_be_is_refused(said, field):
     assert error.value.field == field
 
 
+def test_a_layer_stays_unless_its_hook_point_goes():
+    held = {"layer": 3, "hook_name": "my.own.hook"}
+    assert origin.described(held, {"dataset": "d"}) == {**held, "dataset": "d"}
+    assert origin.described(held, {"hook_name": "x", "layer": 5}) == {"hook_name": "x", "layer": 5}
+
+
 def test_a_layer_of_another_hook_point_is_forgotten():
     assert origin.described({"layer": 3, "hook_name": "blocks.3.hook_resid_post"}, {"hook_name": "x"}) == {
         "hook_name": "x"

@@ -17,6 +17,7 @@ from sae_jax.activations import chunks
 from sae_jax.autoencoder import objective
 from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.models.sources import open_source
+from sae_jax.reports import figures, page
 from sae_jax.runtime import checkpoint
 from sae_jax.runtime import devices as devices_lib
 from sae_jax.training import run as run_lib
@@ -65,6 +66,33 @@ def test_a_run_leaves_its_report_figures_history_and_table(tiny, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
     assert [entry["step"] for entry in checkpoint.history(str(tmp_path))] == [0, 10, 20, 30, 40]
     assert "dead by ReLU" in run_lib.tables.table(result)
+
+
+@pytest.mark.drawn
+def test_of_many_members_the_first_are_drawn(tiny, tmp_path, monkeypatch):
+    """In every picture; landscapes are of 200 tokens."""
+    seen = {}
+
+    def watched(name, names):
+        given = getattr(figures, name)
+
+        def draw(*args, **more):
+            seen[name] = names(args[0])
+            return given(*args, **more)
+
+        monkeypatch.setattr(figures, name, draw)
+
+    for name in ("deaths", "bias_convergence", "curves"):
+        watched(name, lambda history: [list(entry["members"]) for entry in history])
+    watched("comparison", lambda members: [member["name"] for member in members])
+    watched("shifts", list)
+    watched("landscape", len)
+    monkeypatch.setattr(page, "DRAWN", 1)
+    tiny.train.steps = 10
+    sae_jax.train(tiny, str(tmp_path))
+    for name in ("deaths", "bias_convergence", "curves"):
+        assert seen.pop(name) == [["baseline"]] * 2
+    assert seen == {"comparison": ["baseline"], "shifts": ["baseline"], "landscape": 200}
 
 
 def test_no_steps_is_an_evaluation_at_init(tiny, tmp_path):

@@ -110,6 +110,13 @@ def test_the_bar_of_batch_topk_is_a_quantile_of_all_preactivations(rng, kind):
     assert (selections.batch_threshold(shares, np.zeros(5), D) == 0).all()
 
 
+@pytest.mark.parametrize("power", [-30, 30])
+def test_the_bar_of_batch_topk_is_in_the_units_of_the_tokens(rng, power):
+    norms, shares = np.append(rng.uniform(0.5, 2, 200), 0), np.array([1 / 100, 0.2])
+    plain, scaled = (selections.batch_threshold(shares, norms * 2.0**p, D) for p in (0, power))
+    np.testing.assert_allclose(scaled, plain * 2.0**power, rtol=1e-6)
+
+
 def test_the_nth_largest_is_that_of_a_sort(rng):
     z = np.float32(rng.normal(size=(30, 70)))
     z[0, :5] = [0.0, -0.0, 1e-30, np.inf, 3e38]

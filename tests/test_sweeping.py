@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -393,3 +394,23 @@ def test_a_sweep_may_start_in_a_folder_of_folders_that_are_not_there(tmp_path):
     jobs_lib.check_workdir(str(tmp_path / "a" / "b"), found)
     with pytest.raises(Refused, match=r"it holds another \(first difference: one\)"):
         jobs_lib.check_workdir(str(tmp_path / "a" / "b"), [])
+
+
+@pytest.mark.parametrize(("address", "token"), [(None, "token"), ("ray://there:10001", None)])
+def test_ports_that_ray_opens_here_are_not_open_to_everybody(monkeypatch, address, token):
+    """Ray of this machine asks for a token; a cluster has its own ways."""
+    seen = []
+    fake = SimpleNamespace(
+        init=lambda where, **more: seen.append((where, os.environ.get("RAY_AUTH_MODE"), more)),
+        cluster_resources=lambda: {"CPU": 4}, remote=lambda **more: lambda work: work,
+    )  # fmt: skip
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_DEDUP_LOGS"):
+        monkeypatch.setenv(name, "")  # and back to what it was at the end
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    cluster.launcher(address, 1, 0)
+    ((where, mode, more),) = seen
+    assert (where, mode) == (address or "local", token)
+    assert ("include_dashboard" in more) == (address is None)
+    with pytest.raises(Refused, match="--cpus = 5: at most 4") if address is None else contextlib.nullcontext():
+        cluster.launcher(address, 5, 0)

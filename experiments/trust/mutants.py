@@ -67,13 +67,13 @@ class Fault(NamedTuple):
 
 
 def faults_of(module: str, source: str) -> Iterator[Fault]:
-    """Every fault of one module. Annotations, messages and docstrings are left alone."""
+    """Every fault of one module. Annotations, messages, docstrings and zip's `strict`, which guards, are left alone."""
     lines = source.encode().splitlines(keepends=True)
     begins = [0]
     for line in lines:
         begins.append(begins[-1] + len(line))
     tree, raw = ast.parse(source), source.encode()
-    annotations = {id(inner) for node in ast.walk(tree) for outer in _annotations(node) for inner in ast.walk(outer)}
+    alone = {id(inner) for node in ast.walk(tree) for outer in _left_alone(node) for inner in ast.walk(outer)}
 
     def at(node: ast.expr) -> tuple[int, int]:
         assert node.end_lineno is not None
@@ -84,7 +84,7 @@ def faults_of(module: str, source: str) -> Iterator[Fault]:
         return Fault(module, node.lineno, start, stop, kind, raw[start:stop].decode(), new)
 
     for node in ast.walk(tree):
-        if id(node) in annotations:
+        if id(node) in alone:
             continue
         if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARISONS:
             yield fault(node, at(node.left)[1], at(node.comparators[0])[0], "comparison",
@@ -117,9 +117,11 @@ def faults_of(module: str, source: str) -> Iterator[Fault]:
                     yield fault(bound, at(bound)[1], at(bound)[1], "bound", " + 1")
 
 
-def _annotations(node: ast.AST) -> list[ast.expr]:
+def _left_alone(node: ast.AST) -> list[ast.expr]:
     found = [getattr(node, "annotation", None), getattr(node, "returns", None)]
-    return [annotation for annotation in found if annotation is not None]
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        found.append(node.value)
+    return [one for one in found if one is not None]
 
 
 def _text(node: ast.BinOp) -> bool:
