@@ -319,3 +319,12 @@ def test_values_that_are_not_finite_in_made_activations_fail_the_run(monkeypatch
     monkeypatch.setattr(sources.SyntheticSource, "statistics", lambda self: iter([np.full((300, 16), np.inf)]))
     with pytest.raises(RunFailed, match="4800 values are not finite"):
         sae_jax.diagnose(tiny)
+
+
+def test_every_token_is_in_one_batch(rng):
+    size = sources.BATCH
+    x = np.float32(rng.normal(size=(2 * size + 7, 2)))
+    tokens = sources.Tokens(lambda: iter(np.split(x, [size + 3, size + 4])), 2, {}, given=True)
+    parts = list(remedies.padded(tokens))
+    assert {len(part) for part, _ in parts} == {size}
+    np.testing.assert_array_equal(np.concatenate([part[valid] for part, valid in parts]), x)

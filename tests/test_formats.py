@@ -341,6 +341,10 @@ def test_a_pickle_is_not_opened(tmp_path, capsys, monkeypatch):
     Path("a/ae.pt").write_bytes(pickle.dumps({"encoder.weight": Bomb()}))
     assert cli.main(["export", "--from=a", "--format=saelens", "--out=b"]) == 2
     assert "nothing else is unpickled" in capsys.readouterr().err
+    np.savez("a/params.npz", W_enc=np.array([Bomb()]))  # NumPy pickles what it has no type for
+    assert cli.main(["export", "--from=a/params.npz", "--format=saelens", "--out=b"]) == 2
+    assert "an npz file of arrays" in capsys.readouterr().err
+    Path("a/params.npz").unlink()
     torch.save({"encoder.weight": Bomb()}, "a/ae.pt")
     assert cli.main(["export", "--from=a", "--format=saelens", "--out=b"]) == 2
     assert sorted(os.listdir()) == ["a"]

@@ -342,3 +342,15 @@ def test_wrong_flags_of_extract_are_one_line(capsys, tmp_path, monkeypatch, flag
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_rows_alone_are_taken_from_where_they_lie(tmp_path, rng, small_shards, monkeypatch):
+    """Parsing a record copies it twice."""
+    x = rng.normal(size=(1024, D)).astype(np.float32)
+    chunks = files.open_chunks(make(tmp_path, x, layers=(1,))[1])
+
+    def parse(*_):
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(stored.tfds.features.FeaturesDict, "deserialize_example_np", parse)
+    np.testing.assert_array_equal(chunks.tokens(0, len(x)), x)

@@ -372,20 +372,26 @@ def test_correlation_draws_models_not_layers(rng):
     assert np.isnan(statistics.correlation(x[:25], y[:25], models[:25]).low)
 
 
-def test_a_layer_that_cannot_be_extracted_leaves_the_others_alone(monkeypatch, tmp_path, rng):
+@pytest.mark.parametrize(("cache", "folder"), [("", "~/.cache/sae_jax"), ("~/mine", "~/mine")])
+def test_a_layer_that_cannot_be_extracted_leaves_the_others_alone(monkeypatch, tmp_path, rng, cache, folder):
     np.save(tmp_path / "x.npy", rng.normal(size=(2000, 16)).astype(np.float32))
+    folders = set()
 
     def extract(model, layers, cache):
+        folders.add(cache)
         if 2 in layers:
             raise RunFailed("token 7: activations not finite")
         return dict.fromkeys(layers, str(tmp_path / "x.npy"))
 
     monkeypatch.setattr(jobs_lib.extraction, "extract", extract)
     every = combinations.selected(jobs("sweep", "sae.n_features=32", "sae.k=4"), ["model=gpt2", "layer=1-3"])
+    for job in every:
+        job.config.data.model.cache = cache
     jobs_lib.local(str(tmp_path), combinations.grouped(every))
     rows = jobs_lib.merge(str(tmp_path), every)
     assert {(r["layer"], r["status"]) for r in rows} == {(1, "done"), (2, "failed"), (3, "done")}
     assert next(r["error"] for r in rows if r["layer"] == 2) == "RunFailed: token 7: activations not finite"
+    assert folders == {str(Path(folder).expanduser())}
 
 
 def test_a_sweep_may_start_in_a_folder_of_folders_that_are_not_there(tmp_path):
