@@ -90,6 +90,9 @@ def bad(name):
             return arrow_folder(folder / "a", {"acts": [None, *x[1:].tolist()]})
         if name == "ragged width":
             return arrow_folder(folder / "a", {"acts": [part[:, : 2 + i % 2].tolist() for i, part in enumerate(x)]})
+        if name == "ragged tokens":  # whose numbers would make whole tokens of the first one's width
+            token = [1.0, 2.0, 3.0, 4.0]
+            return arrow_folder(folder / "a", {"acts": [[token[:3], token[:2], token] for _ in range(6)]})
         return folder / "x.npy"
 
     return make
@@ -99,7 +102,7 @@ def bad(name):
     ("several", "PATH::NAME"), ("bits", "PATH::x@bfloat16"), ("mask", "a mask of the shape"),
     ("lengths", "a length from 0 to 20"), ("ids", "token ids of the shape"), ("widths", "4 of float32, 6 of float32"),
     ("kinds", "shards of one kind"), ("split", "PATH::train; it has train, test"), ("missing", "1 rows are missing"),
-    ("ragged width", "one width"),
+    ("ragged width", "one width"), ("ragged tokens", "tokens of one width, not of 2 to 4"),
 ])  # fmt: skip
 def test_what_does_not_fit_together_is_refused(tmp_path, x, name, said):
     with pytest.raises(Refused, match="data.path") as error:
@@ -189,3 +192,9 @@ def test_of_a_parquet_file_no_more_is_held_than_is_being_read(tmp_path):
     for start in range(0, len(x), 2_000):
         np.testing.assert_array_equal(array[start : start + 2_000], x[start : start + 2_000])
     assert pyarrow.total_allocated_bytes() - held < x.nbytes / 5
+
+
+def test_no_rows_are_no_rows():
+    chosen = tokens.Selected(np.zeros((9, 2)), np.array([1, 4, 5]))
+    assert chosen[3:3].shape == chosen[5:9].shape == (0, 2)
+    assert all(len(part) == 0 for part in chosen.places(3, 3))

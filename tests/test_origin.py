@@ -152,9 +152,10 @@ def test_a_card_lists_what_applied(run, tmp_path):
                 "auxk.dead_after_tokens=0"):  # fmt: skip
         assert key not in settings
     none = origin.applied({"auxk.preset": "none", "data.signal": "sparse", "data.path": "", "data.model.id": "",
-                           "data.rank": 0, "data.gamma": 2.0, "train.steps": 5, "train.batch_size": 8})  # fmt: skip
+                           "data.rank": 0, "data.gamma": 2.0, "train.steps": 5, "train.batch_size": 8,
+                           "sae.balance": True, "sae.whiten": False})  # fmt: skip
     assert none == {"auxk.preset": "none", "data.signal": "sparse", "data.gamma": 2.0, "train.steps": 5,
-                    "train.batch_size": 8}  # fmt: skip
+                    "train.batch_size": 8, "sae.balance": True}  # fmt: skip
 
 
 def test_the_autopsy_of_a_run_says_when_a_feature_last_fired(run, tmp_path):

@@ -180,3 +180,15 @@ def test_bias_learning_time_by_direction_of_the_mean():
     assert theory.bias_learning_time(uneven, 0.5) == pytest.approx(12.5 / 7)
     assert theory.bias_learning_time(uneven, 0.96) == pytest.approx(3.75)
     assert theory.bias_learning_time(np.zeros(4)) == 0
+
+
+def test_few_nodes_for_many_are_as_fine_at_one_end_as_at_the_other():
+    rng = np.random.default_rng(0)
+    cosine, weight = rng.normal(size=5000), rng.uniform(0.5, 1.5, 5000)
+    weight /= weight.sum()
+    nodes, mirrored = theory._condensed(cosine, weight), theory._condensed(-cosine, weight)
+    np.testing.assert_allclose(mirrored.cosine, -nodes.cosine[::-1], atol=1e-9)
+    np.testing.assert_allclose(mirrored.weight, nodes.weight[::-1], atol=1e-12)
+    assert nodes.cosine @ nodes.weight == pytest.approx(cosine @ weight, abs=1e-12)
+    assert len(nodes.cosine) < 150
+    assert max(nodes.weight[0], nodes.weight[-1]) < 1e-3
