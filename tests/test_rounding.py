@@ -32,6 +32,15 @@ def test_the_share_that_is_rounding_is_that_of_the_error(rng, mean):
     assert found[3] == pytest.approx(error[3], rel=0.25)  # values across a power of two have two steps
 
 
+def test_what_is_constant_or_lies_about_zero_is_not_coarse():
+    """However little it varies: numbers near zero have small steps, and a constant loses nothing."""
+    x = np.zeros((100, 3))
+    x[:, 0], x[::2, 1], x[1::2, 1] = 5.0, 2.0**-12, -(2.0**-12)
+    found = moments_lib.moments(x)
+    np.testing.assert_array_equal(rounding.shares(found, 8), 0)
+    assert rounding.warnings(found, 8) == []
+
+
 def test_diagnose_and_extract_say_what_bfloat16_leaves(tmp_path, rng, capsys):
     x = activations(rng, 300)
     assert sae_jax.diagnose(x, n_features=64, k=4)["warnings"] == []
