@@ -42,7 +42,7 @@ WORKERS = flags.DEFINE_integer("workers", 2, "faults tried side by side")
 ROOMS = ("autoencoder", "outliers", "activations", "training", "runtime", "diagnosis", "exchange", "sweeps")
 TREE = ("sae_jax", "tests", "configs", "experiments", "colab", "README.md", "CONTRIBUTING.md", "pyproject.toml",
         "setup.cfg", ".ci", "CHANGELOG.md", "CITATION.cff", "LICENSE")  # fmt: skip
-LIMIT = 240  # seconds of tests for one fault, and again of whole files
+LIMIT = 150  # seconds of tests for one fault, and again of whole files
 HANGS = 180  # seconds that no test takes by itself
 FIELDS = ("module", "line", "kind", "was", "is", "caught_by", "seconds")
 
