@@ -194,6 +194,14 @@ def test_of_a_parquet_file_no_more_is_held_than_is_being_read(tmp_path):
     assert pyarrow.total_allocated_bytes() - held < x.nbytes / 5
 
 
+@pytest.mark.parametrize(("columns", "said"), [
+    ({"a": [[1.0]], "b": [[2.0]]}, "not a, b of a, b"), ({"a": [1], "b": ["x"]}, "not none of a, b"),
+])
+def test_the_columns_there_are_are_named(tmp_path, columns, said):
+    with pytest.raises(Refused, match=said):
+        files.open_array(str(arrow_folder(tmp_path / "a", columns)))
+
+
 def test_no_rows_are_no_rows():
     chosen = tokens.Selected(np.zeros((9, 2)), np.array([1, 4, 5]))
     assert chosen[3:3].shape == chosen[5:9].shape == (0, 2)

@@ -75,6 +75,21 @@ def test_a_run_takes_what_its_first_and_its_last_states_and_its_table_take(monke
         footprint.check_run(config, 16)
 
 
+@pytest.mark.parametrize(("activation", "arrays"), [("topk", 3), ("relu", 9)])
+def test_of_large_batches_the_pre_activations_are_dearest(monkeypatch, activation, arrays):
+    """Seven arrays of all parameters on the way, a batch read eleven times, and so many arrays of (tokens, n)."""
+    config = base({"sae.n_features": 4096, "train.batch_size": 8000, "eval.batch_size": 2, "train.devices": 1,
+                   "data.signal": "gaussian", "sae.activation": activation})  # fmt: skip
+    if activation == "relu":
+        config.sae.k, config.sparsity.preset = 0, "saelens"
+    expected = 7 * 4 * (2 * 16 + 1) * 4096 + arrays * 4 * 8000 * 4096 + 4 * 16 * (8000 * 11 + 2)
+    monkeypatch.setattr(memory, "available", lambda: 1.001 * expected)
+    footprint.check_run(config, 16)
+    monkeypatch.setattr(memory, "available", lambda: 0.999 * expected)
+    with pytest.raises(Refused, match=r"train.batch_size of at most about 79\d\d"):
+        footprint.check_run(config, 16)
+
+
 CONFIG = """
 from sae_jax.config import base
 
