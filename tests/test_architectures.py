@@ -67,17 +67,18 @@ def test_losses_and_gradients_are_those_of_saelens(seed):
 def test_the_target_of_dictionary_learning_pulls_at_theta_as_its_formula_says(rng, x64, target):
     """(mean L0 / L0* − 1)² of the batch, in two shares, and its slope by θ: −2 (mean L0 / L0* − 1) / L0* · K / ε."""
     theta, width, n_tokens = np.full(6, 0.3), 0.4, 20
-    acts = np.where((z := rng.normal(size=(n_tokens, 6))) > theta, z, 0)
-    shares = np.split(acts, [8])
-    total = sum((share > theta).sum() for share in shares) / n_tokens
+    z = rng.normal(size=(n_tokens, 6))
+    acts = np.where(z > theta, z, 0)
+    total = (acts > theta).sum() / n_tokens
 
-    def penalty(theta, share):
+    def penalty(theta, z, share):
         return jumprelu.penalty(
-            "dictionary_learning", share, share, theta, jnp.ones(6), jnp.zeros(6, bool), weight=jnp.asarray(0.7),
+            "dictionary_learning", z, share, theta, jnp.ones(6), jnp.zeros(6, bool), weight=jnp.asarray(0.7),
             target=target, bandwidth=width, n_tokens=n_tokens, allsum=lambda _: total,
         )  # fmt: skip
 
-    found = [jax.value_and_grad(penalty)(jnp.asarray(theta), share) for share in map(jnp.asarray, shares)]
+    found = [jax.value_and_grad(penalty)(jnp.asarray(theta), jnp.asarray(z[rows]), jnp.asarray(acts[rows]))
+             for rows in (slice(8), slice(8, None))]  # fmt: skip
     assert sum(value for value, _ in found) == pytest.approx(0.7 * (total / target - 1) ** 2)
     near = (np.abs(acts - theta) < width / 2).sum(axis=0) / width / n_tokens
     slope = sum(np.asarray(gradient) for _, gradient in found)

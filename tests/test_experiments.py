@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from experiments.death import architectures, race, rivals
-from experiments.paper import toys
+from experiments.paper import regimes, toys
 from sae_jax.activations import synthetic
+from sae_jax.errors import Refused
 from sae_jax.models.facts import MODELS, PAPER
 from sae_jax.training import step as step_lib
 
@@ -116,7 +117,9 @@ TOY = toys.Toy(d=16, n_true=32, active=3, n=64, k=3, batch=16, steps=12, held_ou
 
 def test_a_toy_is_the_package_s_own_step_on_its_own_tokens(x64):
     member = toys.Member(4.0, rate=1e-2, size=0.25, direction="spread", condition="AuxK", seed=3)
-    several = toys.Toys(TOY, [toys.Member(40.0), member, toys.Member(5.0, clip=toys.FREE, seed=3)])
+    others = [toys.Member(40.0), toys.Member(9.0, condition="AuxK"), toys.Member(5.0, clip=toys.FREE, seed=3)]
+    several = toys.Toys(TOY, [*others, member])  # one of the others in a group with it
+    assert sorted(map(len, several.groups)) == [1, 1, 2]
     index = several.members.index(member)
     states = several.run(several.states(), 0, TOY.steps)
     config = toys.config(TOY, member)
@@ -155,9 +158,32 @@ def test_toys_that_are_stopped_go_on_as_if_they_were_not(tmp_path, monkeypatch):
     monkeypatch.setattr(toys.Toys, "run", cut)
     with pytest.raises(KeyboardInterrupt):
         toys.train(TOY, members, tmp_path / "cut", points=4)
-    monkeypatch.undo()
+    begun = []
+    monkeypatch.setattr(toys.Toys, "run", lambda self, states, first, count: (
+        begun.append(first), given(self, states, first, count))[1])  # fmt: skip
     toys.train(TOY, members, tmp_path / "cut", points=4)
+    assert begun == [5]
     assert toys.read(tmp_path / "cut") == toys.read(tmp_path / "whole")
+    with pytest.raises(Refused, match="it holds others"):
+        toys.train(TOY, [member._replace(rate=1e-2) for member in members], tmp_path / "cut", points=4)
+
+
+def test_a_row_of_regimes_is_the_mean_of_its_seeds_and_when_what_came():
+    members = [toys.Member(20.0, seed=seed) for seed in (0, 1)]
+    curves = {
+        "dead_by_relu": [(0.4, 0.4), (0.6, 0.4), (0.1, 0.2)], "dead_by_topk": [(0.5, 0.6), (0.1, 0.6), (0.2, 0.1)],
+        "bias_projection": [(0, 0), (0.55, 0.1), (0.9, 0.65)],
+    }  # fmt: skip
+    history = [{"step": step, **{key: [0.0, 1.0] for key in toys.MEASURES}, **{k: v[i] for k, v in curves.items()}}
+               for i, step in enumerate((0, 10, 100))]  # fmt: skip
+    (row,) = regimes.rows("base", members, history)
+    assert (row["dead_by_relu_start"], row["dead_by_relu_10"], row["dead_by_relu_end"]) == (0.4, 0.5, 0.15)
+    assert (row["dead_by_relu_low"], row["dead_by_relu_high"], row["collateral_end"]) == (0.1, 0.2, 0.5)
+    assert (row["half_low"], row["half_high"]) == (100, 100)  # of 0.9 → 0.7 → 0.3, and of 1.0 → 1.0 → 0.3
+    assert row["relu_at_b_0.5"] == pytest.approx((0.6 + 0.2) / 2)
+    assert row["relu_at_b_0.6"] == pytest.approx((0.1 + 0.2) / 2)
+    assert row.get("relu_at_b_0.7", "") == ""  # one of them never comes there
+    assert regimes.half([0.5, 0.45, 0.44]) is None
 
 
 def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):

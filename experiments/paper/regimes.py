@@ -28,9 +28,11 @@ GAMMAS, RATES, SIZES, SEEDS = (5.0, 20.0, 40.0), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 PARTS = ("base", "decoder", "clip", "k_aux", "spread")
 OTHER: dict[str, Any] = {"decoder": {"unit": False}, "clip": {"clip": toys.FREE}, "spread": {"direction": "spread"}}
 STEPS = {"smoke": 200, "cpu": 200_000, "paper": 2_000_000}
-CURVES = ("dead_by_relu", "dead_by_topk", "bias_projection")  # what the table has of the start and of a tenth too
+CURVES = ("dead_by_relu", "dead_by_topk", "bias_projection")  # what the table has of the start and on the way too
+BIAS = (0.5, 0.6, 0.7)  # where the paper's bias is when it has features stuck
 PANELS = (
-    (("mean in one dimension", "base", "baseline"), ("AuxK", "base", "AuxK"), ("frozen bias", "base", "frozen bias")),
+    (("baseline, mean in one dimension", "base", "baseline"), ("AuxK", "base", "AuxK"),
+     ("frozen bias (√d alone)", "base", "frozen bias")),
     (("mean spread", "spread", "baseline"), ("spread, AuxK", "spread", "AuxK"), ("decoder free", "decoder", "baseline"),
      ("no clipping", "clip", "baseline"), ("AuxK, 5 a token", "k_aux", "AuxK of 5")),
 )  # fmt: skip
@@ -50,7 +52,11 @@ def members(part: str, scale: str) -> list[Member]:
 
 
 def rows(part: str, of: list[Member], history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds at the start, after a tenth and at the end; ranges at the end; when half of a fall was over."""
+    """Means over seeds at the start, about a tenth and at the end; ranges at the end; and what came when.
+
+    `half`: the evaluation by which half of the fall of dead in total has happened, where it falls by a tenth of all.
+    `relu_at_b`: dead by ReLU when the bias is first seen this far, where every seed's comes there.
+    """
     end = history[-1]["step"]
     start, tenth = history[0], max((e for e in history if e["step"] <= end / 10), key=lambda e: e["step"])
     found = []
@@ -60,13 +66,21 @@ def rows(part: str, of: list[Member], history: list[dict[str, Any]]) -> list[dic
         row |= {"seeds": len(which), "steps": end}
         for key in toys.MEASURES:
             if key in CURVES:
-                row |= {f"{key}_start": mean(start, key, which), f"{key}_tenth": mean(tenth, key, which)}
+                row |= {f"{key}_start": mean(start, key, which), f"{key}_{tenth['step']}": mean(tenth, key, which)}
             last = [history[-1][key][i] for i in which]
             row |= {f"{key}_end": mean(history[-1], key, which), f"{key}_low": min(last), f"{key}_high": max(last)}
-        halves = sorted(half([e["dead_by_topk"][i] for e in history]) for i in which)
-        row["topk_half_low"], row["topk_half_high"] = (history[halves[i]]["step"] for i in (0, -1))
+        totals = [[e["dead_by_relu"][i] + e["dead_by_topk"][i] for e in history] for i in which]
+        halves = [half(curve) for curve in totals]
+        fallen = [history[at]["step"] for at in halves if at is not None]
+        row |= {"half_low": min(fallen), "half_high": max(fallen)} if len(fallen) == len(which) else {}
+        for level in BIAS:
+            there = [next((e for e in history if e["bias_projection"][i] >= level), None) for i in which]
+            if all(there):
+                relu = [e["dead_by_relu"][i] for e, i in zip(there, which, strict=True) if e]
+                row[f"relu_at_b_{level}"] = round(float(np.mean(relu)), 4)
         found.append(row)
-    return found
+    columns = list(dict.fromkeys(key for row in found for key in row))
+    return [{key: row.get(key, "") for key in columns} for row in found]
 
 
 def mean(entry: dict[str, Any], key: str, which: list[int]) -> float:
@@ -74,16 +88,18 @@ def mean(entry: dict[str, Any], key: str, which: list[int]) -> float:
     return round(float(np.mean([entry[key][i] for i in which])), 4)
 
 
-def half(curve: list[float]) -> int:
-    """The evaluation by which half of a curve's whole fall has happened."""
+def half(curve: list[float]) -> int | None:
+    """The place by which half of a curve's whole fall has happened; None where it falls by less than a tenth."""
+    if curve[0] - min(curve) < 0.1:
+        return None
     return next(i for i, value in enumerate(curve) if value <= (curve[0] + min(curve)) / 2)
 
 
 def picture(table: list[dict[str, Any]]) -> Figure:
-    """Dead by ReLU at the end over learning rate, gamma and size; how far the bias has come in small print."""
+    """Dead by ReLU at the end, in colour, over learning rate, gamma and size; beside it in total; below it the bias."""
     kinds = sorted({(row["gamma"], -row["size"]) for row in table})
     with matplotlib.rc_context({**figures.STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(figures.WIDE, 5.2), layout="constrained")
+        figure = Figure(figsize=(figures.WIDE, 5.6), layout="constrained")
         for place, panels in zip(figure.subfigures(2), PANELS, strict=True):
             axes = place.subplots(1, len(panels), sharey=True)
             for axis, (title, part, condition) in zip(axes, panels, strict=True):
@@ -93,17 +109,20 @@ def picture(table: list[dict[str, Any]]) -> Figure:
                 for row in those:
                     y, x = kinds.index((row["gamma"], -row["size"])), rates.index(row["rate"])
                     shown[y, x] = 100 * row["dead_by_relu_end"]
+                    total = 100 * (row["dead_by_relu_end"] + row["dead_by_topk_end"])
                     look = {"ha": "center", "va": "center", "color": "white" if shown[y, x] > 55 else "black"}
-                    axis.text(x, y - 0.13, f"{shown[y, x]:.0f}", size=7, **look)
+                    axis.text(x, y - 0.13, f"{shown[y, x]:.0f} / {total:.0f}", size=6, **look)
                     axis.text(x, y + 0.27, f"{max(row['bias_projection_end'], 0):.2f}", size=5, **look)
                 drawn = axis.imshow(shown, vmin=0, vmax=100, cmap="Reds", aspect="auto")
+                axis.set_facecolor("0.93")
                 axis.set_xticks(range(len(rates)), [f"{rate:.0e}".replace("e-0", "e-") for rate in rates], size=6.5)
-                axis.set_yticks(range(len(kinds)), [f"{g:g}, {'√d' if size == -1 else '2'}" for g, size in kinds])
+                names = [f"gamma {g:g}\n‖sigma‖ {'√d' if size == -1 else '2'}" for g, size in kinds]
+                axis.set_yticks(range(len(kinds)), names, size=6.5)
                 axis.set_title(title, size=8)
                 axis.tick_params(length=0)
-            axes[0].set_ylabel("gamma_raw, ‖sigma‖")
             place.supxlabel("learning rate", size=8)
-        figure.colorbar(drawn, ax=axes, label="dead by ReLU at the end (%)")
+        bar = figure.colorbar(drawn, ax=axes)
+        bar.set_label("dead by ReLU (%), which each cell has\nabove, / in total; below: b·mu / ‖mu‖²", size=7)
     return figure
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from sae_jax import config as config_lib
 from sae_jax.activations import synthetic
 from sae_jax.autoencoder import death, objective
 from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.errors import Refused
 from sae_jax.outliers.preprocess import Preprocessing
 from sae_jax.runtime import checkpoint, disk
 from sae_jax.training import recovery
@@ -29,7 +31,8 @@ from sae_jax.training import step as step_lib
 
 MEASURES = ("dead_by_relu", "dead_by_topk", "collateral", "revived", "bias_projection", "bias_error", "fve",
             "fve_about_zero", "mmcs")  # fmt: skip
-FEW = objective.Preset(weight=1 / 32, k_aux=5)  # no library's: as many features a token as the SAE itself keeps
+# No library's: dictionary_learning's, with as few features a token as the SAE itself keeps.
+OWN_PRESETS = {"of 5": objective.PRESETS["dictionary_learning"]._replace(k_aux=5)}
 FREE = 1e9  # of train.clip_norm: no clipping
 BLOCK = 500  # held-out tokens at a time
 
@@ -65,15 +68,13 @@ def config(toy: Toy, member: Member) -> ConfigDict:
     c = config_lib.base()
     c.seed = member.seed
     c.sae.update(n_features=toy.n, k=toy.k, unit_decoder=member.unit, freeze_bias="frozen" in member.condition)
-    c.sae.balance = "balance" in member.condition
     c.data.update(signal="sparse", d_model=toy.d, n_true_features=toy.n_true, n_active=toy.active,
                   mean_direction=member.direction)  # fmt: skip
     c.train.update(steps=toy.steps, batch_size=toy.batch, learning_rate=member.rate, decay_fraction=0.0,
                    clip_norm=member.clip)  # fmt: skip
     c.auxk.preset = "dictionary_learning"
-    if "of 5" in member.condition:
-        objective.PRESETS["few"] = FEW
-        c.auxk.preset = "few"
+    if member.condition == "AuxK of 5":
+        c.auxk.preset, c.auxk.weight = "of 5", OWN_PRESETS["of 5"].weight
     elif "AuxK" not in member.condition and jax.default_backend() == "cpu":
         c.auxk.preset = "none"  # a program of its own: there AuxK costs by the member, on a GPU next to nothing
     c.auxk.weight = -1.0 if "AuxK" in member.condition else 0.0
@@ -93,22 +94,23 @@ class Toys:
         specs = [synthetic.build(config(toy, Member(0.0, seed=seed)).data, seed) for seed in self.seeds]
         self.specs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *specs)
         self.of_seed = [jnp.asarray([self.seeds.index(m.seed) for m in group]) for group in self.groups]
-        self.mus = [jnp.stack([self._mu(member) for member in group]) for group in self.groups]
+        directions = {
+            key: synthetic.build(config(toy, Member(0.0, seed=key[0], direction=key[1])).data, key[0]).direction
+            for key in {(member.seed, member.direction) for member in members}
+        }
+        self.mus = [
+            jnp.stack([m.gamma * toy.d**0.5 * directions[m.seed, m.direction] for m in group])
+            for group in self.groups
+        ]
         self._compiled = jax.jit(self._run, donate_argnums=0)
         self._seen = jax.jit(self._evaluate)
-
-    def _mu(self, member: Member) -> Float[Array, "d"]:
-        return synthetic.build(config(self.toy, member).data, member.seed).direction * (member.gamma * self.toy.d**0.5)
 
     def states(self) -> list[step_lib.TrainState]:
         """Untrained, with what each sees of the signal: its own mean added, at its own size."""
         found = []
         for group, mu in zip(self.groups, self.mus, strict=True):
-            size = jnp.asarray([member.size for member in group])
-            centred = jnp.asarray(["centred" in member.condition for member in group])
-            start = jnp.where(centred[:, None], mu * size[:, None], 0.0)
-            before = Preprocessing(shift=-mu, scale=size)
-            found.append(step_lib.init_group([config(self.toy, m) for m in group], start, before))
+            before = Preprocessing(shift=-mu, scale=jnp.asarray([member.size for member in group]))
+            found.append(step_lib.init_group([config(self.toy, m) for m in group], jnp.zeros_like(mu), before))
         return found
 
     def _signal(self, split: int, step: Any, rows: Array) -> Float[Array, "S B d"]:
@@ -116,7 +118,8 @@ class Toys:
 
     def run(self, states: list[step_lib.TrainState], first: int, count: int) -> list[step_lib.TrainState]:
         """The states `count` steps after step `first`; those that are given are used up."""
-        found: list[step_lib.TrainState] = self._compiled(states, np.int32(first), np.int32(count))
+        with mock.patch.dict(objective.PRESETS, OWN_PRESETS):
+            found: list[step_lib.TrainState] = self._compiled(states, np.int32(first), np.int32(count))
         return found
 
     def _run(self, states: Any, first: Any, count: Any) -> Any:
@@ -152,7 +155,10 @@ class Toys:
         ]  # fmt: skip
 
     def record(self, states: Any, first: Any = None) -> tuple[dict[str, list[float]], Any]:
-        """`MEASURES` of every member, and the fates that later ones are told against."""
+        """`MEASURES` of every member, and what was positive at the first record, against which later ones are told.
+
+        `collateral`: positive on some token then, and dead by ReLU now; `revived`: the other way round.
+        """
         parts = jax.device_get(self._seen(states))
         positive, fired, error, square, about_zero, mmcs, bias = (np.concatenate(p) for p in zip(*parts, strict=True))
         mu = np.concatenate(jax.device_get(self.mus)).astype(np.float64)
@@ -189,26 +195,28 @@ def _sight(state: step_lib.TrainState, signal: Float[Array, "B d"]) -> Any:
 
 
 def train(toy: Toy, members: list[Member], workdir: Path, points: int = 30) -> None:
-    """Trains them, or goes on from the last checkpoint. What was found is in WORKDIR.json after each evaluation."""
+    """Trains them, or goes on from the last checkpoint. What was found is in WORKDIR.json after each evaluation.
+
+    Raises:
+      Refused: the workdir holds others.
+    """
     toys = Toys(toy, members)
     states = toys.states()
+    identity = {"toy": toy._asdict(), "members": [member._asdict() for member in toys.members]}
     marks = sorted({0, *(round(step) for step in np.geomspace(max(1, toy.steps // 1000), toy.steps, points).tolist())})
     kept = checkpoint.Checkpoints(str(workdir), 1)
-    history: list[dict[str, Any]] = []
     entry, first = toys.record(states)
-    if kept.latest is None:
-        history.append({"step": 0, **entry})
-    else:
-        states, history, _ = kept.restore(states)
-    for step in marks[1:]:
+    history: list[dict[str, Any]] = [{"step": 0, **entry}]
+    if kept.latest is not None:
+        states, history, held = kept.restore(states)
+        if held != identity:
+            raise Refused("--workdir", str(workdir), "a folder of these SAEs, or a new one: it holds others")
+    for step in [mark for mark in marks if mark > history[-1]["step"]]:
         done = history[-1]["step"]
-        if step <= done:
-            continue
         states = toys.run(states, done, step - done)
         history.append({"step": step, **toys.record(states, first)[0]})
-        kept.save(step, states, {"seeds": np.asarray(toys.seeds)}, history, {"next_index": step})
-        told = {"members": [member._asdict() for member in toys.members], "history": history}
-        disk.write_text(epath.Path(workdir.with_suffix(".json")), json.dumps(told))
+        disk.write_text(epath.Path(workdir.with_suffix(".json")), json.dumps({**identity, "history": history}))
+        kept.save(step, states, {"seeds": np.asarray(toys.seeds)}, history, identity)
         print(f"{workdir.name}: step {step} of {toy.steps}", flush=True)
     kept.close()
 
