@@ -63,6 +63,25 @@ def test_losses_and_gradients_are_those_of_saelens(seed):
         assert max(off.values()) < 1e-12, (name, off)
 
 
+def test_the_presets_of_jumprelu_start_where_their_libraries_do():
+    """SAELens' own defaults; dictionary_learning 0.1.0, trainers/jumprelu.py; Anthropic's goes to the input too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sae_lens import JumpReLUTrainingSAEConfig
+    theirs = JumpReLUTrainingSAEConfig(d_in=4, d_sae=8)
+    for name in ("saelens", "saelens_quadratic"):
+        ours = jumprelu.PENALTIES[name]
+        assert (ours.weight, ours.bandwidth, ours.threshold, ours.to_input) == (
+            theirs.l0_coefficient, theirs.jumprelu_bandwidth, theirs.jumprelu_init_threshold,
+            theirs.jumprelu_ste_to_input,
+        )  # fmt: skip
+    assert jumprelu.PENALTIES["saelens_tanh"].to_input
+    assert jumprelu.PENALTIES["dictionary_learning"] == (1.0, 0.001, 0.001, True, False)
+    assert [name for name, of in jumprelu.PENALTIES.items() if of.has_target] == [
+        "saelens_quadratic", "dictionary_learning"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("target", [0.5, 3.0])
 def test_the_target_of_dictionary_learning_pulls_at_theta_as_its_formula_says(rng, x64, target):
     """(mean L0 / L0* − 1)² of the batch, in two shares, and its slope by θ: −2 (mean L0 / L0* − 1) / L0* · K / ε."""

@@ -173,8 +173,12 @@ def test_processes_that_read_or_write_something_else_say_so(tiny, tmp_path, rng,
 
 @pytest.mark.parametrize("by", [1e-12, 1e-2])
 def test_statistics_are_the_first_ones_to_the_bit_and_refused_where_they_are_others(tiny, tmp_path, by):
-    """Processors round as they like; what is more than that comes of other activations."""
+    """Processors round as they like; what is more than that comes of other activations.
+
+    Without a member that starts at it there is no geometric median: all have NaN in its place.
+    """
     tiny.train.steps, tiny.train.devices, tiny.train.mesh = 5, 0, "feature=2"
+    tiny.members = ConfigDict({"centred": {"sae": {"center": "mean"}}})
     before = f"""
     from sae_jax.training.ensemble import Ensemble
     own = Ensemble._statistics
