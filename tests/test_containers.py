@@ -1,5 +1,7 @@
 """Activations as people have them: every container gives the rows that NumPy counts, and where each comes from."""
 
+import hashlib
+
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -207,3 +209,18 @@ def test_no_rows_are_no_rows():
     chosen = tokens.Selected(np.zeros((9, 2)), np.array([1, 4, 5]))
     assert chosen[3:3].shape == chosen[5:9].shape == (0, 2)
     assert all(len(part) == 0 for part in chosen.places(3, 3))
+
+
+def test_a_large_file_is_known_again_by_64_blocks_of_64_kilobytes(tmp_path):
+    """And by the same ones in every version: a run of before goes on only with the file that it knows."""
+    x = np.random.default_rng(0).normal(size=(20_000, 128)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    digest = hashlib.sha256()
+    for start in np.linspace(0, 20_000 - 128, 64).astype(int):
+        digest.update(x[start : start + 128].tobytes())
+    assert files.open_chunks(str(tmp_path / "x.npy")).identity["sampled_sha256"] == digest.hexdigest()
+
+
+def test_a_plain_array_knows_no_sequences():
+    assert not tokens.sequences(np.zeros((3, 2)))
+    assert tokens.sequences(tokens.Matrix(np.zeros((3, 2)), lengths=[1, 2]))

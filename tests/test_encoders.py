@@ -341,3 +341,11 @@ def test_small_activations_count_as_many(rng):
     dense[1, :9] = 0.25  # the sparse product takes 256 / 64 = 4
     found = encoders._sparse_product(jnp.asarray(dense), jnp.asarray(rows))
     np.testing.assert_allclose(found, dense @ rows, rtol=1e-5)
+
+
+def test_an_sae_is_called_by_what_it_does(rng):
+    rows = rng.normal(size=(N, D))
+    plain = Encoder(W_enc=rows, b_enc=np.zeros(N), W_dec=rows, b_dec=np.zeros(D), b_in=np.zeros(D), k=K)
+    assert plain.name == encoders.NAMES["topk"]
+    assert plain.replace(transcodes=True).name == f"{plain.name} transcoder"
+    assert plain.replace(transcodes=True, W_skip=np.eye(D)).name == f"{plain.name} skip transcoder"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import sae_jax
 from sae_jax import cli
@@ -87,6 +88,21 @@ def test_of_large_batches_the_pre_activations_are_dearest(monkeypatch, activatio
     footprint.check_run(config, 16)
     monkeypatch.setattr(memory, "available", lambda: 0.999 * expected)
     with pytest.raises(Refused, match=r"train.batch_size of at most about 79\d\d"):
+        footprint.check_run(config, 16)
+
+
+def test_groups_take_turns_with_their_pre_activations(monkeypatch):
+    """Two that are no one program: parameters of both, the larger gradient and the more of the pre-activations."""
+    config = base({"sae.n_features": 4096, "train.batch_size": 8000, "eval.batch_size": 2, "train.devices": 1,
+                   "data.signal": "gaussian"})  # fmt: skip
+    relu = {"sae": {"activation": "relu", "k": 0}, "sparsity": {"preset": "saelens"}}
+    config.members = ConfigDict({"a": {}, "b": relu})
+    weights = 4 * (2 * 16 + 1) * 4096
+    expected = (3 * 2 + 1 + 3 * 2) * weights + 9 * 4 * 8000 * 4096 + 4 * 16 * (8000 * 11 + 2)
+    monkeypatch.setattr(memory, "available", lambda: 1.001 * expected)
+    footprint.check_run(config, 16)
+    monkeypatch.setattr(memory, "available", lambda: 0.999 * expected)
+    with pytest.raises(Refused):
         footprint.check_run(config, 16)
 
 

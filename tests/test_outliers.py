@@ -117,3 +117,15 @@ def test_the_geometric_median_of_tokens_in_other_units_is_in_those_units(rng, po
         moments_lib.geometric_median(lambda c=c: [x * c], x.mean(axis=0) * c, tolerance=1e-3) for c in (1.0, 2.0**power)
     )
     np.testing.assert_array_equal(scaled, plain * 2.0**power)
+
+
+def test_dimensions_that_stand_out_have_their_share_of_the_mean(rng):
+    x = rng.normal(size=(500, 6)) + [0, -8, 0, 5, 0, 0]
+    x[:, 5] = 4.0  # does not vary
+    first, *rest = moments_lib.standing_out(found := moments_lib.moments(x))
+    mean = x.mean(axis=0)
+    assert [first["dimension"], *(one["dimension"] for one in rest)] == [1, 3, 5]
+    assert first["share_of_mean_square"] == pytest.approx(mean[1] ** 2 / (mean @ mean))
+    assert first["mean_over_sigma"] == pytest.approx(-mean[1] / x[:, 1].std())
+    assert rest[1]["mean_over_sigma"] is None
+    assert len(moments_lib.standing_out(found, most=2)) == 2

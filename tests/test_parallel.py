@@ -207,3 +207,10 @@ def test_large_members_are_grouped_so_that_each_device_has_one():
     assert [group.names for group in step_lib.group_members(members(config), 768)] == [["a"], ["b"], ["c"], ["d"]]
     config.train.mesh = "member=2"
     assert [group.names for group in step_lib.group_members(members(config), 768)] == [["a", "b"], ["c", "d"]]
+
+
+@pytest.mark.two_devices
+def test_a_mesh_has_the_devices_that_were_asked_for_and_no_others():
+    asked = devices_lib.Devices(1)
+    assert asked._everywhere() == jax.local_devices()[:1]
+    assert devices_lib.Devices(2)._everywhere() == jax.local_devices()[:2]

@@ -48,3 +48,12 @@ def test_the_band_is_wilsons_for_the_probes_and_the_rows_of_one_sae(n_features, 
     assert band.dead[0] == 0.5
     for end in (band.low[0], band.high[0]):
         assert (0.5 - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n_effective, rel=1e-5)
+
+
+def test_where_neighbours_agree_the_band_counts_for_more_rows_but_not_for_as_many_as_few_deaths_suggest():
+    """512 probes of which the first 128 are dead: neighbours never differ. The variance between them counts as that of
+    four pairs more, as independent rows would have it, so that the rows count (512 · 0.25 · 0.75 + 4) / 4 times."""
+    found = Forecast(np.zeros((512, 256)), np.where(np.arange(512) < 128, -1.0, 9.0))
+    band = found.curve(np.array([0.01]))
+    for end in (band.low[0], band.high[0]):
+        assert (0.25 - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / (512 * 25), rel=1e-5)

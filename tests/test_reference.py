@@ -178,6 +178,28 @@ def test_the_figure_of_shifts_leaves_padding_out(rng):
     assert found.n_tokens == 50
 
 
+def test_the_curve_of_deaths_has_a_point_where_the_tokens_have_doubled_and_one_at_the_end():
+    curve, seen = evaluation.DeathCurve(first=10), death.Sightings(np.array([True, False]), np.array([0, 0]))
+    for n_tokens in (4, 8, 12, 16, 20, 90):
+        curve.add(n_tokens, seen)
+    curve.add(95, seen, last=True)
+    assert curve.points == [[12, 0.5, 1.0], [20, 0.5, 1.0], [90, 0.5, 1.0], [95, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_what_is_explained_does_not_hang_on_the_point_that_sums_are_taken_about(rng, x64, shift):
+    x, W = rng.normal(size=(60, 4)) + 3.0, rng.normal(size=(12, 4))
+    group = jax.tree.map(lambda a: a[None], untrained(12, 4, W))
+    point = np.full(4, shift)
+    run = jax.jit(lambda *given: evaluation.evaluate_batch(*given, jnp.asarray(point), lambda tree: tree))
+    batches = iter([(x[:30], np.ones(30, bool)), (x[30:], np.ones(30, bool))])
+    ((found,),) = evaluation.evaluate(run, (group,), batches, 60, point, [np.zeros((1, 4))])
+    _, codes = death.sight(untrained(12, 4, W), jnp.asarray(x), jnp.ones(60, bool))
+    error = np.sum((x - np.asarray(sae_lib.decode(untrained(12, 4, W), codes))) ** 2)
+    assert found["fve_about_zero"] == pytest.approx(1 - error / np.sum(x**2), rel=1e-6)
+    assert found["fve"] == pytest.approx(1 - error / np.sum((x - x.mean(axis=0)) ** 2), rel=1e-6)
+
+
 def test_where_nothing_varies_nothing_is_explained():
     assert evaluation.explained(1.0, 0.0) is None
     assert evaluation.explained(1.0, 4.0) == 0.75

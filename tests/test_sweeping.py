@@ -417,6 +417,6 @@ def test_ports_that_ray_opens_here_are_not_open_to_everybody(monkeypatch, addres
     cluster.launcher(address, 1, 0)
     ((where, mode, more),) = seen
     assert (where, mode) == (address or "local", token)
-    assert ("include_dashboard" in more) == (address is None)
+    assert more.get("include_dashboard") is (False if address is None else None)
     with pytest.raises(Refused, match="--cpus = 5: at most 4") if address is None else contextlib.nullcontext():
         cluster.launcher(address, 5, 0)
