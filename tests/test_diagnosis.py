@@ -328,3 +328,11 @@ def test_every_token_is_in_one_batch(rng):
     parts = list(remedies.padded(tokens))
     assert {len(part) for part, _ in parts} == {size}
     np.testing.assert_array_equal(np.concatenate([part[valid] for part, valid in parts]), x)
+
+
+@pytest.mark.parametrize("n_probes", [1, 512, 4096, 10**5, 10**9])
+def test_as_many_tokens_are_looked_at_together_as_a_piece_has_room_for(n_probes):
+    rows = remedies._rows(n_probes)
+    assert rows == 2 ** int(np.log2(rows))
+    assert rows in (1, sources.BATCH) or rows * n_probes <= remedies.PIECE < 2 * rows * n_probes
+    assert rows == 1 or rows * n_probes <= remedies.PIECE

@@ -15,7 +15,7 @@ from test_encoders import D, K, N, check, weights
 
 from sae_jax import cli
 from sae_jax.errors import Refused
-from sae_jax.exchange import encoders, hub, registry, sharing
+from sae_jax.exchange import encoders, hub, registry, saelens, sharing
 from sae_jax.exchange.encoders import Opened
 
 relu, linear = torch.relu, torch.nn.functional.linear
@@ -507,3 +507,8 @@ def test_an_unknown_release_is_refused_before_anything_is_loaded(tmp_path, capsy
         assert cli.main(argv) == 2
         assert said in capsys.readouterr().err
     assert not Path(tmp_path, "w").exists()
+
+
+def test_of_many_names_the_first_are_listed():
+    assert saelens._some("abcdefgh") == "a, b, c, d, e, f, g, h"
+    assert saelens._some("abcdefghi") == "a, b, c, d, e, f, g, h, … (9 in all)"
