@@ -336,3 +336,11 @@ def test_as_many_tokens_are_looked_at_together_as_a_piece_has_room_for(n_probes)
     assert rows == 2 ** int(np.log2(rows))
     assert rows in (1, sources.BATCH) or rows * n_probes <= remedies.PIECE < 2 * rows * n_probes
     assert rows == 1 or rows * n_probes <= remedies.PIECE
+
+
+@pytest.mark.parametrize(("still", "named"), [(5, "0, 1, 2, 3, 4"), (6, "0, 1, 2, 3, 4, …")])
+def test_dimensions_that_do_not_move_are_named_up_to_five(rng, still, named):
+    x = rng.normal(size=(400, 30))
+    x[:, :still] = 3.0
+    said = survey.warnings(survey.moments_lib.severity([x]), 24)[-1]
+    assert said == f"{still} of 30 dimensions are the same on every token: {named}"

@@ -349,3 +349,14 @@ def test_an_sae_is_called_by_what_it_does(rng):
     assert plain.name == encoders.NAMES["topk"]
     assert plain.replace(transcodes=True).name == f"{plain.name} transcoder"
     assert plain.replace(transcodes=True, W_skip=np.eye(D)).name == f"{plain.name} skip transcoder"
+
+
+@pytest.mark.parametrize(("reshape", "said"), [
+    ("none", ""), ("hook_z", "reshape_activations = 'hook_z' is not written")
+])  # fmt: skip
+def test_what_an_export_would_lose_is_known_when_it_is_read(sae_lens, tmp_path, reshape, said):
+    sae = saelens_of(sae_lens, "standard", {"apply_b_dec_to_input": True})
+    sae.save_model(tmp_path / "sae")
+    path = tmp_path / "sae" / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"reshape_activations": reshape}))
+    assert registry.read(epath.Path(tmp_path / "sae")).stays == said

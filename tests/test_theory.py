@@ -192,3 +192,14 @@ def test_few_nodes_for_many_are_as_fine_at_one_end_as_at_the_other():
     assert nodes.cosine @ nodes.weight == pytest.approx(cosine @ weight, abs=1e-12)
     assert len(nodes.cosine) < 150
     assert max(nodes.weight[0], nodes.weight[-1]) < 1e-3
+
+
+@pytest.mark.parametrize(("gamma", "raw"), [(3.0, 2.0), (1.0, 0.7), (8.0, 1.5)])
+def test_the_signal_and_its_spread_solve_the_two_equations(gamma, raw):
+    """Both expectations by the quantiles of a lognormal, ten thousand of them."""
+    signal, v = theory.signal_and_spread(gamma, raw)
+    tau_square = np.exp(np.sqrt(v) * norm.ppf((np.arange(10_000) + 0.5) / 10_000))
+    tau_square /= tau_square.mean()
+    found = np.mean((1 + tau_square / signal**2) ** -0.5) ** 2
+    assert found == pytest.approx(gamma**2 / (1 + gamma**2), rel=5e-3)
+    assert signal**2 / (np.exp(v / 4) * (signal**2 + 1) - signal**2) == pytest.approx(raw**2, rel=1e-6)
