@@ -146,7 +146,7 @@ def test_a_toy_is_the_package_s_own_step_on_its_own_tokens(x64):
 
 @pytest.mark.repeats
 def test_toys_that_are_stopped_go_on_as_if_they_were_not(tmp_path, monkeypatch):
-    members = [toys.Member(5.0, seed=seed, condition=of) for seed in (0, 1) for of in ("AuxK", "baseline")]
+    members = [toys.Member(5.0, seed=seed, condition=of) for seed in (0, 1) for of in ("AuxK of 5", "baseline")]
     toys.train(TOY, members, tmp_path / "whole", points=4)
     given = toys.Toys.run
 

@@ -72,12 +72,11 @@ def config(toy: Toy, member: Member) -> ConfigDict:
                   mean_direction=member.direction)  # fmt: skip
     c.train.update(steps=toy.steps, batch_size=toy.batch, learning_rate=member.rate, decay_fraction=0.0,
                    clip_norm=member.clip)  # fmt: skip
-    c.auxk.preset = "dictionary_learning"
+    c.auxk.preset, c.auxk.weight = "dictionary_learning", -1.0 if "AuxK" in member.condition else 0.0
     if member.condition == "AuxK of 5":
         c.auxk.preset, c.auxk.weight = "of 5", OWN_PRESETS["of 5"].weight
     elif "AuxK" not in member.condition and jax.default_backend() == "cpu":
         c.auxk.preset = "none"  # a program of its own: there AuxK costs by the member, on a GPU next to nothing
-    c.auxk.weight = -1.0 if "AuxK" in member.condition else 0.0
     c.auxk.dead_after_tokens = toy.batch * min(5000, max(1, toy.steps // 10))  # as 10M tokens are at a batch of 2,048
     return c
 
