@@ -5,6 +5,7 @@ features, tokens and initial rows of its own. The step is the package's own. Dat
 of hundreds of small SAEs costs a GPU little more than a step of one.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -203,21 +204,20 @@ def train(toy: Toy, members: list[Member], workdir: Path, points: int = 30) -> N
     states = toys.states()
     identity = {"toy": toy._asdict(), "members": [member._asdict() for member in toys.members]}
     marks = sorted({0, *(round(step) for step in np.geomspace(max(1, toy.steps // 1000), toy.steps, points).tolist())})
-    kept = checkpoint.Checkpoints(str(workdir), 1)
-    entry, first = toys.record(states)
-    history: list[dict[str, Any]] = [{"step": 0, **entry}]
-    if kept.latest is not None:
-        states, history, held = kept.restore(states)
-        if held != identity:
-            raise Refused("--workdir", str(workdir), "a folder of these SAEs, or a new one: it holds others")
-    for step in [mark for mark in marks if mark > history[-1]["step"]]:
-        done = history[-1]["step"]
-        states = toys.run(states, done, step - done)
-        history.append({"step": step, **toys.record(states, first)[0]})
-        disk.write_text(epath.Path(workdir.with_suffix(".json")), json.dumps({**identity, "history": history}))
-        kept.save(step, states, {"seeds": np.asarray(toys.seeds)}, history, identity)
-        print(f"{workdir.name}: step {step} of {toy.steps}", flush=True)
-    kept.close()
+    with contextlib.closing(checkpoint.Checkpoints(str(workdir), 1)) as kept:
+        entry, first = toys.record(states)
+        history: list[dict[str, Any]] = [{"step": 0, **entry}]
+        if kept.latest is not None:
+            states, history, held = kept.restore(states)
+            if held != identity:
+                raise Refused("--workdir", str(workdir), "a folder of these SAEs, or a new one: it holds others")
+        for step in [mark for mark in marks if mark > history[-1]["step"]]:
+            done = history[-1]["step"]
+            states = toys.run(states, done, step - done)
+            history.append({"step": step, **toys.record(states, first)[0]})
+            disk.write_text(epath.Path(workdir.with_suffix(".json")), json.dumps({**identity, "history": history}))
+            kept.save(step, states, {"seeds": np.asarray(toys.seeds)}, history, identity)
+            print(f"{workdir.name}: step {step} of {toy.steps}", flush=True)
 
 
 def read(workdir: Path) -> tuple[list[Member], list[dict[str, Any]]]:
