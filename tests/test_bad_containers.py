@@ -153,6 +153,7 @@ ROWS, FLAT_IDS = rows(X), IDS.ravel()
 # What is foreign to all verbs is called by its name.
 FOREIGN = {
     "an empty folder": lambda f: f, "a folder of notes": text("d/notes.txt", path="d"),
+    "a folder of five notes": lambda f: [text(f"d/{i}.txt")(f) for i in range(5)] and f / "d",
     "a folder of four notes": lambda f: [text(f"d/{i}.txt")(f) for i in range(4)] and f / "d",
     "a folder of three notes": lambda f: [text(f"d/{i}.txt")(f) for i in range(3)] and f / "d",
     "a model": text("d/config.json", '{"model_type": "gpt2"}', "d"), "a report": text("d/report.json", "{}", "d"),
@@ -164,6 +165,7 @@ FOREIGN = {
 }  # fmt: skip
 CALLED = {
     "an empty folder": "is empty", "a folder of notes": "holds notes.txt", "a model": "is a model, gpt2",
+    "a folder of five notes": "holds 0.txt, 1.txt, 2.txt and 2 more, none of them activations",
     "a folder of four notes": "holds 0.txt, 1.txt, 2.txt and 1 more, none of them activations",
     "a folder of three notes": "holds 0.txt, 1.txt, 2.txt, none of them activations",
     "a report": "is what a verb reported", "a model with weights": "is a model, gpt2", "a run": "is a run of train",

@@ -17,7 +17,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from experiments import command
 from experiments.paper import toys
@@ -98,32 +101,37 @@ def half(curve: list[float]) -> int | None:
 def picture(table: list[dict[str, Any]]) -> Figure:
     """Dead by ReLU at the end, in colour, over learning rate, gamma and size; beside it in total; below it the bias."""
     kinds = sorted({(row["gamma"], -row["size"]) for row in table})
+    names = [f"gamma {gamma:g}\n‖sigma‖ {'√d' if size == -1 else '2'}" for gamma, size in kinds]
     with matplotlib.rc_context({**figures.STYLE, "axes.grid": False}):
         figure = Figure(figsize=(figures.WIDE, 5.6), layout="constrained")
         for place, panels in zip(figure.subfigures(2), PANELS, strict=True):
             axes = place.subplots(1, len(panels), sharey=True)
             for axis, (title, part, condition) in zip(axes, panels, strict=True):
                 those = [row for row in table if row["part"] == part and row["condition"] == condition]
-                rates = sorted({row["rate"] for row in those})
-                shown = np.full((len(kinds), len(rates) or 1), np.nan)
-                for row in those:
-                    y, x = kinds.index((row["gamma"], -row["size"])), rates.index(row["rate"])
-                    shown[y, x] = 100 * row["dead_by_relu_end"]
-                    total = 100 * (row["dead_by_relu_end"] + row["dead_by_topk_end"])
-                    look = {"ha": "center", "va": "center", "color": "white" if shown[y, x] > 55 else "black"}
-                    axis.text(x, y - 0.13, f"{shown[y, x]:.0f} / {total:.0f}", size=6, **look)
-                    axis.text(x, y + 0.27, f"{max(row['bias_projection_end'], 0):.2f}", size=5, **look)
-                drawn = axis.imshow(shown, vmin=0, vmax=100, cmap="Reds", aspect="auto")
-                axis.set_facecolor("0.93")
-                axis.set_xticks(range(len(rates)), [f"{rate:.0e}".replace("e-0", "e-") for rate in rates], size=6.5)
-                names = [f"gamma {g:g}\n‖sigma‖ {'√d' if size == -1 else '2'}" for g, size in kinds]
+                drawn = fill(axis, those, kinds)
                 axis.set_yticks(range(len(kinds)), names, size=6.5)
                 axis.set_title(title, size=8)
-                axis.tick_params(length=0)
             place.supxlabel("learning rate", size=8)
         bar = figure.colorbar(drawn, ax=axes)
         bar.set_label("dead by ReLU (%), which each cell has\nabove, / in total; below: b·mu / ‖mu‖²", size=7)
     return figure
+
+
+def fill(axis: Axes, those: list[dict[str, Any]], kinds: list[tuple[float, float]]) -> AxesImage:
+    """One panel: a cell for each rate and kind, grey where there is no SAE."""
+    rates = sorted({row["rate"] for row in those})
+    shown = np.full((len(kinds), len(rates) or 1), np.nan)
+    for row in those:
+        y, x = kinds.index((row["gamma"], -row["size"])), rates.index(row["rate"])
+        shown[y, x] = 100 * row["dead_by_relu_end"]
+        total = 100 * (row["dead_by_relu_end"] + row["dead_by_topk_end"])
+        look: dict[str, Any] = {"ha": "center", "va": "center", "color": "white" if shown[y, x] > 55 else "black"}
+        axis.text(x, y - 0.13, f"{shown[y, x]:.0f} / {total:.0f}", size=6, **look)
+        axis.text(x, y + 0.27, f"{max(row['bias_projection_end'], 0):.2f}", size=5, **look)
+    axis.set_facecolor("0.93")
+    axis.set_xticks(range(len(rates)), [f"{rate:.0e}".replace("e-0", "e-") for rate in rates], size=6.5)
+    axis.tick_params(length=0)
+    return axis.imshow(shown, vmin=0, vmax=100, cmap="Reds", aspect="auto")
 
 
 def main(workdir: Path, scale: str, part: str = "") -> None:
@@ -141,7 +149,7 @@ def summarise(workdir: Path) -> None:
         if (workdir / f"{name}.json").exists():
             found += rows(name, *toys.read(workdir / name))
     tables.write_csv(workdir / "regimes.csv", found)
-    (workdir / "regimes.png").write_bytes(figures.png(picture(found)))
+    figures.save(picture(found), epath.Path(workdir) / "regimes.png")
 
 
 if __name__ == "__main__":
