@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -255,6 +256,9 @@ def test_exports_are_classes_of_dictionary_learning(run, tmp_path, name):
         sae_jax.reconstruct(str(tmp_path / "out"), x), sae_jax.reconstruct(run[0], x, member=name), atol=2e-3
     )
     assert f"import {kind}" in (tmp_path / "out/README.md").read_text()
+    if name == "topk":  # whose bar is not set: −1 is what the library begins with
+        state = torch.load(tmp_path / "out/ae.pt", weights_only=True)
+        assert (float(state["threshold"]), int(state["k"])) == (-1.0, sharing.opened(run[0], name).encoder.k)
 
 
 def test_sparsify_has_topk_alone(run, tmp_path):

@@ -205,6 +205,12 @@ def test_the_columns_there_are_are_named(tmp_path, columns, said):
         files.open_array(str(arrow_folder(tmp_path / "a", columns)))
 
 
+def test_a_column_of_records_beside_the_activations_is_no_matrix(tmp_path):
+    table = pyarrow.table({"messages": [[{"score": 1.0}]], "acts": [[1.0, 2.0]]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    np.testing.assert_array_equal(files.open_array(str(tmp_path / "x.parquet"))[:], [[1.0, 2.0]])
+
+
 def test_no_rows_are_no_rows():
     chosen = tokens.Selected(np.zeros((9, 2)), np.array([1, 4, 5]))
     assert chosen[3:3].shape == chosen[5:9].shape == (0, 2)

@@ -369,6 +369,19 @@ ENDS = """
 """
 
 
+def test_a_bar_of_progress_starts_no_devices():
+    """A model in torch may want them for itself."""
+    source = """
+        from jax._src import xla_bridge
+        from sae_jax.runtime.progress import Progress
+        with Progress(3, 0, "steps", "training") as bar:
+            bar.update(3)
+        print(xla_bridge.backends_are_initialized())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
 def test_importing_starts_no_devices_and_sigterm_ends_every_verb_with_143():
     """With devices started it would be too late for jax.distributed.initialize."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(ENDS)], capture_output=True, text=True, cwd=ROOT)

@@ -10,7 +10,9 @@ from ml_collections import ConfigDict
 import sae_jax
 from sae_jax import cli
 from sae_jax.config import base
+from sae_jax.diagnosis import autopsy
 from sae_jax.errors import Refused
+from sae_jax.exchange import encoders
 from sae_jax.runtime import memory
 from sae_jax.training import footprint
 
@@ -61,6 +63,19 @@ def test_the_line_says_how_many_would_fit(machine):
     most, batch = map(int, said.groups())
     assert need(most, 64) <= 10**6 < need(most + 1, 64)
     assert need(10**4, batch) <= 10**6 < need(10**4, batch + 1)
+
+
+def test_an_examination_takes_the_weights_twice_and_3000_bytes_a_feature(monkeypatch):
+    """Beside 16 covariances in float64; of one probe nearly nothing."""
+    n, d = 65_536, 512
+    rows = np.broadcast_to(np.float32(0), (n, d))
+    sae = encoders.Encoder(W_enc=rows, W_dec=rows, b_enc=rows[:, 0], b_dec=rows[0], b_in=rows[0], k=8)
+    expected = 2 * 2 * 4 * n * d + 3000 * n + 16 * 8 * d**2
+    monkeypatch.setattr(memory, "available", lambda: 1.01 * expected)
+    autopsy._check_memory(sae, "sae", d, 1)
+    monkeypatch.setattr(memory, "available", lambda: 0.99 * expected)
+    with pytest.raises(Refused, match="n_probes = 1: "):
+        autopsy._check_memory(sae, "sae", d, 1)
 
 
 @pytest.mark.parametrize("devices", [1, 2])

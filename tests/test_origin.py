@@ -64,6 +64,14 @@ def test_paths_in_others_metadata_stay_as_well(tmp_path):
     }  # fmt: skip
 
 
+def test_what_a_dataset_of_before_does_not_say_is_what_it_then_was():
+    found = origin.of_run(base(), {"id": "openai-community/gpt2", "layer": 4})
+    assert found == {
+        "model_name": "openai-community/gpt2", "hook_name": "blocks.3.hook_resid_post", "layer": 3,
+        "context_size": None, "prepend_bos": True, "exclude_special_tokens": True, "dataset_path": "",
+    }  # fmt: skip
+
+
 def test_each_library_gets_its_own_spelling_from_the_dataset(run, tmp_path):
     for format in formats.FORMATS:
         sharing.export(run["dataset"], str(tmp_path / format), format)

@@ -230,3 +230,24 @@ def test_one_process_killed_stops_the_other_with_a_line_and_not_with_a_hang(tiny
     assert code == 3, said
     assert "sae_jax: another process of this run has ended or cannot be reached, so all stop" in said
     assert checkpoint.steps(checkpoint.epath.Path(tmp_path / "w" / "checkpoints"))
+
+
+ON_DEVICES = """
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+    from sae_jax.runtime import devices
+    mesh = jax.make_mesh((2 * n,), ("data",))
+    for spec, axis in ((PartitionSpec("data"), 0), (PartitionSpec(None, "data"), 1)):
+        whole = np.arange(16.0 * n * n).reshape(4 * n, 4 * n)
+        own = np.split(whole, n, axis)[number]
+        laid = devices._laid(NamedSharding(mesh, spec), jnp.asarray(own), axis, devices.Part(number, n))
+        assert laid.shape == whole.shape, laid.shape
+        for shard in laid.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+"""
+
+
+def test_what_a_process_has_on_a_device_becomes_its_part_of_the_whole(tmp_path):
+    for code, log in Processes(ON_DEVICES, 2, tmp_path, devices=2).wait():
+        assert code == 0, log

@@ -159,6 +159,39 @@ def test_grids_filters_and_shares_choose_among_them():
     assert len(combinations.grouped(every)) == 19
 
 
+@pytest.mark.parametrize("count", [1, 3, 8, 29])
+def test_parts_of_a_sweep_cost_alike(count):
+    """A job goes to the part in which the middle of its cost lies; a forward pass at a tenth, as jobs share it."""
+    every, cost = jobs("sweep"), []
+    for job in every:
+        n_tokens, n, facts = job.config.data.model.n_tokens, job.config.sae.n_features, PAPER[job.model]
+        d, layer = facts.width_at(job.config.data.model.layer), job.config.data.model.layer
+        cost.append(2.4 * d * d * n_tokens * layer + 2 * n_tokens * d * (3 * d + 6 * (n + 512)))
+    edges = np.concatenate([[0.0], np.cumsum(cost)]) / np.sum(cost) * count
+    expected = np.floor((edges[:-1] + edges[1:]) / 2)
+    for part in range(count):
+        found = combinations.share(every, f"{part}/{count}")
+        assert [job.name for job in found] == [j.name for j, own in zip(every, expected, strict=True) if own == part]
+
+
+def test_a_plan_says_what_each_job_costs(monkeypatch):
+    monkeypatch.setattr(combinations, "_rate", lambda: 2e9)  # FLOP a second, as this machine's are anybody's guess
+    found = combinations.selected(jobs("sweep"), ["model=gpt2", "layer=2-3"])
+    tokens, n = found[0].config.data.model.n_tokens, found[0].config.sae.n_features
+    rest = 2 * tokens * 768 * (3 * 768 + 6 * (n + 512))
+    _, *each, of_model, whole = combinations.plan(found).splitlines()
+    for layer, line in zip((2, 3), each, strict=True):
+        flops = 24 * 768**2 * tokens * layer + rest
+        name, *said = line.split()
+        assert name == f"gpt2_L0{layer}"
+        assert said == [str(layer), "768", f"{flops / 1e9:.0f}", f"{tokens * 768 * 4 / 1e6:.0f}",
+                        f"{flops / 2e9 / 60:.1f}"]  # fmt: skip
+    flops = 24 * 768**2 * tokens * 3 + 2 * rest
+    assert of_model.endswith(f" GB, {flops / 2e9 / 60:.0f} min")
+    assert whole == (f"2 combinations, {flops / 1e12:.0f} TFLOP, {2 * tokens * 768 * 4 / 1e9:.1f} GB of activations, "
+                     f"{flops / 2e9 / 3600:.1f} hours at 2 GFLOP/s (a matmul here)")  # fmt: skip
+
+
 def test_grids_read_true_and_false_however_they_are_written():
     found = jobs("sweep_bundled", "sae.freeze_bias=true,False")
     assert [job.config.sae.freeze_bias for job in found] == [True, False] * (len(found) // 2)
