@@ -8,8 +8,9 @@ over the modules of `ROOMS`. Each goes into a copy of the tree, and what runs it
 the tests themselves, of files that import the module and then of the others, those first that take the fewest lines;
 then the whole of the files that import it, as a program that one test has traced another may use. A fault that nothing
 notices within `LIMIT` seconds each time survives, so the score is a lower bound; one whose statement no test runs does
-so untried. Writes covered.json, and mutants.csv, a line a fault: run again to go on. Some one and a half hours for 150
-on 2 CPU cores with nothing beside it. Tests marked `long` are left out.
+so untried. Writes covered.json, and seed0.csv, a line a fault: run again to go on. Some one and a half hours for 150
+on 2 CPU cores with nothing beside it. Tests marked `long` are left out. `--named=experiments/trust/named_faults.csv`
+tries the faults that once went unnoticed in its place (named.csv).
 """
 
 import ast
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[2]
 WORKDIR = flags.DEFINE_string("workdir", "runs/mutants", "folder for the copies and the tables")
 N = flags.DEFINE_integer("n", 150, "faults to draw")
 SEED = flags.DEFINE_integer("seed", 0, "of the draw")
+NAMED = flags.DEFINE_string("named", "", "a table of faults to try in place of drawn ones: module, was, is")
 WORKERS = flags.DEFINE_integer("workers", 2, "faults tried side by side")
 ROOMS = ("autoencoder", "outliers", "activations", "training", "runtime", "diagnosis", "exchange", "sweeps")
 TREE = ("sae_jax", "tests", "configs", "experiments", "colab", "README.md", "CONTRIBUTING.md", "pyproject.toml",
@@ -146,6 +148,17 @@ def drawn(seed: int) -> list[Fault]:
     while any(of_kind.values()):
         order += [found.pop() for found in of_kind.values() if found]
     return order
+
+
+def named(path: str) -> Iterator[Fault]:
+    """The faults of a table, whose `was` stands once in its module."""
+    with Path(path).open(newline="") as file:
+        for row in csv.DictReader(file):
+            before, was, after = (ROOT / row["module"]).read_text().partition(row["was"])
+            if not was or was in after:
+                raise SystemExit(f"{row['module']}: {row['was']!r} does not stand there once")
+            line, start, stop = before.count("\n") + 1, len(before.encode()), len((before + was).encode())
+            yield Fault(row["module"], line, start, stop, "named", was, row["is"])
 
 
 def wanted(fault: Fault) -> set[int]:
@@ -309,8 +322,11 @@ def tried(fault: Fault, folder: Path, core: int, cover: dict[str, dict[str, Any]
                 break
     finally:
         path.write_bytes(whole)
-    return dict(zip(FIELDS, (fault.module, fault.line, fault.kind, fault.was.strip(), fault.new.strip(), caught,
-                             round(time.monotonic() - began)), strict=True))  # fmt: skip
+    return dict(zip(FIELDS, (*_told(fault), caught, round(time.monotonic() - began)), strict=True))
+
+
+def _told(fault: Fault) -> tuple[str, ...]:
+    return fault.module, str(fault.line), fault.kind, fault.was.strip(), fault.new.strip()
 
 
 def main(_: list[str]) -> None:
@@ -323,12 +339,12 @@ def main(_: list[str]) -> None:
     print(f"branches of sae_jax/ that the tests take: {ways} of {of} ({ways / of:.1%}); most missing:")
     for file, (some, whole) in sorted(taken.items(), key=lambda item: item[1][0] - item[1][1])[:8]:
         print(f"  {file}: {some} of {whole}")
-    table = workdir / "mutants.csv"
+    table = workdir / ("named.csv" if NAMED.value else f"seed{SEED.value}.csv")
     rows = list(csv.DictReader(table.open())) if table.exists() else []
-    done = {(row["module"], row["line"], row["kind"], row["was"]) for row in rows}
-    chosen = list(itertools.islice(filter(stands, drawn(SEED.value)), N.value))
-    left = [fault for fault in chosen
-              if (fault.module, str(fault.line), fault.kind, fault.was.strip()) not in done]  # fmt: skip
+    done = {tuple(row[field] for field in FIELDS[:5]) for row in rows}
+    chosen = list(named(NAMED.value) if NAMED.value
+                  else itertools.islice(filter(stands, drawn(SEED.value)), N.value))  # fmt: skip
+    left = [fault for fault in chosen if _told(fault) not in done]
     lock, free = threading.Lock(), [(copied(workdir / f"copy{i}"), i) for i in range(WORKERS.value)]
 
     def one(fault: Fault) -> None:
@@ -342,7 +358,7 @@ def main(_: list[str]) -> None:
                 writer = csv.DictWriter(file, FIELDS)
                 writer.writeheader()
                 writer.writerows(rows)
-            print(f"{len(rows)}/{N.value}  {row['module']}:{row['line']}  {row['was']} → {row['is']}  "
+            print(f"{len(rows)}/{len(chosen)}  {row['module']}:{row['line']}  {row['was']} → {row['is']}  "
                   f"{row['caught_by'] or 'SURVIVES'}", flush=True)  # fmt: skip
 
     with ThreadPoolExecutor(WORKERS.value) as pool:
