@@ -6,14 +6,14 @@
 signal; 4,000 steps of 128 at 1e-3. A number is a block of Gemma 3 270M, MODEL-NUMBER one of another model (n 1024, or
 4 d_model where that is fewer; 5,000 steps of 256 at 3e-4; `--activations=9=PATH` takes one from a file). Three
 initialisations. All are held to the same L0 of 8, within 5 % where they can be: of JumpReLU and ReLU the weight of the
-penalty is sought for each arm, by runs over a grid and a secant, on the first initialisation. Losses are SAELens'
-(`autoencoder/jumprelu.py`, `autoencoder/relu.py`), with decoder rows of unit norm throughout.
+penalty is sought for each arm, by runs over a grid, secants and, beyond the grid, doublings: for the mean of all
+initialisations on synthetic data, for the first one on layers. Losses are SAELens' (`autoencoder/jumprelu.py`,
+`autoencoder/relu.py`), with decoder rows of unit norm throughout.
 
 Every arm is a run of its own under the workdir: what is stopped goes on, what has ended is read. Writes
 architectures.csv and architectures.png.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,7 +50,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "centred": {"sae.center": "geometric_median"},
     "balance": {"sae.center": "geometric_median", "sae.balance": True},
 }
-WEIGHTS = np.geomspace(0.06, 1, 5)  # the grid of the penalty's, times √d, in which tokens are as long
+WEIGHTS = np.geomspace(0.06, 1, 5)  # of the penalty, times √d, in which tokens are as long
+AGAIN = 5  # more weights, one after another
 ON = flags.DEFINE_list("on", ["synthetic"], "synthetic, blocks of Gemma 3 270M, or MODEL-BLOCK")
 CHOSEN = flags.DEFINE_list("kinds", [], "architectures; all, if none is named")
 SHOWN = {"baseline": "baseline", "auxk": "AuxK", "centred": "centred", "balance": "balanced"}
@@ -112,34 +113,35 @@ def member(point: str, seed: int, weight: float | None = None) -> dict[str, Any]
     return found | ({} if weight is None else {"sparsity": {"weight": weight}})
 
 
-def matched(c: ConfigDict, points: Iterable[str], target: float, root: float, folder: Path) -> dict[str, float]:
-    """The weight of the penalty at which each point ends with this L0, or comes nearest to it."""
-    names = {f"{point}, {i}": (point, weight) for point in points for i, weight in enumerate(root * np.array(WEIGHTS))}
-    found = trained(c, {name: member(point, SEEDS[0], weight) for name, (point, weight) in names.items()}, folder)
-    known: dict[str, list[tuple[float, float]]] = {point: [] for point, _ in names.values()}
-    for name, (point, weight) in names.items():
-        known[point].append((float(np.log(weight)), float(np.log(max(found[name]["final"]["l0"], 1e-3)))))
-    for again in range(5):
-        best = {point: _between(pairs, np.log(target)) for point, pairs in known.items()
-                if min(abs(l0 - np.log(target)) for _, l0 in pairs) > TOLERANCE / 2}  # fmt: skip
-        tries = {point: weight for point, weight in best.items() if weight is not None}
+def matched(
+    c: ConfigDict, points: list[str], target: float, root: float, folder: Path, seeds: tuple[int, ...]
+) -> dict[str, float]:
+    """The weight of the penalty at which each point ends with this L0 in the mean of these seeds, or comes nearest."""
+    tried: dict[str, list[tuple[float, float]]] = {point: [] for point in points}
+    tries = {point: [float(weight) for weight in root * WEIGHTS] for point in points}
+    for again in range(1 + AGAIN):
+        members = {f"{point}, {i}, {seed}": member(point, seed, weight) for point, weights in tries.items()
+                   for i, weight in enumerate(weights) for seed in seeds}  # fmt: skip
+        found = trained(c, members, folder.with_name(f"{folder.name}_{again}"))
+        for point, weights in tries.items():
+            for i, weight in enumerate(weights):
+                l0 = np.mean([found[f"{point}, {i}, {seed}"]["final"]["l0"] for seed in seeds])
+                tried[point].append((float(np.log(weight)), float(np.log(max(l0, 1e-3)))))
+        tries = {point: [float(np.exp(nearer(pairs, np.log(target))))] for point, pairs in tried.items()
+                 if min(abs(l0 - np.log(target)) for _, l0 in pairs) > TOLERANCE / 2}  # fmt: skip
         if not tries:
             break
-        tried = trained(c, {point: member(point, SEEDS[0], float(np.exp(weight))) for point, weight in tries.items()},
-                        folder.with_name(f"{folder.name}_{again}"))  # fmt: skip
-        for point, weight in tries.items():
-            known[point].append((weight, float(np.log(max(tried[point]["final"]["l0"], 1e-3)))))
-    nearest = {point: min(pairs, key=lambda pair: abs(pair[1] - np.log(target))) for point, pairs in known.items()}
+    nearest = {point: min(pairs, key=lambda pair: abs(pair[1] - np.log(target))) for point, pairs in tried.items()}
     return {point: float(np.exp(weight)) for point, (weight, _) in nearest.items()}
 
 
-def _between(pairs: list[tuple[float, float]], target: float) -> float | None:
-    """log weight at which the line through the two neighbours of a log L0 reaches it; L0 falls with the weight."""
+def nearer(pairs: list[tuple[float, float]], target: float) -> float:
+    """log weight to try for a log L0, which falls with the weight: between its neighbours, or twice beyond all."""
     pairs = sorted(pairs)
     for (a, high), (b, low) in zip(pairs, pairs[1:], strict=False):
         if low <= target <= high and high > low:
             return a + (b - a) * (high - target) / (high - low)
-    return None
+    return pairs[-1][0] + np.log(2) if pairs[0][1] > target else pairs[0][0] - np.log(2)
 
 
 def main(workdir: Path, scale: str) -> None:
@@ -154,10 +156,11 @@ def main(workdir: Path, scale: str) -> None:
                 points = [f"gamma {gamma:g}" for gamma in GAMMAS[arm]] if on == "synthetic" else [on]
                 points = points[:1] if scale == "smoke" else points
                 folder = workdir / f"{on}_{architecture}_{arm}"
-                weights = dict.fromkeys(points, None)
+                weights: dict[str, float | None] = dict.fromkeys(points)
                 if c.sparsity.preset != "none":
                     root = (c.data.d_model if c.data.signal else facts.width(c.data.model) or 1) ** 0.5
-                    weights = matched(c, points, target, root, folder.with_name(f"{folder.name}_weights"))
+                    seeds = SEEDS if on == "synthetic" else SEEDS[:1]
+                    weights |= matched(c, points, target, root, folder.with_name(f"{folder.name}_weights"), seeds)
                 report = trained(c, {f"{point} seed {seed}": member(point, seed, weights[point])
                                      for point in points for seed in SEEDS}, folder)  # fmt: skip
                 for point in points:
