@@ -28,7 +28,7 @@ FEWER = {
     "death.race": {"ARMS": {name: race.ARMS[name] for name in ("balance", "annealed_d", "multi_topk", "resampling",
                                                                "ghost_gradients")}},
     "death.architectures": {"ARCHITECTURES": {"relu": architectures.ARCHITECTURES["relu"]}, "WEIGHTS": (0.1, 1.0),
-                            "SEEDS": (0,)},
+                            "AGAIN": 1, "SEEDS": (0,)},
     "trust.concept_f1": {"SEEDS": (0,), "ARMS": {"centred 1": {"sae": {"center": "mean"}, "share": 1}}},
     "death.one_dimension": {"VARIANTS": {}},
     "paper.regimes": {"PARTS": ("base", "k_aux")},

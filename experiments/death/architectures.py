@@ -118,7 +118,7 @@ def matched(
 ) -> dict[str, float]:
     """The weight of the penalty at which each point ends with this L0 in the mean of these seeds, or comes nearest."""
     tried: dict[str, list[tuple[float, float]]] = {point: [] for point in points}
-    tries = {point: [float(weight) for weight in root * WEIGHTS] for point in points}
+    tries = {point: [float(weight) for weight in root * np.array(WEIGHTS)] for point in points}
     for again in range(1 + AGAIN):
         members = {f"{point}, {i}, {seed}": member(point, seed, weight) for point, weights in tries.items()
                    for i, weight in enumerate(weights) for seed in seeds}  # fmt: skip
