@@ -259,6 +259,16 @@ def test_sequences_are_counted_on_from_shard_to_shard():
     assert_rows(tokens.Selected(array, chosen), x[chosen], (ids[chosen], sequence[chosen], [1, 0, 0, 2, 0, 3]))
 
 
+@pytest.mark.parametrize(("beside", "said"), [
+    ({"lengths": [4, 6]}, "lengths that add up to 9 tokens, not to 10"),
+    ({"token_ids": np.arange(8)}, "a token id for each of 9 tokens, not 8"),
+    ({"lengths": [4, 5], "token_ids": np.arange(10)}, "a token id for each of 9 tokens, not 10"),
+])
+def test_what_is_beside_a_matrix_is_as_long_as_it_is(beside, said):
+    with pytest.raises(tokens.Unfit, match=said):
+        tokens.Matrix(np.zeros((9, 2)), **beside)
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_where_one_shard_knows_no_sequences_rows_are_counted_through(first):
     x, ids = np.random.default_rng(0).normal(size=(12, 2)), np.arange(50, 55)

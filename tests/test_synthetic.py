@@ -1,5 +1,6 @@
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,6 +73,12 @@ def test_mean_and_scale_of_a_sparse_signal_are_those_of_all_choices_of_features(
 
 def test_splits_are_told_apart_by_the_same_numbers_in_every_version():
     assert synthetic.SPLITS == {"train": 0, "statistics": 1, "eval": 2}
+
+
+def test_compiled_it_draws_the_same():
+    spec, x = drawn(n=10, gamma=2.0, signal="gaussian", tail_df=5.0)
+    found = jax.jit(synthetic.sample)(spec, jnp.int32(0), jnp.int32(0), jnp.arange(10))
+    np.testing.assert_allclose(found, x, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_depends_on_its_number_only():
