@@ -362,8 +362,8 @@ def test_eight_arrays_of_many_are_listed(tmp_path):
     lambda f, columns: parquet(f / "x.parquet", columns, row_group_size=2),
 ])
 def test_any_stretch_of_a_table_is_read_and_other_columns_are_let_be(tmp_path, write):
-    """Structures, lists of them, encoded text, and a mask of booleans; one batch is one row."""
-    lengths, x = [4, 1, 3, 2, 1, 2], np.random.default_rng(0).normal(size=(13, 3))
+    """Structures, lists of them, encoded text, and a mask of booleans; one batch is one token."""
+    lengths, x = [1, 4, 3, 2, 1, 2], np.random.default_rng(0).normal(size=(13, 3))
     ends = np.cumsum(lengths)[:-1]
     some = {"a": 1, "b": "text"}
     mask = np.arange(13) % 5 != 2
@@ -426,7 +426,7 @@ def test_places_in_a_dataset_are_those_of_any_rows(tmp_path, dtype):
     array = files.Dataset(store.import_file(str(tmp_path / "x.npz"), str(tmp_path / "data"), dtype))
     assert array.known
     sequence, position = np.repeat(np.arange(4), lengths), np.concatenate([np.arange(n) for n in lengths])
-    for start, stop in ((0, 1), (0, 2050), (1, 2), (3, 8), (1023, 1026), (2047, 2050), (2049, 2050)):
+    for start, stop in ((0, 1), (0, 2050), (1, 2), (3, 8), (4, 7), (1023, 1026), (2047, 2050), (2049, 2050)):
         found = array.places(start, stop)
         for one, wanted in zip(found, (np.arange(2050) % 97, sequence, position), strict=True):
             np.testing.assert_array_equal(one, wanted[start:stop])

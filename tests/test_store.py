@@ -209,6 +209,14 @@ def test_a_shard_lies_there_as_soon_as_it_is_full_and_is_one_chunk_at_least(tmp_
     np.testing.assert_array_equal(chunks.tokens(0, 1024), x)
 
 
+@pytest.mark.parametrize(("d_model", "dtype", "count"), [
+    (1024, "float32", 128), (1024, "bfloat16", 256), (768, "float16", 341), (2**18, "float32", 1),
+])  # fmt: skip
+def test_a_shard_has_128_megabytes_of_whole_chunks(tmp_path, d_model, dtype, count):
+    writer = store.Writer(store.folder_of(str(tmp_path), "m1"), d_model, {}, dtype)
+    assert writer._chunks_per_shard == count
+
+
 def test_nothing_is_left_of_a_longer_dataset_that_was_begun_before(tmp_path, rng, small_shards):
     x = rng.normal(size=(2300, D)).astype(np.float32)
     store.Writer(store.folder_of(str(tmp_path), "m1"), D, {"text": "old"}).add(
