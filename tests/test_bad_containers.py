@@ -157,6 +157,7 @@ FOREIGN = {
     "a folder of four notes": lambda f: [text(f"d/{i}.txt")(f) for i in range(4)] and f / "d",
     "a folder of three notes": lambda f: [text(f"d/{i}.txt")(f) for i in range(3)] and f / "d",
     "a model": text("d/config.json", '{"model_type": "gpt2"}', "d"), "a report": text("d/report.json", "{}", "d"),
+    "a model by its architecture": text("d/config.json", '{"architectures": ["GPT2LMHeadModel"]}', "d"),
     "a model with weights": lambda f: text("config.json", '{"model_type": "gpt2"}')(f) and tensors(a=ROWS, b=ROWS)(f)
     and f,
     "a run": lambda f: text("d/checkpoints/5/x")(f) and f / "d",
@@ -168,6 +169,7 @@ CALLED = {
     "a folder of five notes": "holds 0.txt, 1.txt, 2.txt and 2 more, none of them activations",
     "a folder of four notes": "holds 0.txt, 1.txt, 2.txt and 1 more, none of them activations",
     "a folder of three notes": "holds 0.txt, 1.txt, 2.txt, none of them activations",
+    "a model by its architecture": "is a model, GPT2LMHeadModel",
     "a report": "is what a verb reported", "a model with weights": "is a model, gpt2", "a run": "is a run of train",
     "an SAE": "is an SAE", "an SAE of dictionary_learning": "is an SAE",
 }  # fmt: skip

@@ -1,11 +1,15 @@
 """Activations as people have them: every container gives the rows that NumPy counts, and where each comes from."""
 
 import hashlib
+import itertools
+import json
+import pickle
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from etils import epath
 
 from experiments.trust import containers
 from experiments.trust.containers import (
@@ -21,8 +25,10 @@ from experiments.trust.containers import (
     beside,
     bits,
     dictionary,
+    parquet,
     rows,
 )  # fmt: skip
+from sae_jax.activations import containers as containers_lib
 from sae_jax.activations import files, store, tokens
 from sae_jax.errors import Refused
 
@@ -102,8 +108,9 @@ def bad(name):
 
 @pytest.mark.parametrize(("name", "said"), [
     ("several", "PATH::NAME"), ("bits", "PATH::x@bfloat16"), ("mask", "a mask of the shape"),
-    ("lengths", "a length from 0 to 20"), ("ids", "token ids of the shape"), ("widths", "4 of float32, 6 of float32"),
-    ("kinds", "shards of one kind"), ("split", "PATH::train; it has train, test"), ("missing", "1 rows are missing"),
+    ("lengths", "a length from 0 to 20 for each of 12 sequences"), ("ids", "token ids of the shape"),
+    ("widths", "4 of float32, 6 of float32"), ("kinds", "shards of one kind, not .npy, .npz"),
+    ("split", "PATH::train; it has train, test"), ("missing", "1 rows are missing"),
     ("ragged width", "one width"), ("ragged tokens", "tokens of one width, not of 2 to 4"),
 ])  # fmt: skip
 def test_what_does_not_fit_together_is_refused(tmp_path, x, name, said):
@@ -162,6 +169,7 @@ def test_tokens_are_left_out_by_place_by_id_and_by_norm(tmp_path, x, spec, datas
 
 @pytest.mark.parametrize(("spec", "said"), [
     ("last", "first, id=N or norm=X"), ("id=x", "first, id=N or norm=X"), ("norm=0", "tokens that are left"),
+    ("first=1", "first, id=N or norm=X"), ("norm=1.2.3", "first, id=N or norm=X, .* not norm=1.2.3"),
     ("first", "sequences beside"), ("id=3", "token ids beside"),
 ])  # fmt: skip
 def test_what_cannot_be_left_out_is_refused(tmp_path, x, spec, said):
@@ -230,3 +238,235 @@ def test_a_large_file_is_known_again_by_64_blocks_of_64_kilobytes(tmp_path):
 def test_a_plain_array_knows_no_sequences():
     assert not tokens.sequences(np.zeros((3, 2)))
     assert tokens.sequences(tokens.Matrix(np.zeros((3, 2)), lengths=[1, 2]))
+
+
+def assert_rows(array, x, known):
+    """Any stretch of rows, with its places."""
+    for start, stop in itertools.combinations(range(len(x) + 1), 2):
+        np.testing.assert_array_equal(array[start:stop], x[start:stop])
+        for found, wanted in zip(tokens.places(array, start, stop), known, strict=True):
+            np.testing.assert_array_equal(found, wanted[start:stop])
+    assert array[3:3].shape == array[5:2].shape == (0, x.shape[1])
+    assert array[3:3].dtype == x.dtype
+
+
+def test_sequences_are_counted_on_from_shard_to_shard():
+    """The last of a shard is one token long, a mask leaves nothing of another, the last shard begins with one token."""
+    x, ids = np.random.default_rng(0).normal(size=(15, 2)), np.arange(50, 65)
+    parts = [
+        tokens.Matrix(x[:4], ids[:4], [3, 1]), tokens.Selected(tokens.Matrix(x[:2], ids[:2], [2]), np.zeros(0, int)),
+        tokens.Flat(x[4:10].reshape(2, 3, 2), ids[4:10]), tokens.Matrix(x[10:], ids[10:], [1, 4]),
+    ]  # fmt: skip
+    array = tokens.Joined(parts)
+    assert array.known
+    sequence = np.array([0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 4, 5, 5, 5, 5])
+    assert_rows(array, x, (ids, sequence, np.array([0, 1, 2, 0, 0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 3])))
+    chosen = np.array([1, 3, 4, 9, 10, 14])
+    assert_rows(tokens.Selected(array, chosen), x[chosen], (ids[chosen], sequence[chosen], [1, 0, 0, 2, 0, 3]))
+
+
+@pytest.mark.parametrize(("beside", "said"), [
+    ({"lengths": [4, 6]}, "lengths that add up to 9 tokens, not to 10"),
+    ({"token_ids": np.arange(8)}, "a token id for each of 9 tokens, not 8"),
+    ({"lengths": [4, 5], "token_ids": np.arange(10)}, "a token id for each of 9 tokens, not 10"),
+])
+def test_what_is_beside_a_matrix_is_as_long_as_it_is(beside, said):
+    with pytest.raises(tokens.Unfit, match=said):
+        tokens.Matrix(np.zeros((9, 2)), **beside)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_where_one_shard_knows_no_sequences_rows_are_counted_through(first):
+    x, ids = np.random.default_rng(0).normal(size=(12, 2)), np.arange(50, 55)
+    parts = [tokens.Matrix(x[:5], ids, [2, 3]), x[5:9], x[9:]]
+    parts = parts[first:] + parts[:first]
+    whole = np.concatenate([part[:] for part in parts])
+    kept = np.concatenate([ids if isinstance(part, tokens.Matrix) else np.full(len(part), -1) for part in parts])
+    array = tokens.Joined(parts)
+    assert not array.known
+    assert_rows(array, whole, (kept, np.full(12, -1), np.arange(12)))
+    with pytest.raises(tokens.Unfit, match="token ids beside"):
+        tokens.without(array, "id=52")
+
+
+@pytest.mark.parametrize(("multiple", "left"), [("0.5", [0, 4]), ("1", [0, 1, 4, 5]), ("1.5", [0, 1, 2, 4, 5])])
+def test_a_norm_just_as_large_as_the_multiple_is_kept(multiple, left):
+    """The median is 2: zeros do not count."""
+    x = np.array([[0, 1], [2, 0], [3, 0], [0, 4000], [0, 0], [2, 0]], np.float32)
+    chosen = tokens.without(x, f"norm={multiple}")
+    np.testing.assert_array_equal(chosen[:], x[left])
+    np.testing.assert_array_equal(chosen.places(0, len(left)).position, left)
+
+
+@pytest.mark.parametrize("lengths", [[20, 0, 7], [0, 1, 20], [0, 0, 1]])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequences_may_be_empty_and_have_a_mask_as_well(tmp_path, x, lengths, masked):
+    mask = np.arange(T) % 3 != 1 if masked else np.ones(T, bool)
+    beside = {"mask": 2 * np.tile(mask, (3, 1))} if masked else {}
+    np.savez(tmp_path / "x.npz", acts=x[:3], lengths=lengths, **beside)
+    left = (np.arange(T) < np.array(lengths)[:, None]) & mask
+    found, places = opened(tmp_path / "x.npz")
+    np.testing.assert_array_equal(found, x[:3][left])
+    np.testing.assert_array_equal(places["sequence_id"], np.nonzero(left)[0])
+    np.testing.assert_array_equal(places["position"], np.nonzero(left)[1])
+
+
+def test_one_sequence_one_number_and_nothing_are_arrays_too(tmp_path, x):
+    np.savez(tmp_path / "x.npz", acts=x[:1], lengths=[7], nothing=np.zeros(0), scale=np.float64(3))
+    np.testing.assert_array_equal(opened(tmp_path / "x.npz")[0], x[0, :7])
+    np.save(tmp_path / "thin.npy", x[0, :, :1])
+    np.testing.assert_array_equal(opened(tmp_path / "thin.npy")[0], x[0, :, :1])
+
+
+@pytest.mark.parametrize(("name", "there", "beside"), [
+    ("x_mask.npy", ["x.npy"], True), ("x.token_ids.npy", ["x.npy"], True), ("x_mask.npy", [], False),
+    ("x.npy", ["x_mask.npy"], False), ("x_mask.npz", ["x.npy"], False), ("xmask.npy", ["x.npy"], False),
+    ("x_y_lengths.npy", ["x.npy"], False), ("x_y_lengths.npy", ["x_y.npy"], True),
+])  # fmt: skip
+def test_a_file_is_beside_another_by_its_whole_name(tmp_path, name, there, beside):
+    for one in there:
+        (tmp_path / one).touch()
+    assert containers_lib.is_beside(tmp_path / name) == beside
+
+
+@pytest.mark.parametrize(("count", "fits"), [(409_600 - 128, True), (409_601 - 128, False)])
+def test_a_packed_file_may_grow_a_hundredfold_and_a_small_one_as_if_it_had_4096_bytes(tmp_path, count, fits):
+    np.savez_compressed(tmp_path / "x.npz", np.zeros((count, 1), np.int8))
+    found = containers_lib._members(tmp_path / "x.npz")
+    if fits:
+        assert next(found)[1].shape == (count, 1)
+    else:
+        with pytest.raises(tokens.Unfit, match="arr_0 is 409601 bytes packed into"):
+            next(found)
+
+
+class Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled",))
+
+
+@pytest.mark.parametrize("name", ["packed.npz", "x.npy", "x_mask.npy"])
+def test_nothing_is_unpickled_wherever_it_lies(tmp_path, x, name):
+    np.save(tmp_path / "x.npy", x)
+    if name == "packed.npz":
+        np.savez_compressed(tmp_path / name, np.array([[Trap(), 1.0]], dtype=object))
+    else:
+        (tmp_path / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(Refused, match="without objects"):
+        files.open_array(str(tmp_path / (name if name == "packed.npz" else "x.npy")))
+
+
+def test_eight_arrays_of_many_are_listed(tmp_path):
+    np.savez(tmp_path / "x.npz", **{f"a{i}": np.zeros((3, 2 + i)) for i in range(10)})
+    with pytest.raises(Refused) as error:
+        files.open_array(str(tmp_path / "x.npz"))
+    assert str(error.value).endswith("it holds " + ", ".join(f"a{i} (3, {2 + i})" for i in range(8)))
+
+
+@pytest.mark.parametrize("write", [
+    lambda f, columns: arrow_folder(f / "a", columns, parts=(1, 3, 2)),
+    lambda f, columns: parquet(f / "x.parquet", columns, row_group_size=2),
+])
+def test_any_stretch_of_a_table_is_read_and_other_columns_are_let_be(tmp_path, write):
+    """Structures, lists of them, encoded text, and a mask of booleans; one batch is one token."""
+    lengths, x = [1, 4, 3, 2, 1, 2], np.random.default_rng(0).normal(size=(13, 3))
+    ends = np.cumsum(lengths)[:-1]
+    some = {"a": 1, "b": "text"}
+    mask = np.arange(13) % 5 != 2
+    array = files.open_array(str(write(tmp_path, {
+        "about": [some] * 6, "all": [[some]] * 6, "label": pyarrow.array(["x", "y"] * 3).dictionary_encode(),
+        "acts": pyarrow.array([part.tolist() for part in np.split(x, ends)]),
+        "mask": pyarrow.array([part.tolist() for part in np.split(mask, ends)]),
+    })))  # fmt: skip
+    assert array.facts == {"hook": "acts"}
+    sequence, position = np.repeat(np.arange(6), lengths), np.concatenate([np.arange(n) for n in lengths])
+    assert_rows(array, x[mask], (np.full(mask.sum(), -1), sequence[mask], position[mask]))
+    inner = array._array
+    assert_rows(inner, x, (np.full(13, -1), sequence, position))
+    assert inner[0:0].shape == inner[13:13].shape == (0, 3)
+
+
+@pytest.mark.parametrize(("count", "length", "context"), [(6, 4, {"context": 4}), (1, 9, {"context": 9})])
+def test_the_length_that_all_sequences_have_is_a_fact(tmp_path, count, length, context):
+    columns = {"resid": np.ones((count, length, 2)).tolist(), "text": ["x"] * count}
+    assert files.open_array(str(arrow_folder(tmp_path / "a", columns, (count,)))).facts == {"hook": "resid", **context}
+    columns = {"resid": np.ones((count, 2)).tolist()}
+    assert files.open_array(str(arrow_folder(tmp_path / "b", columns, (count,)))).facts == {"hook": "resid"}
+
+
+@pytest.mark.parametrize(("columns", "said"), [
+    ({"a": [[[1.0]] * 2, [[1.0]] * 3], "ids": [[1, 2, 3], [1, 2]]}, "as many ids as tokens in every row"),
+    ({"a": [[[1.0]] * 2, [[1.0]] * 3], "mask": [[1, 1, 1], [1, 1]]}, "as many mask as tokens in every row"),
+    ({"a": [[1.0], [2.0]], "ids": [[1], [2]]}, "as many ids as tokens in every row"),
+    ({"a": [[[1.0, 2.0]]] * 2 + [[[1.0, 2.0, 3.0]]] * 2}, "tokens of one width, not of 2 and 3"),
+    ({"a": [[[1.0]] * 2] * 2, "ids": [[1, None]] * 2}, "1 numbers are missing"),
+])  # fmt: skip
+def test_rows_of_a_table_that_do_not_fit_together_are_refused(tmp_path, columns, said):
+    path = arrow_folder(tmp_path / "a", columns, parts=[1] * len(columns["a"]))
+    with pytest.raises(Refused) as error:
+        files.open_array(str(path))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "::acts", "::train", "::train/acts"])
+def test_the_only_split_need_not_be_named(tmp_path, x, name):
+    arrow_folder(tmp_path / "d" / "train", {"acts": x.tolist(), "other": (-x).tolist()} if "acts" in name else
+                 {"acts": x.tolist()})  # fmt: skip
+    (tmp_path / "d" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
+    np.testing.assert_array_equal(files.open_array(f"{tmp_path}/d{name}")[:], rows(x))
+
+
+def test_a_split_lies_in_its_folder(tmp_path, x):
+    arrow_folder(tmp_path / "other", {"acts": x.tolist()})
+    arrow_folder(tmp_path / "d" / "train", {"acts": x.tolist()})
+    (tmp_path / "d" / "dataset_dict.json").write_text(json.dumps({"splits": ["../other", "train"]}))
+    with pytest.raises(Refused, match="one of its splits"):
+        files.open_array(f"{tmp_path}/d::../other/acts")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_places_in_a_dataset_are_those_of_any_rows(tmp_path, dtype):
+    """In chunks of two rows."""
+    x, lengths = np.random.default_rng(0).normal(size=(2050, 3)).astype(np.float32), [1, 1023, 1025, 1]
+    np.savez(tmp_path / "x.npz", a=x, lengths=lengths, ids=np.arange(2050) % 97)
+    array = files.Dataset(store.import_file(str(tmp_path / "x.npz"), str(tmp_path / "data"), dtype))
+    assert array.known
+    sequence, position = np.repeat(np.arange(4), lengths), np.concatenate([np.arange(n) for n in lengths])
+    for start, stop in ((0, 1), (0, 2050), (1, 2), (3, 8), (4, 7), (1023, 1026), (2047, 2050), (2049, 2050)):
+        found = array.places(start, stop)
+        for one, wanted in zip(found, (np.arange(2050) % 97, sequence, position), strict=True):
+            np.testing.assert_array_equal(one, wanted[start:stop])
+    np.save(tmp_path / "y.npy", x)
+    assert not files.Dataset(store.import_file(str(tmp_path / "y.npy"), str(tmp_path / "data"))).known
+
+
+@pytest.mark.parametrize(("count", "width", "blocks"), [
+    (700, 5, [(0, 700)]), (70, 20_000, [(i * 69 // 63, 1) for i in range(64)]), (100, 300, [(0, 54), (46, 54)]),
+])  # fmt: skip
+def test_a_small_file_is_known_again_by_all_of_it_and_a_wide_one_by_single_rows(tmp_path, count, width, blocks):
+    x = np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    digest = hashlib.sha256(b"".join(x[start : start + rows].tobytes() for start, rows in blocks))
+    assert files.open_chunks(str(tmp_path / "x.npy")).identity["sampled_sha256"] == digest.hexdigest()
+
+
+@pytest.mark.parametrize(("count", "said"), [
+    (0, ""), (1, "; there is 0"), (5, "; there is 0, 1, 2, 3, 4"), (6, "; there is 0, 1, 2, 3, 4, …"),
+])
+def test_up_to_five_files_that_could_be_meant_are_named(tmp_path, count, said):
+    for number in range(count):
+        np.save(tmp_path / f"{number}.npy", np.ones((2, 2)))
+    (tmp_path / "notes.txt").touch()
+    found = files.there(epath.Path(tmp_path) / "none" / "x.npy")
+    assert found.replace(f"{tmp_path}/", "").replace(".npy", "") == said
+    assert files.there(epath.Path(tmp_path) / "notes.txt" / "x.npy") == ""
+
+
+def test_two_shards_beside_notes_and_a_name_with_colons_are_read(tmp_path, x):
+    folder = tmp_path / "a::b"
+    folder.mkdir()
+    for number, part in enumerate((rows(x)[:100], rows(x)[100:])):
+        np.save(folder / f"{number}.npy", part)
+    (folder / "notes.txt").write_text("of no matter")
+    np.testing.assert_array_equal(opened(folder)[0], rows(x))
+    np.testing.assert_array_equal(opened(folder / "1.npy")[0], rows(x)[100:])

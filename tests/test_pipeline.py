@@ -1,10 +1,13 @@
+import itertools
+
+import ml_dtypes
 import numpy as np
 import pytest
 from processes import Processes
 
 import sae_jax
 from sae_jax.activations import files, pipeline, store
-from sae_jax.activations.chunks import ArrayChunks, read, split_chunks
+from sae_jax.activations.chunks import ArrayChunks, read, rows_of, split_chunks, spread
 from sae_jax.errors import Refused
 from sae_jax.models.sources import open_source
 from sae_jax.runtime import checkpoint
@@ -82,6 +85,45 @@ def test_long_chunks_are_held_in_fewer_lanes(rng):
     assert len(batches._rows) <= pipeline.LANES * pipeline.WINDOW
 
 
+def in_chunks(n_chunks, size):
+    chunks = ArrayChunks(numbered(n_chunks * size, 1), "x")
+    chunks.rows = size
+    return chunks
+
+
+def read_by_lanes(order, train, size, lanes, window, seed, epochs):
+    """The numbers of the rows that each lane reads, one after the other: pipeline.py's first lines, on whole epochs."""
+    found, n = [[] for _ in range(lanes)], len(train) * size
+    for epoch in range(epochs):
+        numbers = [train[order[epoch * len(train) + place]] for place in range(len(train))]
+        rows = np.concatenate([np.arange(number * size, (number + 1) * size) for number in numbers])
+        begin = 0
+        for lane in range(lanes):
+            end = begin + ((epoch + 1) * n + lane) // lanes - (epoch * n + lane) // lanes
+            edges = [begin, *range((begin // window + 1) * window, end, window), end]
+            for low, high in itertools.pairwise(edges):
+                shuffled = np.random.default_rng([seed, epoch, low]).permutation(high - low)
+                found[lane].append(rows[low:high][shuffled])
+            begin = end
+    return [np.concatenate(parts) for parts in found]
+
+
+@pytest.mark.parametrize(("n_chunks", "size", "batch_size", "lanes", "window"), [
+    (60, 3, 96, 32, 1023), (700, 3, 10, 2, 1023), (9, 256, 64, 64, 1024), (11, 500, 48, 16, 1000),
+    (5, 1025, 64, 32, 1025), (4, 3000, 48, 16, 3000), (3, 70_000, 4, 1, 70_000),
+])  # fmt: skip
+def test_the_order_is_the_same_in_every_version(n_chunks, size, batch_size, lanes, window):
+    """A run goes on with the batches that it would have seen: on both sides of a change of window and of epoch."""
+    chunks, train = in_chunks(n_chunks + 2, size), np.setdiff1d(np.arange(n_chunks + 2), [1, n_chunks])
+    order = pipeline.order(n_chunks, 5)
+    batches, share = pipeline.Batches(chunks, order, train, batch_size, 5), batch_size // lanes
+    known = read_by_lanes(order, train, size, lanes, window, 5, 5)
+    ends = [epoch * n_chunks * size // batch_size for epoch in (1, 2)]
+    for i in sorted({*range(40), *(end + near for end in ends for near in range(-3, 4))} & set(range(ends[1] + 4))):
+        wanted = np.concatenate([rows[i * share : (i + 1) * share] for rows in known])
+        np.testing.assert_array_equal(batches[i][:, 0], wanted, err_msg=f"batch {i}")
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_together_see_the_batches_that_one_sees(chunks, processes):
     alone = taken(chunks, 20)
@@ -117,6 +159,72 @@ def test_held_out_chunks_favour_no_position_of_a_sequence():
 def test_rows_are_read_in_order(chunks):
     rows = np.concatenate(list(read(chunks.__getitem__, np.arange(100), 32, 290)))
     np.testing.assert_array_equal(rows[:, 0], np.arange(290))
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(1, 1), (3, 5), (4, 4), (7, 3)])
+def test_so_many_rows_are_read_and_no_chunk_more(size, batch_size):
+    for n_rows in range(8 * size + 1):
+        asked, x = [], numbered(8 * size)
+
+        def chunk(number, asked=asked, x=x):
+            asked.append(number)
+            return x[number * size : (number + 1) * size]
+
+        found = list(read(chunk, np.arange(8), batch_size, n_rows))
+        np.testing.assert_array_equal(np.concatenate([x[:0], *found]), x[:n_rows])
+        assert [len(batch) for batch in found[:-1]] == [batch_size] * (len(found) - 1)
+        assert not found or 0 < len(found[-1]) <= batch_size
+        assert asked == list(range(-(-n_rows // size)))
+
+
+def test_rows_of_whole_chunks_are_cut_at_any_row():
+    chunks, x = in_chunks(5, 7), numbered(35, 1)
+    for start, stop in itertools.combinations(range(36), 2):
+        np.testing.assert_array_equal(rows_of(chunks, start, stop), x[start:stop])
+    np.testing.assert_array_equal(rows_of(chunks, 30, 99), x[30:])
+
+
+@pytest.mark.parametrize(("n", "rows"), [
+    (1, 1), (2047, 1), (2048, 2), (262_143, 255), (262_144, 256), (10**6, 256),
+])  # fmt: skip
+def test_a_chunk_is_a_1024th_of_a_file_and_at_most_256_rows(n, rows):
+    chunks = ArrayChunks(np.broadcast_to(np.float32(1), (n, 1)), "x")
+    assert (chunks.rows, len(chunks), chunks.n_tokens) == (rows, n // rows, n)
+
+
+@pytest.mark.parametrize(("kept", "given"), [
+    ("f2", "f2"), ("f4", "f4"), ("f8", "f8"), ("f4", ">f4"), ("f4", ml_dtypes.bfloat16),
+])  # fmt: skip
+def test_numbers_keep_their_type_where_numpy_has_it(kept, given):
+    chunks = ArrayChunks(numbered(9).astype(given), "x")
+    assert chunks.dtype == chunks[0].dtype == np.dtype(kept)
+    np.testing.assert_array_equal(chunks.tokens(2, 9), numbered(9)[2:])
+
+
+@pytest.mark.parametrize(("row", "dimension"), [(0, 0), (4095, 1), (4096, 0), (4097, 1), (9999, 1)])
+def test_a_number_that_is_not_finite_is_found_wherever_it_stands(row, dimension):
+    x = numbered(10_000, 2)
+    x[row, dimension] = -np.inf
+    with pytest.raises(Refused, match=f"row {row}, dimension {dimension} is -inf"):
+        ArrayChunks(x, "x").check()
+
+
+@pytest.mark.parametrize("row", [0, 1, 4096, 9999])
+def test_one_number_that_differs_is_activations_that_vary(row):
+    x = np.ones((10_000, 2))
+    with pytest.raises(Refused, match="all rows are the same"):
+        ArrayChunks(x, "x").check()
+    x[row, 1] = 2
+    ArrayChunks(x, "x").check()
+
+
+def test_one_chunk_is_drawn_from_anywhere_and_evenly_from_the_middle():
+    drawn = np.array([spread(n, 1)[0] / n for n in range(20, 120)])
+    assert abs(np.mean(drawn) - 0.5) < 0.1
+    assert drawn.max() > 0.9
+    for (n_chunks, count), wanted in {(10, 1): [5], (10, 3): [1, 5, 8], (7, 2): [1, 5], (9, 0): []}.items():
+        np.testing.assert_array_equal(spread(n_chunks, count, evenly=True), wanted)
+    assert len(spread(9, 0)) == 0
 
 
 def test_what_is_no_dataset_is_refused(tmp_path):

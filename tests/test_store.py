@@ -1,5 +1,6 @@
 """Datasets of activations: written once and bit by bit, through kills and full disks; damage is named."""
 
+import hashlib
 import json
 import resource
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 import sae_jax
 from sae_jax import cli
@@ -121,6 +123,40 @@ def test_float16_that_would_lose_a_dimension_is_refused_at_its_shard(tmp_path, r
     assert found.std() == pytest.approx(x[1024:, 5].std(), rel=1e-2)
 
 
+@pytest.mark.parametrize(("share", "lost"), [(0.8, True), (1.25, False)])
+def test_float16_is_refused_below_64_times_its_rounding_where_it_loses_most(tmp_path, rng, monkeypatch, share, lost):
+    """Near zero its numbers lie 2^-24 of the first shard's deviation apart: they err by that over √12.
+
+    Dimension 3 errs by more than dimension 5, but by less of what it varies; dimension 0 is nothing but zeros.
+    """
+    monkeypatch.setattr(store, "SHARD_BYTES", 256 * D * 2 * 2)
+    x = np.tile(np.array([[1], [-1]], np.float32), (512, D))
+    x[:, 0], x[:, 5] = 0, x[:, 5] * 2**-5
+    for dimension, spread in ((3, 1), (5, 2**-6 if lost else 2**-5)):
+        x[512:, dimension] = share * spread * 64 * 2**-24 / 12**0.5 * rng.normal(size=512)
+    if lost:
+        with pytest.raises(RunFailed, match="tokens 512 to 1024: dimension 5 varies by"):
+            make(tmp_path, x, layers=(1,), dtype="float16")
+        return
+    found = files.open_chunks(make(tmp_path, x, layers=(1,), dtype="float16")[1]).tokens(0, 1024)
+    np.testing.assert_array_equal(found[:, :3], x[:, :3])
+    np.testing.assert_allclose(found[:, 3:6], x[:, 3:6], atol=2**-25, rtol=0)
+
+
+@pytest.mark.parametrize(("beyond", "lost"), [(60, False), (70, True)])
+def test_float16_is_refused_where_it_clips_more_than_a_1024th_of_the_mean(tmp_path, monkeypatch, beyond, lost):
+    monkeypatch.setattr(store, "SHARD_BYTES", 256 * D * 2 * 2)
+    x = np.tile(np.array([[1], [-1]], np.float32), (512, D))
+    x[512:, 7] = 65504 + beyond
+    if lost:
+        with pytest.raises(RunFailed, match="dimension 7 varies by"):
+            make(tmp_path, x, layers=(1,), dtype="float16")
+        return
+    found = files.open_chunks(make(tmp_path, x, layers=(1,), dtype="float16")[1]).tokens(0, 1024)
+    np.testing.assert_array_equal(found[512:, 7], 65504)
+    np.testing.assert_array_equal(found[:, :7], x[:, :7])
+
+
 @pytest.mark.parametrize("after", [0, 1, 4, 6])
 def test_a_stream_that_breaks_off_goes_on_where_it_was(tmp_path, rng, small_shards, after):
     x = rng.normal(size=(2300, D)).astype(np.float32)
@@ -149,6 +185,57 @@ def test_a_half_written_dataset_of_something_else_is_begun_anew(tmp_path, rng, s
     assert writer.n_tokens == 1024
     folder = make(tmp_path, new, layers=(1,), facts={"text": "new"})[1]
     np.testing.assert_array_equal(files.open_chunks(folder).tokens(0, 1024), new[:1024])
+
+
+def test_a_layer_that_was_ahead_when_writing_broke_off_waits_for_the_other(tmp_path, rng, small_shards):
+    x = rng.normal(size=(2300, D)).astype(np.float32)
+    whole = {layer: everything(folder) for layer, folder in make(tmp_path / "whole", x).items()}
+    ahead = store.Writer(store.folder_of(str(tmp_path / "cut"), "m3"), D, {"layer": 3})
+    for start, parts in stream(x[:1300])(0):
+        ahead.add(start, parts[3])
+    assert ahead.n_tokens == 1024
+    assert {layer: everything(folder) for layer, folder in make(tmp_path / "cut", x).items()} == whole
+
+
+def test_a_shard_lies_there_as_soon_as_it_is_full_and_is_one_chunk_at_least(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(store, "SHARD_BYTES", 1)
+    x = rng.normal(size=(1024, D)).astype(np.float32)
+    writer = store.Writer(store.folder_of(str(tmp_path), "m1"), D, {"layer": 1})
+    for number in range(4):
+        writer.add(256 * number, store.Rows(x[256 * number :][:256], *(np.arange(256) for _ in range(3))))
+        assert writer.n_tokens == 256 * (number + 1)
+    chunks = files.open_chunks(writer.finish())  # which nobody else was kept from
+    assert [shard["chunks"] for shard in chunks._shards] == [1, 1, 1, 1]
+    np.testing.assert_array_equal(chunks.tokens(0, 1024), x)
+
+
+@pytest.mark.parametrize(("d_model", "dtype", "count"), [
+    (1024, "float32", 128), (1024, "bfloat16", 256), (768, "float16", 341), (2**18, "float32", 1),
+])  # fmt: skip
+def test_a_shard_has_128_megabytes_of_whole_chunks(tmp_path, d_model, dtype, count):
+    writer = store.Writer(store.folder_of(str(tmp_path), "m1"), d_model, {}, dtype)
+    assert writer._chunks_per_shard == count
+
+
+def test_nothing_is_left_of_a_longer_dataset_that_was_begun_before(tmp_path, rng, small_shards):
+    x = rng.normal(size=(2300, D)).astype(np.float32)
+    store.Writer(store.folder_of(str(tmp_path), "m1"), D, {"text": "old"}).add(
+        0, store.Rows(x, *(np.zeros(2300, np.int32) for _ in range(3)))
+    )
+    names = lambda folder: sorted(path.name for path in Path(folder).iterdir())  # noqa: E731
+    folder = make(tmp_path, x[:1100], layers=(1,))[1]
+    assert names(folder) == names(make(tmp_path / "alone", x[:1100], layers=(1,))[1])
+    assert sum("array_record" in name for name in names(folder)) == 2
+
+
+def test_a_dataset_is_one_of_tfds_too(tmp_path, rng, small_shards):
+    x = rng.normal(size=(1400, D)).astype(np.float32)
+    folder = make(tmp_path, x, layers=(1,))[1]
+    info = tfds.builder_from_directory(folder).info
+    split, shards = info.splits["tokens"], sorted(Path(folder).glob("*array_record*"))
+    assert (split.shard_lengths, split.num_bytes) == ([2, 2, 1], sum(path.stat().st_size for path in shards))
+    assert info.disable_shuffling
+    assert (info.features["x"].shape, info.features["position"].shape) == ((256, D), (256,))
 
 
 KILLED = """
@@ -300,6 +387,66 @@ def test_a_file_and_the_dataset_imported_from_it_train_alike(tmp_path, rng, tiny
     assert cli.main(["extract", f"--from={tmp_path}/mine.npy", f"--out={tmp_path}/data"]) == 2
     assert "not there yet" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path(folder).iterdir()} == before
+
+
+def test_a_long_file_is_imported_with_where_every_row_is_from(tmp_path, rng):
+    x, ids = rng.normal(size=(2250, 4, 3)).astype(np.float32), np.arange(9000).reshape(2250, 4) % 97
+    np.savez(tmp_path / "my file.npz", acts=x, more=x, ids=ids)
+    folder = store.import_file(f"{tmp_path}/my file.npz::acts", str(tmp_path / "data"))
+    assert folder == str(tmp_path / "data/activations/my_file_acts/2.0.0")
+    chunks = files.open_chunks(folder)
+    rows = [chunks.example(i) for i in range(len(chunks))]
+    known = x.reshape(9000, 3), ids.ravel(), np.arange(9000) // 4, np.arange(9000) % 4
+    for found, wanted in zip(zip(*rows, strict=True), known, strict=True):
+        np.testing.assert_array_equal(np.concatenate(found), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_manifests_of_before_are_read_and_a_word_that_is_none_of_theirs_is_not(tmp_path, rng, dtype):
+    """At first they had no checksum, then that of their sorted words."""
+    folder = make(tmp_path, rng.normal(size=(600, D)).astype(np.float32), layers=(1,), dtype=dtype)[1]
+    path, known = Path(folder) / store.MANIFEST, files.open_chunks(folder).tokens(0, 512)
+    manifest = json.loads(path.read_text())
+    seal = manifest.pop("checksum")
+    sorted_words = json.dumps({key: manifest[key] for key in sorted(manifest)}, sort_keys=True)
+    mixed = dict(sorted(manifest.items(), key=lambda item: item[0][::-1]))
+    for before in (mixed, {**mixed, "checksum": hashlib.sha256(sorted_words.encode()).hexdigest()}):
+        path.write_text(json.dumps(before))
+        np.testing.assert_array_equal(files.open_chunks(folder).tokens(0, 512), known)
+    for wrong in ({**mixed, "checksun": seal}, {**mixed, "checksum": seal}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(Refused, match="checksum is another"):
+            files.open_chunks(folder)
+
+
+def test_a_shard_is_known_by_its_first_64_kilobytes():
+    data = np.random.default_rng(0).bytes(200_000)
+    assert stored.head_of(data) == hashlib.sha256(data[:65_536]).hexdigest()
+
+
+def test_what_is_wrong_with_a_shard_is_said(tmp_path, rng, small_shards):
+    folder = make(tmp_path, rng.normal(size=(1100, D)).astype(np.float32), layers=(1,))[1]
+    path = next(Path(folder).glob("*00001"))
+    data = path.read_bytes()
+    for damaged, said in (
+        (data[:-100], f"a shard of {len(data)} bytes, not {len(data) - 100}"),
+        (b"", f"a shard of {len(data)} bytes, not none"), (None, f"a shard of {len(data)} bytes, not none"),
+        (data[:-70_000] + bytes(70_000), rf"shards as they were written; damaged: \S*/{path.name} \("),
+    ):  # fmt: skip
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(Refused, match=said):
+            files.open_chunks(folder)
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_five_datasets_of_many_are_named(tmp_path, count):
+    for number in range(count):
+        stored.folder_of(str(tmp_path), f"m{number}").mkdir(parents=True)
+        (stored.folder_of(str(tmp_path), f"m{number}") / stored.MANIFEST).touch()
+    with pytest.raises(Refused) as error:
+        stored.StoredChunks(str(tmp_path))
+    named = ", ".join(f"{tmp_path}/activations/m{number}/2.0.0" for number in range(5))
+    assert str(error.value).endswith(f"there is {named}")
 
 
 def test_a_run_is_not_gone_on_with_on_other_data(tmp_path, rng, tiny):

@@ -1,3 +1,6 @@
+import itertools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +56,29 @@ def test_sparse_signal_is_made_of_n_active_true_features():
     assert (active.sum(axis=1) == 3).all()
     assert ((amplitudes[active] > 0.499) & (amplitudes[active] < 1.501)).all()
     assert active.any(axis=0).all()
+
+
+@pytest.mark.parametrize(("m", "s"), [(2, 1), (5, 3), (6, 6)])
+def test_mean_and_scale_of_a_sparse_signal_are_those_of_all_choices_of_features(m, s):
+    """Amplitudes are uniform on [0.5, 1.5]: mean 1, second moment 13/12, one independent of the other."""
+    spec, _ = drawn(n=1, signal="sparse", d_model=6, n_true_features=m, n_active=s)
+    rows = np.asarray(spec.rows, np.float64)
+    choices = [rows[list(chosen)] for chosen in itertools.combinations(range(m), s)]
+    mean = np.mean([chosen.sum(axis=0) for chosen in choices], axis=0)
+    np.testing.assert_allclose(spec.signal_mean, mean, atol=1e-6)
+    products = [chosen @ chosen.T for chosen in choices]
+    second = np.mean([p.sum() + np.trace(p) / 12 for p in products])
+    assert float(spec.scale) ** 2 * (second - mean @ mean) == pytest.approx(6, rel=1e-5)
+
+
+def test_splits_are_told_apart_by_the_same_numbers_in_every_version():
+    assert synthetic.SPLITS == {"train": 0, "statistics": 1, "eval": 2}
+
+
+def test_compiled_it_draws_the_same():
+    spec, x = drawn(n=10, gamma=2.0, signal="gaussian", tail_df=5.0)
+    found = jax.jit(synthetic.sample)(spec, jnp.int32(0), jnp.int32(0), jnp.arange(10))
+    np.testing.assert_allclose(found, x, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_depends_on_its_number_only():
