@@ -367,9 +367,10 @@ def test_eight_arrays_of_many_are_listed(tmp_path):
     lambda f, columns: arrow_folder(f / "a", columns, parts=(1, 3, 2)),
     lambda f, columns: parquet(f / "x.parquet", columns, row_group_size=2),
 ])
-def test_any_stretch_of_a_table_is_read_and_other_columns_are_let_be(tmp_path, write):
-    """Structures, lists of them, encoded text, and a mask of booleans; one batch is one token."""
-    lengths, x = [1, 4, 3, 2, 1, 2], np.random.default_rng(0).normal(size=(13, 3))
+@pytest.mark.parametrize("lengths", [[1, 4, 3, 2, 1, 2], [1, 4, 0, 0, 6, 2], [0, 0, 4, 6, 3, 0]])
+def test_any_stretch_of_a_table_is_read_and_other_columns_are_let_be(tmp_path, write, lengths):
+    """Structures, lists of them, encoded text, and a mask of booleans; one batch is one token, another none."""
+    x = np.random.default_rng(0).normal(size=(13, 3))
     ends = np.cumsum(lengths)[:-1]
     some = {"a": 1, "b": "text"}
     mask = np.arange(13) % 5 != 2

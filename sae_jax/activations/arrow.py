@@ -96,7 +96,9 @@ class Blocks(tokens.Rows):
         last = int(np.searchsorted(self._starts, stop, side="left"))
         parts = []
         for number in range(first, last):
-            begin = int(self._starts[number])
+            begin, end = self._starts[number : number + 2].tolist()
+            if begin == end:  # sequences without tokens: a matrix of no width
+                continue
             parts.append(self._read(number)[max(start - begin, 0) : stop - begin])
         return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
