@@ -114,6 +114,19 @@ def test_ledger_counts_births_deaths_and_revivals():
     np.testing.assert_allclose(cosine, [0, -1])
 
 
+def test_alignment_knows_no_length_and_is_nothing_where_there_is_no_mean():
+    rows, mu = np.array([[0.3, 0.4], [-0.05, 0.0], [0.0, 0.0]]), np.array([0.2, 0.0])
+    np.testing.assert_allclose(fates.alignment(rows, mu), [0.6, -1, 0], rtol=1e-6)
+    np.testing.assert_array_equal(fates.alignment(rows, np.zeros(2)), np.zeros(3))
+
+
+def test_a_table_of_fates_has_cosines_of_four_decimals():
+    found = fates.Ledger(np.array([0, 7]), np.array([[fates.ALIVE], [fates.BY_RELU]]))
+    (line,) = fates.rows("sae", found, np.array([0.123456]), np.array([-0.98765]), np.array([3]), np.array([0]), 50)
+    assert (line["mu_cosine_init"], line["mu_cosine_final"]) == (0.1235, -0.9877)
+    assert (line["init"], line["final"], line["born"], line["deaths"], line["revivals"]) == ("A", "R", 0, 1, 0)
+
+
 def correlated(rng, n_tokens=4000, d=16):
     """Tokens with a mean, whose variances span two decades."""
     return rng.normal(size=(n_tokens, d)) * np.logspace(0, -1, d) @ rng.normal(size=(d, d)) + 3 * rng.normal(size=d)
