@@ -198,6 +198,18 @@ def test_a_pre_activation_on_its_threshold_does_not_fire():
     np.testing.assert_array_equal(jumprelu.step(z, theta, 0.1, False), np.float32([[0, 0, 1]]))
 
 
+@pytest.mark.parametrize(("kind", "threshold"), [
+    ("batch_topk", 0.4), ("batch_topk", 0.0), ("jumprelu", [0.0, 0.4, 2.0]), ("relu", None)
+])  # fmt: skip
+def test_in_use_what_is_over_the_threshold_fires_whatever_the_batch(rng, kind, threshold):
+    z = rng.normal(size=(9, 3)).astype(np.float32)
+    z[0] = 0.4
+    sae = dense.DenseSAE(*"EeDd", k=1, activation=kind,
+                         threshold=None if threshold is None else jnp.asarray(threshold, jnp.float32))  # fmt: skip
+    found = dense.select(sae, jnp.asarray(z), jnp.asarray(2), lambda tree: tree)
+    np.testing.assert_array_equal(found, np.where(z > np.float32(threshold or 0), np.maximum(z, 0), 0))
+
+
 @pytest.mark.parametrize("target", [0.5, 3.0])
 def test_the_target_of_dictionary_learning_pulls_at_theta_as_its_formula_says(rng, x64, target):
     """(mean L0 / L0* − 1)² of the batch, in two shares, and its slope by θ: −2 (mean L0 / L0* − 1) / L0* · K / ε."""
@@ -453,6 +465,19 @@ def test_a_large_batch_has_the_same_bar(rng, seed, monkeypatch):
         found = jax.jit(partial(batch_topk.bar, a_token=3))(jnp.asarray(z), jnp.asarray(budget))
         positive = np.sort(z[z > 0])[::-1]
         assert found == positive[min(budget, len(positive)) - 1]
+
+
+@pytest.mark.parametrize(("shape", "more", "looked_at"), [
+    ((12, 200), {"a_token": 3}, [(12, 12), (12, 200)]),  # four times as many, and all where that was too few
+    ((10, 240), {"a_token": 15}, [(10, 60), (10, 240)]), ((10, 240), {"a_token": 16}, [(10, 240)]),  # a fourth of n
+    ((1, 2399), {"a_token": 3}, [(1, 2399)]), ((12, 200), {"a_token": 0}, [(12, 200)]), ((12, 200), {}, [(12, 200)]),
+])  # fmt: skip
+def test_of_a_large_batch_a_few_entries_of_each_token_are_looked_at(monkeypatch, shape, more, looked_at):
+    monkeypatch.setattr(batch_topk, "LARGE", 2400)
+    seen, nth_largest = [], batch_topk._nth_largest
+    monkeypatch.setattr(batch_topk, "_nth_largest", lambda z, *rest: seen.append(z.shape) or nth_largest(z, *rest))
+    jax.eval_shape(partial(batch_topk.bar, **more), jnp.zeros(shape), jnp.asarray(5))
+    assert seen == looked_at
 
 
 def test_rows_start_at_the_norm_that_was_asked_for():

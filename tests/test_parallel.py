@@ -51,13 +51,14 @@ def plain(state, static, n=5):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.two_devices
 def test_shards_of_a_large_sae_are_one(monkeypatch):
-    """Compressed rows on each device, and tokens in pieces."""
+    """Compressed rows on each device, tokens in pieces, and AuxK of as many features as all devices have."""
     monkeypatch.setattr(kept, "LARGE", 1)
     monkeypatch.setattr(topk, "CHUNK", 4)
     assert kept.form(2, 64, D) == "compressed"
-    config = base({"sae.n_features": 128, "sae.k": 2, "data.signal": "gaussian", "auxk.preset": "none"})
+    config = base({"sae.n_features": 128, "sae.k": 2, "data.signal": "gaussian", "auxk.preset": "openai"})
     static = step_lib.Static.of(config)
     state = step_lib.init_group([config], jnp.zeros((1, D)))
+    state = state.replace(tokens_since_fired=jnp.where(jnp.arange(128) % 5 < 4, 2**30, 0)[None])
     expected = plain(state, static, n=1)
     mesh = devices_lib.make_mesh(jax.devices(), feature=2)
     step = devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state)

@@ -73,13 +73,14 @@ def test_a_run_leaves_its_report_figures_history_and_table(tiny, tmp_path):
 @pytest.mark.drawn
 def test_of_many_members_the_first_are_drawn(tiny, tmp_path, monkeypatch):
     """In every picture; landscapes are of 200 tokens, and shifts of the first batches."""
-    seen, counted = {}, []
+    seen, counted, narrow = {}, [], []
 
     def watched(name, names):
         given = getattr(figures, name)
 
         def draw(*args, **more):
             seen[name] = names(args[0])
+            narrow.append((name, more.get("narrow", False)))
             return given(*args, **more)
 
         monkeypatch.setattr(figures, name, draw)
@@ -98,6 +99,7 @@ def test_of_many_members_the_first_are_drawn(tiny, tmp_path, monkeypatch):
     for name in ("deaths", "bias_convergence", "curves"):
         assert seen.pop(name) == [["baseline"]] * 2
     assert seen == {"comparison": ["baseline"], "shifts": ["baseline"], "landscape": 200}
+    assert len(narrow) == len(set(narrow)) == 12  # for a wide page, and for a narrow one
 
 
 def test_no_steps_is_an_evaluation_at_init(tiny, tmp_path):
@@ -255,6 +257,18 @@ def test_a_run_begins_with_the_first_batch(tiny, tmp_path):
     np.testing.assert_array_equal(given[:3], [np.asarray(next(expected)) for _ in range(3)])
     expected.close()
     assert run.step == 0
+
+
+@pytest.mark.parametrize("what", ["W_dec", "b_dec"])
+def test_what_no_longer_reconstructs_anything_finite_is_named(tiny, tmp_path, what):
+    run = run_lib.Run(tiny, str(tmp_path), devices_lib.Devices(1), open_source(tiny))
+    (state,) = run.states
+    wrong = getattr(state.sae, what).at[1].set(np.nan)
+    run.states = (state.replace(sae=state.sae.replace(**{what: wrong})),)
+    with pytest.raises(RunFailed, match="step 0, centred no longer reconstructs anything finite"):
+        run._record()
+    run.data.close()
+    run.checkpoints.close()
 
 
 @pytest.mark.parametrize("what", ["loss", "grad_norm"])
