@@ -17,7 +17,9 @@ import sae_jax
 from experiments.trust import peer_losses
 from sae_jax import cli
 from sae_jax import config as config_lib
-from sae_jax.autoencoder import batch_topk, death, jumprelu
+from sae_jax.autoencoder import batch_topk, death, dense, jumprelu, objective, relu
+from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.sae import SAE
 from sae_jax.errors import Refused
 from sae_jax.exchange import sharing
 from sae_jax.models import sources
@@ -77,10 +79,136 @@ def test_the_presets_of_jumprelu_start_where_their_libraries_do():
             theirs.jumprelu_ste_to_input,
         )  # fmt: skip
     assert jumprelu.PENALTIES["saelens_tanh"].to_input
+    assert jumprelu.PENALTIES["saelens_tanh"][:3] == jumprelu.PENALTIES["saelens"][:3] == (1.0, 0.05, 0.01)
     assert jumprelu.PENALTIES["dictionary_learning"] == (1.0, 0.001, 0.001, True, False)
     assert [name for name, of in jumprelu.PENALTIES.items() if of.has_target] == [
         "saelens_quadratic", "dictionary_learning"
     ]  # fmt: skip
+
+
+def test_the_presets_of_relu_have_the_weights_of_their_libraries():
+    """SAELens 6.54.12, saes/standard_sae.py: l1_coefficient; dictionary_learning 0.1.0, standard.py: l1_penalty."""
+    assert relu.PENALTIES == {"saelens": (1.0, False), "dictionary_learning": (0.1, False)}
+
+
+def selected(kind, rng, lifted):
+    """An SAE, a batch and its head start, with the activations that NumPy selects and the least of them in use."""
+    n, d, k, n_tokens = 14, 5, 3, 30
+    arrays = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in
+              (("W_enc", (n, d)), ("b_enc", n), ("W_dec", (n, d)), ("b_dec", d))}  # fmt: skip
+    theta, lift = rng.uniform(0.2, 2, n), rng.exponential(size=n) if lifted else np.zeros(n)
+    sae = SAE(**arrays, k=k)
+    if kind != "topk":
+        start = jnp.asarray(theta) if kind == "jumprelu" else jnp.asarray(-1.0)
+        sae = dense.DenseSAE(**arrays, k=0 if kind == "jumprelu" else k, threshold=start, activation=kind)
+    x = rng.normal(size=(n_tokens, d))
+    z = (x - sae.b_dec) @ np.asarray(sae.W_enc).T + sae.b_enc
+    ranked = np.where(z > 0, z + lift, z)
+    bar = {"topk": np.sort(ranked, axis=1)[:, -k, None], "batch_topk": np.sort(ranked.ravel())[-k * n_tokens],
+           "jumprelu": np.nextafter(theta, 9)}[kind]  # fmt: skip
+    least = np.sort(np.ravel(z))[-k * n_tokens] if kind == "batch_topk" else None
+    return sae, x, jnp.asarray(lift) if lifted else None, (ranked >= bar) & (z > 0), least
+
+
+def square_of(sae, x, mask, groups):
+    """Σ_g ‖x − x̂_g‖², of what a mask keeps of ReLU(z_pre)."""
+    z = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    acts = jnp.where(mask, z, 0.0)
+    return sum(jnp.sum((x - sae.b_dec - acts[:, :end] @ sae.W_dec[:end]) ** 2) for end in groups)
+
+
+@pytest.mark.parametrize("lifted", [False, True])
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "jumprelu"])
+def test_what_is_selected_and_how_it_is_trained_are_a_mask_in_numpy(rng, x64, kind, lifted):
+    """With a head start and without, of nested prefixes."""
+    sae, x, lift, mask, least = selected(kind, rng, lifted)
+    groups, x = (3, 8, 14), jnp.asarray(x)
+
+    def mine(sae):
+        found = dense.square_error(
+            sae, x, groups, jnp.asarray(30.0), lambda tree: tree, 1e-9, "saelens", lift
+        )  # fmt: skip
+        return found.square, found
+
+    (square, found), grads = jax.jit(jax.value_and_grad(mine, has_aux=True))(sae)
+    expected, slopes = jax.jit(jax.value_and_grad(lambda s: square_of(s, x, mask, groups)))(sae)
+    z = np.asarray((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+    np.testing.assert_allclose(found.acts, np.where(mask, z, 0), atol=1e-12)
+    assert square == pytest.approx(float(expected), rel=1e-12)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        np.testing.assert_allclose(getattr(grads, name), getattr(slopes, name), rtol=1e-9, atol=1e-9, err_msg=name)
+    x_hat = np.where(mask, z, 0) @ np.asarray(sae.W_dec) + sae.b_dec
+    np.testing.assert_allclose(found.e, x - x_hat, atol=1e-12)
+    if least is not None:
+        assert found.least == pytest.approx(least, rel=1e-12)
+
+
+@pytest.mark.parametrize(("preset", "of_three", "of_one"), [
+    ("none", 30, 30), ("dictionary_learning", 30 * 9, 30), ("openai", 30 * 5, 30 * 5)
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
+def test_nested_prefixes_count_in_the_loss_as_their_library_counts_them(rng, x64, kind, preset, of_three, of_one):
+    """A sum over G prefixes; dictionary_learning: over G². No penalty where none is asked for."""
+    sae, x, _, mask, _ = selected(kind, rng, lifted=False)
+    for groups, divisor in (((3, 8, 14), of_three), ((14,), of_one)):
+        loss = partial(objective.loss, preset=preset, sparsity=objective.Sparsity(groups=groups))
+        value, _ = jax.jit(loss)(sae, jnp.asarray(x), jnp.zeros(14, bool), jnp.asarray(1.0))
+        assert value == pytest.approx(float(square_of(sae, x, mask, groups)) / divisor, rel=1e-12)
+
+
+def test_no_gradient_trains_the_threshold_of_batch_topk_and_jumprelu_keeps_its_own_above_zero(rng):
+    for kind, before, after in (
+        ("jumprelu", np.linspace(-0.6, 0.7, 14), np.maximum(np.linspace(-0.6, 0.7, 14), 0)),
+        ("batch_topk", 0.4, 0.402), ("batch_topk", -1.0, 0.6), ("relu", None, None),
+    ):  # fmt: skip
+        sae = selected("jumprelu", rng, lifted=False)[0].replace(activation=kind, threshold=before)
+        found = dense.after_step(sae, jnp.asarray(0.6)).threshold
+        assert found is None if after is None else np.allclose(found, after)
+    sae = selected("topk", rng, lifted=False)[0]
+    assert dense.after_step(sae, jnp.asarray(0.6)) is sae
+
+
+def test_a_penalty_counts_for_nothing_unless_it_is_given_a_weight(rng):
+    sae, x, *_ = selected("jumprelu", rng, lifted=False)
+    sae = sae.replace(activation="relu", threshold=None)
+    loss = jax.jit(partial(objective.loss, preset="none", sparsity=objective.Sparsity("saelens")))
+    mask = x @ np.asarray(sae.W_enc).T + sae.b_enc - sae.W_enc @ sae.b_dec > 0
+    value, _ = loss(sae, jnp.asarray(x), jnp.zeros(14, bool), jnp.asarray(0.0))
+    assert value == pytest.approx(float(square_of(sae, x, mask, (14,))) / 30, rel=1e-5)
+
+
+def test_thresholds_lie_where_what_they_are_of_lies():
+    spread = {kind: dense.DenseSAE(*"EeDd", k=1, threshold="t", activation=kind).spread().threshold
+              for kind in ("batch_topk", "jumprelu")}  # fmt: skip
+    assert spread == {"batch_topk": sae_lib.MEMBERS, "jumprelu": sae_lib.FEATURES}
+    assert dense.DenseSAE(*"EeDd", k=0, activation="relu").spread().threshold is None
+
+
+@pytest.mark.parametrize(("name", "weights"), [("jump", [0, 0.03, 0.15, 0.3, 0.3]), ("relu", [0.5] * 5)])
+def test_the_penalty_grows_over_its_warm_up_and_stays(name, weights):
+    config = config_lib.members(configured())[name]
+    static = step_lib.Static.of(config)
+    state = step_lib.init_state(jax.random.key(0), static, step_lib.hyper(config), jnp.zeros(D))
+    found = [float(step_lib.sparsity_weight(state.replace(step=jnp.int32(t)), static)) for t in (0, 1, 5, 10, 40)]
+    np.testing.assert_allclose(found, weights, rtol=1e-6)
+
+
+def test_a_pre_activation_on_its_threshold_does_not_fire():
+    z, theta = jnp.asarray([[0.0, 0.3, 0.3]]), jnp.asarray([0.0, 0.3, 0.2])
+    np.testing.assert_array_equal(jumprelu.jump(z, theta, 0.1, False), np.float32([[0, 0, 0.3]]))
+    np.testing.assert_array_equal(jumprelu.step(z, theta, 0.1, False), np.float32([[0, 0, 1]]))
+
+
+@pytest.mark.parametrize(("kind", "threshold"), [
+    ("batch_topk", 0.4), ("batch_topk", 0.0), ("jumprelu", [0.0, 0.4, 2.0]), ("relu", None)
+])  # fmt: skip
+def test_in_use_what_is_over_the_threshold_fires_whatever_the_batch(rng, kind, threshold):
+    z = rng.normal(size=(9, 3)).astype(np.float32)
+    z[0] = 0.4
+    sae = dense.DenseSAE(*"EeDd", k=1, activation=kind,
+                         threshold=None if threshold is None else jnp.asarray(threshold, jnp.float32))  # fmt: skip
+    found = dense.select(sae, jnp.asarray(z), jnp.asarray(2), lambda tree: tree)
+    np.testing.assert_array_equal(found, np.where(z > np.float32(threshold or 0), np.maximum(z, 0), 0))
 
 
 @pytest.mark.parametrize("target", [0.5, 3.0])
@@ -116,6 +244,13 @@ def test_the_bar_is_the_one_that_a_sort_finds(seed, count, exact):
         assert jax.jit(batch_topk.bar)(jnp.asarray(z), jnp.asarray(count)) == expected
 
 
+@pytest.mark.parametrize(("z", "count", "expected"), [
+    ([[-1, 0.7], [0, -3]], 3, 0.7), ([[0, 0], [0, 2]], 2, 2), ([[3, 0, 0, 1]], 3, 1), ([[0, -1]], 1, 0),
+])  # fmt: skip
+def test_where_fewer_are_positive_than_the_budget_the_bar_is_the_least_of_them(z, count, expected):
+    assert batch_topk.bar(jnp.asarray(z, jnp.float32), jnp.asarray(count)) == np.float32(expected)
+
+
 def test_the_threshold_follows_the_least_activation():
     threshold, seen = jnp.asarray(-1.0), []
     for least in (0.0, 0.5, 0.7, 0.0, 0.2):
@@ -145,7 +280,7 @@ def test_a_run_counts_deaths_and_what_is_explained_as_numpy_does(run, name):
     assert final["l0"] == pytest.approx((acts > 0).sum() / len(acts), rel=2e-3)
     error = x - acts @ encoder.W_dec - encoder.b_dec
     assert final["fve"] == pytest.approx(1 - (error**2).sum() / ((x - x.mean(axis=0)) ** 2).sum(), abs=1e-4)
-    assert report["pathway"] == "selection"
+    assert (report["pathway"], report["k"]) == ("selection", K)  # of those that have one
 
 
 def test_training_keeps_the_budget_and_the_threshold_follows(rng):
@@ -336,6 +471,19 @@ def test_a_large_batch_has_the_same_bar(rng, seed, monkeypatch):
         assert found == positive[min(budget, len(positive)) - 1]
 
 
+@pytest.mark.parametrize(("shape", "more", "looked_at"), [
+    ((12, 200), {"a_token": 3}, [(12, 12), (12, 200)]),  # four times as many, and all where that was too few
+    ((10, 240), {"a_token": 15}, [(10, 60), (10, 240)]), ((10, 240), {"a_token": 16}, [(10, 240)]),  # a fourth of n
+    ((1, 2399), {"a_token": 3}, [(1, 2399)]), ((12, 200), {"a_token": 0}, [(12, 200)]), ((12, 200), {}, [(12, 200)]),
+])  # fmt: skip
+def test_of_a_large_batch_a_few_entries_of_each_token_are_looked_at(monkeypatch, shape, more, looked_at):
+    monkeypatch.setattr(batch_topk, "LARGE", 2400)
+    seen, nth_largest = [], batch_topk._nth_largest
+    monkeypatch.setattr(batch_topk, "_nth_largest", lambda z, *rest: seen.append(z.shape) or nth_largest(z, *rest))
+    jax.eval_shape(partial(batch_topk.bar, **more), jnp.zeros(shape), jnp.asarray(5))
+    assert seen == looked_at
+
+
 def test_rows_start_at_the_norm_that_was_asked_for():
     config = config_lib.members(configured(**{"sae.unit_decoder": False, "sae.init_norm": 0.1}))["relu"]
     static = step_lib.Static.of(config)
@@ -356,6 +504,21 @@ def test_balance_starts_where_nothing_fires():
     after, metrics = jax.jit(partial(step_lib.train_step, static=static))(state, jnp.ones((8, D)))
     assert metrics["l0"] == 0
     assert (np.asarray(after.beta) > 0).all()
+
+
+def test_where_nothing_fires_features_starve_as_if_one_did():
+    """T = 2 n / L0 tokens, with L0 at least 1."""
+    config = config_lib.members(configured())["jump"]
+    config.sae.balance = True
+    static = step_lib.Static.of(config)
+    state = step_lib.init_state(jax.random.key(0), static, step_lib.hyper(config), jnp.zeros(D))
+    silent = np.arange(N) * 4
+    state = state.replace(
+        sae=state.sae.replace(threshold=jnp.full(N, 1e3)), tokens_since_fired=jnp.asarray(silent, jnp.int32),
+        beta=jnp.full(N, 0.5),
+    )  # fmt: skip
+    after, _ = jax.jit(partial(step_lib.train_step, static=static))(state, jnp.ones((8, D)))
+    np.testing.assert_array_equal(np.asarray(after.beta) > 0.5, silent + 8 >= 2 * N)
 
 
 def test_an_sae_of_another_kind_is_not_taken_for_topk(run):

@@ -116,6 +116,25 @@ def test_it_is_gone_at_the_last_step():
     assert all(float(balance.fading(jnp.asarray(step), 1)) == 0 for step in range(1))
 
 
+@pytest.mark.parametrize(("steps", "last"), [(100, 20), (12, 2), (7, 1), (1, 1)])  # a fifth of the run, at least one
+def test_it_fades_linearly_over_the_last_fifth(steps, last):
+    shares = [float(balance.fading(jnp.asarray(step), steps)) for step in range(steps)]
+    np.testing.assert_allclose(shares, [min(1.0, (steps - 1 - step) / last) for step in range(steps)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("step", "share"), [(79, 1.0), (89, 0.5), (98, 0.05), (99, 0.0)])
+def test_a_step_chooses_by_the_share_of_beta_that_is_left(x64, step, share):
+    config = base({"sae.n_features": N, "sae.k": K, "sae.balance": True, "train.steps": 100, "data.signal": "gaussian",
+                   "auxk.preset": "none"})  # fmt: skip
+    static = step_lib.Static.of(config)
+    state = step_lib.init_state(jax.random.key(0), static, step_lib.hyper(config), jnp.zeros(D))
+    beta, x = jnp.arange(N) / 4.0, jax.random.normal(jax.random.key(1), (B, D))
+    state = state.replace(beta=beta, step=jnp.int32(step))
+    _, found = jax.jit(lambda s: step_lib.train_step(s, x, static=static))(state)
+    expected, _ = naive(state.sae, x, share * beta)
+    assert float(found["loss"]) == pytest.approx(float(expected) / B, rel=1e-9)
+
+
 def test_a_step_moves_beta_by_the_formula(x64):
     config = base({"sae.n_features": N, "sae.k": K, "sae.balance": True, "train.steps": 100, "data.signal": "gaussian",
                    "train.learning_rate": 1e-2, "train.warmup_steps": 4, "auxk.preset": "none"})  # fmt: skip

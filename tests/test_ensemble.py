@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from sae_jax import config as config_lib
 from sae_jax.activations import synthetic
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.death import Sightings
-from sae_jax.errors import Refused
+from sae_jax.errors import Refused, RunFailed
 from sae_jax.models.sources import open_source
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import Preprocessing
@@ -16,6 +18,7 @@ from sae_jax.runtime import devices as devices_lib
 from sae_jax.training import fates
 from sae_jax.training import run as run_lib
 from sae_jax.training import step as step_lib
+from sae_jax.training.ensemble import Ensemble
 
 
 @pytest.mark.usefixtures("x64")
@@ -114,6 +117,27 @@ def test_ledger_counts_births_deaths_and_revivals():
     np.testing.assert_allclose(cosine, [0, -1])
 
 
+def test_alignment_knows_no_length_and_is_nothing_where_there_is_no_mean():
+    rows, mu = np.array([[0.3, 0.4], [-0.05, 0.0], [0.0, 0.0]]), np.array([0.2, 0.0])
+    np.testing.assert_allclose(fates.alignment(rows, mu), [0.6, -1, 0], rtol=1e-6)
+    np.testing.assert_array_equal(fates.alignment(rows, np.zeros(2)), np.zeros(3))
+
+
+def test_a_table_of_fates_has_cosines_of_four_decimals():
+    found = fates.Ledger(np.array([0, 7]), np.array([[fates.ALIVE], [fates.BY_RELU]]))
+    (line,) = fates.rows("sae", found, np.array([0.123456]), np.array([-0.98765]), np.array([3]), np.array([0]), 50)
+    assert (line["mu_cosine_init"], line["mu_cosine_final"]) == (0.1235, -0.9877)
+    assert (line["init"], line["final"], line["born"], line["deaths"], line["revivals"]) == ("A", "R", 0, 1, 0)
+
+
+def test_the_first_value_that_is_not_finite_is_named(rng):
+    good, bad = rng.normal(size=(2, 6, 4))
+    bad[4, 1], bad[3, 2] = np.nan, -np.inf
+    source = SimpleNamespace(statistics=lambda: [good, bad, good])
+    with pytest.raises(RunFailed, match=r"step 0, statistics batch 1: .*\(row 3, dimension 2 is -inf\)"):
+        list(Ensemble._batches(SimpleNamespace(source=source)))
+
+
 def correlated(rng, n_tokens=4000, d=16):
     """Tokens with a mean, whose variances span two decades."""
     return rng.normal(size=(n_tokens, d)) * np.logspace(0, -1, d) @ rng.normal(size=(d, d)) + 3 * rng.normal(size=d)
@@ -133,11 +157,13 @@ def after_training(config, workdir, x):
 
 
 @pytest.mark.usefixtures("x64")
-def test_behind_whitening_an_sae_trains_as_on_whitened_activations_and_is_judged_on_x(tiny, tmp_path, rng):
+def test_behind_whitening_an_sae_trains_as_on_whitened_activations_and_is_judged_on_x(tiny, tmp_path, rng, capsys):
     x = correlated(rng)
     tiny.data.signal, tiny.members = "", ConfigDict({"one": {}, "two": {"seed": 1}})
     tiny.sae.whiten = True
     run, metrics, record = after_training(tiny, tmp_path / "whiten", x)
+    assert "whiten" not in capsys.readouterr().err  # it has kept all dimensions
+    assert not any(state.sae.b_dec.any() for state in run.ensemble.initial_states())
     before = run.ensemble._whitening()
     y = np.asarray(before(jnp.asarray(x * run.ensemble.scale)))
     np.testing.assert_allclose(np.cov(y.T), np.eye(16), atol=0.3)  # whitened by the training tokens alone

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +10,16 @@ from ml_collections import ConfigDict
 
 import sae_jax
 from sae_jax import cli
+from sae_jax import config as config_lib
+from sae_jax.autoencoder import topk
 from sae_jax.config import base
 from sae_jax.diagnosis import autopsy
 from sae_jax.errors import Refused
 from sae_jax.exchange import encoders
+from sae_jax.runtime import devices as devices_lib
 from sae_jax.runtime import memory
 from sae_jax.training import footprint
+from sae_jax.training import step as step_lib
 
 GIGABYTE = 10**9
 
@@ -176,3 +181,61 @@ def test_an_sae_that_is_too_large_to_examine_is_not_read(machine, tmp_path):
     (tmp_path / "cfg.json").write_text("{}")
     with pytest.raises(Refused, match="at most about 2.0 GB"):
         sae_jax.load(str(tmp_path))
+
+
+def needed(groups, d, laid, batch, held_out, in_dispatch, least):
+    """Bytes, by the words of the module: `groups` are (members, n, whether activations are dense)."""
+    weights = [4 * members * (d * n + n + n * d) for members, n, _ in groups]  # W_enc, b_enc, W_dec
+    rows = [batch / laid.batch_parts, held_out / laid.batch_parts]
+    pieces = [r / min(16, r // 128) if laid.is_host and least * d >= 2**20 and r >= 128 else r for r in rows]
+    scores = [(9 * max(rows) if dense else 3 * max(pieces)) * 4 * members * n for members, n, dense in groups]
+    trained = (3 * sum(weights) + max(weights)) * laid.copies / laid.parts + max(scores) / laid.parts
+    trained += 4 * d * (batch * (10 + in_dispatch) + held_out) / laid.batch_parts
+    at_the_end = 2 * 3 * sum(weights) * laid.copies / laid.parts
+    if laid.is_host:
+        trained += 3 * sum(weights) / laid.parts
+        at_the_end += 5000 * sum(members * n for members, n, _ in groups)
+    return max(trained, at_the_end)
+
+
+HOST, ACCELERATORS = devices_lib.Memories(True, 2, 3, 1), devices_lib.Memories(False, 1, 2, 4)
+
+
+@pytest.mark.parametrize("laid", [HOST, ACCELERATORS])
+@pytest.mark.parametrize(("batch", "held_out"), [(2000, 100), (100, 3000), (4, 4)])
+@pytest.mark.parametrize(("members", "groups"), [
+    ({"a": {}, "b": {"seed": 1}, "relu": {"sae": {"activation": "relu", "k": 0, "n_features": 1024},
+      "sparsity": {"preset": "saelens"}}, "nested": {"sae": {"n_features": 2048, "groups": "64,2048"}}},
+     [(1, 4096, False), (1, 4096, False), (1, 1024, True), (1, 2048, True)]),
+    ({"a": {}, "small": {"sae": {"n_features": 512}}}, [(1, 4096, False), (1, 512, False)]),
+    ({"a": {"sae": {"n_features": 512}}, "b": {"sae": {"n_features": 512}, "seed": 1}}, [(2, 512, False)]),
+])  # fmt: skip
+def test_every_byte_is_accounted_for_however_a_run_is_laid(monkeypatch, laid, batch, held_out, members, groups):
+    config = base({"sae.n_features": 4096, "sae.k": 8, "train.batch_size": batch, "eval.batch_size": held_out,
+                   "train.steps_per_dispatch": 3, "data.signal": "gaussian"})  # fmt: skip
+    config.members = ConfigDict(members)
+    said = []
+    monkeypatch.setattr(memory, "check", lambda *given: said.extend(given))
+    devices = SimpleNamespace(memories=lambda: laid)
+    footprint.check(step_lib.group_members(config_lib.members(config), 256), 256, config, devices)
+    what, features, tokens, evaluated = said
+    assert f"of {len(members)} SAEs of width 256" in what
+    largest = max(n for _, n, _ in groups)
+    assert [(choice.field, choice.value) for choice in said[1:]] == [
+        ("sae.n_features", largest), ("train.batch_size", batch), ("eval.batch_size", held_out)
+    ]  # fmt: skip
+    for n in (largest, largest // 2):  # the others in proportion
+        own = [(count, m * n / largest, dense) for count, m, dense in groups]
+        assert features.need(n) == pytest.approx(needed(own, 256, laid, batch, held_out, 3, n), rel=1e-12)
+    for rows in (batch, 7):
+        assert tokens.need(rows) == pytest.approx(needed(groups, 256, laid, rows, held_out, 3, largest), rel=1e-12)
+    for rows in (held_out, 5000):
+        assert evaluated.need(rows) == pytest.approx(needed(groups, 256, laid, batch, rows, 3, largest), rel=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "together"), [
+    (100, 100), (128, 128), (300, 150), (1000, 1000 / 7), (2048, 128), (40_000, 2500), (0.5, 0.5)
+])  # fmt: skip
+def test_large_saes_take_the_rows_of_a_batch_in_up_to_sixteen_pieces_of_at_least_128(rows, together):
+    assert topk.rows_at_a_time(rows, 4096, 256) == together
+    assert topk.rows_at_a_time(rows, 4096, 255) == rows

@@ -47,6 +47,20 @@ def test_an_update_is_that_of_optax_whole_or_in_blocks_of_rows(monkeypatch, n, b
     np.testing.assert_allclose(norm, np.sqrt(square), rtol=1e-11)
 
 
+@pytest.mark.usefixtures("x64")
+def test_a_gradient_as_small_as_epsilon_moves_half_as_far():
+    """Of the first step: rate · g / (|g| + 1e-8)."""
+    sae = sae_lib.init(jax.random.key(0), 8, 3, jnp.zeros(5))
+    small = np.array([1e-8, -1e-8, 3e-8, 1e-6, 0.0])
+    grads = jax.tree.map(jnp.zeros_like, sae).replace(b_dec=jnp.asarray(small))
+    after, _, norm = jax.jit(lambda s, g: optimizer.update(
+        s, optimizer.init(s), g, count=jnp.int32(1), rate=jnp.asarray(RATE), betas=BETAS, clip_norm=CLIP,
+        unit_decoder=False,
+    ))(sae, grads)  # fmt: skip
+    np.testing.assert_allclose(after.b_dec, -RATE * small / (np.abs(small) + 1e-8), rtol=1e-9)
+    assert norm == pytest.approx(np.linalg.norm(small), rel=1e-9)
+
+
 @pytest.mark.parametrize(("warmup", "decay"), [(0, 0.2), (10, 0.5), (90, 0.5), (0, 0.0), (100, 1.0)])
 def test_the_learning_rate_rises_stays_and_ends_near_zero(warmup, decay):
     static = step_lib.Static.of(base({"train.steps": 100, "train.warmup_steps": warmup, "train.decay_fraction": decay,

@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import sae_jax
+from sae_jax.autoencoder import kept, topk
 from sae_jax.config import base, members
 from sae_jax.errors import Refused
 from sae_jax.runtime import checkpoint
@@ -45,6 +46,24 @@ def plain(state, static, n=5):
     for x in batches(n):
         state, metrics = step(state, x)
     return jax.device_get((state, metrics))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.two_devices
+def test_shards_of_a_large_sae_are_one(monkeypatch):
+    """Compressed rows on each device, tokens in pieces, and AuxK of as many features as all devices have."""
+    monkeypatch.setattr(kept, "LARGE", 1)
+    monkeypatch.setattr(topk, "CHUNK", 4)
+    assert kept.form(2, 64, D) == "compressed"
+    config = base({"sae.n_features": 128, "sae.k": 2, "data.signal": "gaussian", "auxk.preset": "openai"})
+    static = step_lib.Static.of(config)
+    state = step_lib.init_group([config], jnp.zeros((1, D)))
+    state = state.replace(tokens_since_fired=jnp.where(jnp.arange(128) % 5 < 4, 2**30, 0)[None])
+    expected = plain(state, static, n=1)
+    mesh = devices_lib.make_mesh(jax.devices(), feature=2)
+    step = devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state)
+    found = step(jax.device_put(state, devices_lib.layout(mesh, state)), batches(1)[0])
+    assert_equal(jax.device_get(found), expected)
 
 
 @pytest.mark.parametrize("axes", [{"data": 2}, {"feature": 2}, {"member": 2}])

@@ -20,6 +20,8 @@ from sae_jax import config as config_lib
 from sae_jax.errors import Refused
 from sae_jax.reports import boards, tables
 from sae_jax.runtime import progress
+from sae_jax.training import step as step_lib
+from sae_jax.training import watching
 
 ROOT = Path(__file__).parents[1]
 SINGLE, DEFAULT = (f"--config={ROOT}/configs/{name}.py" for name in ("single", "default"))
@@ -340,6 +342,53 @@ def test_a_key_that_a_run_did_not_have_counts_as_its_default(tiny, tmp_path):
     assert config_lib.changed(tiny, held, "") == ("data.norm", "none", "unit")
     assert config_lib.changed(tiny, {**held, "gone": 1, "data.norm": "unit"}, "") == ("gone", 1, None)
     assert config_lib.changed(tiny, {**held, "data.norm": "unit", "data.model.cache": "x"}, "") is None
+
+
+class Recorded(list):
+    """A board that remembers."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def scalars(self, step, values):
+        self.append((step, values))
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(40, [4, 5, 6, 7]), (999, [4, 5, 6, 7]), (2500, [5, 7]), (4000, [5])])
+def test_boards_get_about_a_thousand_of_the_steps_each_with_its_own_numbers(tiny, tmp_path, monkeypatch, steps, shown):
+    board, lines = Recorded(), []
+    monkeypatch.setattr(boards, "opened", lambda *_: [board])
+    tiny.train.steps, tiny.auxk.dead_after_tokens = steps, 7 * 32
+    groups = step_lib.group_members(config_lib.members(tiny), 16)
+    loss = np.array([[3, 30], [4, 40], [5, 50], [6, 60], [0, 0]]) / 4  # of steps 4 to 7, and what nobody looks at
+    metrics = [{"loss": loss, "dead": np.full((5, 2), 0.25), "fve": np.zeros((5, 2))}]
+    with watching.Watch(tiny, str(tmp_path), groups, 3) as watch:
+        monkeypatch.setattr(watch._shown, "update", lambda count, text: lines.append((count, text(2.0))))
+        watch.steps(3, 4, metrics)
+        watch.steps(3, 3, metrics)
+    assert [step for step, _ in board][: len(shown)] == shown
+    for step, values in board[: len(shown)]:
+        assert [values[name]["loss"] for name in ("baseline", "centred")] == [(step - 1) / 4, 10 * (step - 1) / 4]
+    (count, whole), (_, shorter) = lines
+    assert count == 4
+    assert whole.startswith("64 tokens/s; ")
+    assert "loss 1.5" in whole
+    assert "25" in whole  # 7 · 32 tokens: what was silent all along is dead
+    assert "loss 1.25" in shorter
+    assert "25 %" not in shorter
+
+
+@pytest.mark.two_devices
+def test_all_the_tokens_that_there_are_may_be_one_batch(tiny, tmp_path, rng):
+    """What is refused then is what is looked at next."""
+    np.save(tmp_path / "x.npy", rng.normal(size=(50, 16)).astype(np.float32))
+    tiny.data.signal, tiny.data.path, tiny.train.batch_size = "", str(tmp_path / "x.npy"), 40
+    tiny.train.devices, tiny.train.mesh, tiny.members = 2, "member=2", ConfigDict()
+    with pytest.raises(Refused, match="train.mesh = 'member=2'"):
+        sae_jax.train(tiny, str(tmp_path / "w"))
 
 
 def test_a_batch_that_is_larger_than_the_data_is_refused_with_the_numbers(tiny, tmp_path, rng):

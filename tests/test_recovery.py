@@ -50,6 +50,10 @@ def f1_by_counting(values, indices, largest, instances, threshold, feature, conc
     return 2 * precision * recall / (precision + recall) if precision + recall else 0
 
 
+def test_thresholds_are_those_of_interplm():
+    assert recovery.THRESHOLDS == (0, 0.15, 0.5, 0.6, 0.8)
+
+
 def annotated(rng, n_tokens=120, n=9, k=3):
     """Feature 0 is dead and feature 1 kept at 0; a concept of runs, one of single tokens, one that is nowhere."""
     scores = rng.random((n_tokens, n)) * rng.random(n)

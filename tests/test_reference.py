@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 
 import sae_jax
 from sae_jax import config as config_lib
-from sae_jax.autoencoder import death, kept
+from sae_jax.autoencoder import death, dense, kept
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.runtime import checkpoint
+from sae_jax.runtime import devices as devices_lib
 from sae_jax.training import evaluation
 from sae_jax.training import step as step_lib
 
@@ -109,6 +110,15 @@ def test_steps_of_a_large_sae_are_those_of_the_reference(rng):
     assert_alike(config, state, known, [s * rng.normal(size=(256, d)) for s in (0.5, 2.0)])
 
 
+@pytest.mark.usefixtures("x64")
+def test_one_dead_feature_is_enough_for_auxk(rng):
+    config, silent = configured("dictionary_learning"), np.where(np.arange(700) == 3, 40, 0)
+    state, known = beginnings(rng, config, 6, silent)
+    known.parameters["b_enc"][3] = 1.0  # positive on tokens, and not among the k
+    state = state.replace(sae=state.sae.replace(b_enc=jnp.asarray(known.parameters["b_enc"])))
+    assert_alike(config, state, known, [0.1 * rng.normal(size=(8, 6))])
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +139,26 @@ def test_kept_entries_are_sorted_and_summed_right_where_one_key_would_not_hold_t
     sums = np.zeros((n, d))
     np.add.at(sums, indices.ravel(), (values[:, :, None] * tokens[:, None]).reshape(-1, d))
     np.testing.assert_array_equal(found, sums)
+
+
+@pytest.mark.parametrize(("k", "n", "d", "cpu", "gpu"), [
+    (128, 4096, 256, "compressed", "sorted"), (129, 4096, 256, "dense", "sorted"),  # one in 32
+    (128, 4096, 255, "rows", "sorted"), (256, 4096, 256, "dense", "sorted"),  # 2^20 entries
+    (257, 4096, 256, "dense", "dense"), (4, 128, 6, "rows", "sorted"), (5, 128, 6, "dense", "sorted"),  # one in 16
+])  # fmt: skip
+def test_products_take_the_form_that_was_cheapest_where_it_was_measured(k, n, d, cpu, gpu):
+    assert (kept.form(k, n, d), kept.form_on_gpu(k, n)) == (cpu, gpu)
+    assert kept.is_large(n, d) == (n * d >= 1_048_576)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 16, 17, 33])  # positions of one bit more or less
+def test_any_number_of_kept_entries_is_sorted(rng, count):
+    features = rng.integers(6, size=count).astype(np.int32)
+    features[-1] = 1
+    ordered, order = kept._sorted(jnp.asarray(features), 6)
+    expected = np.argsort(features, kind="stable")
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(ordered, features[expected])
 
 
 def test_counters_go_on_past_ten_million_and_stop_at_the_largest_integer():
@@ -161,6 +191,20 @@ def test_a_zero_token_revives_nobody(rng):
     assert not np.asarray(codes.values)[7].any()
 
 
+def test_where_all_that_is_positive_fires_a_zero_token_counts_for_nothing_either(rng):
+    W, x = rng.normal(size=(12, 4)) / 20, rng.normal(size=(30, 4)).astype(np.float32)
+    W[:5, 0], x[:, 0] = -1, 1 + np.abs(x[:, 0])
+    x[7], valid = 0, np.arange(30) < 28
+    x[28:] = [-9, 0, 0, 0]
+    sae = dense.of(untrained(12, 4, W), "relu", 0.0)
+    seen, acts = death.sight(sae, jnp.asarray(x), jnp.asarray(valid))
+    z = (x @ W.T)[:28]
+    np.testing.assert_array_equal(seen.positive, (z > 0).any(axis=0))
+    np.testing.assert_array_equal(seen.n_fired, (z > 0).sum(axis=0))
+    np.testing.assert_allclose(acts[:28], np.maximum(z, 0), atol=1e-6)
+    assert not np.asarray(seen.positive)[:5].any()
+
+
 def test_the_figure_of_shifts_leaves_padding_out(rng):
     W, x = rng.normal(size=(12, 4)), rng.normal(size=(50, 4)).astype(np.float32)
     W[:3, 0], x[:, 0] = -9, np.abs(x[:, 0]) + 1
@@ -184,6 +228,104 @@ def test_the_curve_of_deaths_has_a_point_where_the_tokens_have_doubled_and_one_a
         curve.add(n_tokens, seen)
     curve.add(95, seen, last=True)
     assert curve.points == [[12, 0.5, 1.0], [20, 0.5, 1.0], [90, 0.5, 1.0], [95, 0.5, 1.0]]
+    even = evaluation.DeathCurve(first=10)
+    for n_tokens in range(5, 90, 5):
+        even.add(n_tokens, seen)
+    assert [tokens for tokens, *_ in even.points] == [10, 20, 40, 80]
+
+
+def evaluated(x, W, padded, **points):
+    """Held-out metrics of two members in float64: in batches of 32, each with four rows of padding."""
+    groups = (jax.tree.map(lambda *a: jnp.stack(a), *(untrained(12, 4, w).replace(b_dec=b) for w, b in W)),)
+    valid = np.arange(32) % 8 != 3
+    batches = []
+    for part in np.array_split(x, len(x) // valid.sum()):
+        rows = np.full((32, 4), padded)
+        rows[valid] = part
+        batches.append((rows, valid))
+    run = jax.jit(lambda groups, x, valid: evaluation.evaluate_batch(
+        groups, x, valid, jnp.full(4, 5.0), lambda tree: tree, ordinary_shift=jnp.full(4, 2.0), **points
+    ))  # fmt: skip
+    moved = np.array([np.zeros(4), [1.0, -2.0, 0.5, 3.0]])
+    return evaluation.evaluate(run, groups, iter(batches), len(x), np.full(4, 5.0), [moved])[0], moved
+
+
+def test_held_out_metrics_are_those_of_numpy_with_padding_and_giants(rng, x64):
+    x = rng.normal(size=(84, 4)) + 3.0
+    x[[5, 40, 83]] *= [[40.0], [-70.0], [55.0]]
+    W = [(rng.normal(size=(12, 4)).astype(np.float32), rng.normal(size=4)) for _ in range(2)]
+    W[0][0][:4] = -np.abs(W[0][0][:4])  # on one giant alone
+    found, moved = evaluated(x, W, padded=-30.0, giant_norm=60.0)
+    ordinary = np.linalg.norm(x, axis=1) <= 60
+    assert ordinary.sum() == 81
+    about_mean = lambda rows: np.sum((rows - rows.mean(axis=0)) ** 2)  # noqa: E731
+    for member, (W_enc, b_dec), by in zip(found, W, moved, strict=True):
+        z = (x - b_dec) @ W_enc.T
+        codes = np.where(z >= np.sort(z, axis=1)[:, -3:-2], np.maximum(z, 0), 0)
+        decoder = np.asarray(untrained(12, 4, W_enc).W_dec, np.float64)
+        error = np.sum((x - codes @ decoder - b_dec) ** 2, axis=1)
+        fired = (codes > 0).sum(axis=0)
+        expected = {
+            "dead_by_relu": np.mean((z <= 0).all(axis=0)), "dead_total": np.mean(fired == 0),
+            "dead_by_topk": np.mean((z > 0).any(axis=0) & (fired == 0)), "fired_once": np.mean(fired == 1),
+            "fve": 1 - error.sum() / about_mean(x), "n_giant_tokens": 3, "l0": fired.sum() / 84,
+            "fve_without_giants": 1 - error[ordinary].sum() / about_mean(x[ordinary]),
+            "fve_about_zero": 1 - error.sum() / np.sum((x + by) ** 2),
+        }  # fmt: skip
+        for key, value in expected.items():
+            assert member[key] == pytest.approx(value, rel=1e-9), key
+        np.testing.assert_array_equal(member["seen"].n_fired, fired)
+        assert member["dead_over_tokens"] == [[84, expected["dead_by_relu"], expected["dead_total"]]]
+
+
+def test_where_all_tokens_are_giants_nothing_is_left_to_explain(rng, x64):
+    x, W = rng.normal(size=(56, 4)), rng.normal(size=(12, 4)).astype(np.float32)
+    for giant_norm, giants in ((0.0, 56), (float("inf"), 0)):
+        for member in evaluated(x, [(W, jnp.zeros(4))] * 2, padded=0.0, giant_norm=giant_norm)[0]:
+            assert member["n_giant_tokens"] == giants
+            assert member["fve_without_giants"] == (None if giants else member["fve"])
+
+
+def test_a_pre_activation_that_never_changes_has_no_spread(rng):
+    W = rng.normal(size=(12, 4)) / 100
+    W[3] = 0
+    sae = untrained(12, 4, W).replace(b_enc=jnp.full(12, 0.3))
+    x, group = rng.normal(size=(50, 4)).astype(np.float32), jax.tree.map(lambda a: a[None], sae)
+    run = jax.jit(lambda *given: evaluation.shift_batch(*given, allsum=lambda tree: tree))
+    ((found,),) = evaluation.shifts(run, (group,), iter([(x, np.ones(50, bool))]), 50)
+    np.testing.assert_allclose(found.std, (x @ W.T).std(axis=0), atol=1e-3)
+    np.testing.assert_allclose(found.mean, 0.3 + (x @ W.T).mean(axis=0), rtol=1e-5)
+
+
+@pytest.mark.two_devices
+def test_shifts_and_deaths_of_features_on_two_devices_are_those_on_one(rng):
+    W, x = rng.normal(size=(128, 4)), rng.normal(size=(40, 4)).astype(np.float32)
+    W[:9, 0], x[:, 0] = -9, np.abs(x[:, 0]) + 1
+    group, valid = jax.tree.map(lambda a: a[None], untrained(128, 4, W)), np.arange(40) < 33
+    x[33:] = -50
+    found = []
+    for devices in (devices_lib.Devices(1), devices_lib.Devices(2, feature=2)):
+        run = devices.compile(
+            lambda allsum, _, groups, x, valid, shards=devices.shards: evaluation.shift_batch(
+                groups, x, valid, allsum, shards
+            ), split=(None, 0, 0), out=lambda *_: sae_lib.FEATURES,
+        )  # fmt: skip
+        found += evaluation.shifts(run, (group,), iter([(x, valid)]), 33)
+    for one, two in zip(*(shift[:-1] for (shift,) in found), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert found[0][0].dead_by_relu[:9].all()
+    assert found[0][0].dead_by_topk.any()
+
+
+@pytest.mark.parametrize(("b", "error", "projection", "cosine"), [
+    ((3, 4), 13**0.5 / 2, 2.0, 0.8), ((0.06, -0.08), 4.3300**0.5 / 2, -0.04, -0.8), ((0, 2), 0.0, 1.0, 1.0),
+    ((0, 0), 1.0, 0.0, None),
+])  # fmt: skip
+def test_how_far_a_bias_has_come_is_told_by_length_and_direction(b, error, projection, cosine):
+    found = evaluation.bias_state(np.array(b, float), np.array([0.0, 2.0]))
+    assert found["bias_relative_error"] == pytest.approx(error, rel=1e-4)
+    assert found["bias_projection"] == pytest.approx(projection)
+    assert found["bias_cosine"] == (None if cosine is None else pytest.approx(cosine))
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0])
@@ -203,6 +345,7 @@ def test_what_is_explained_does_not_hang_on_the_point_that_sums_are_taken_about(
 def test_where_nothing_varies_nothing_is_explained():
     assert evaluation.explained(1.0, 0.0) is None
     assert evaluation.explained(1.0, 4.0) == 0.75
+    assert evaluation.explained(0.1, 0.4) == 0.75
 
 
 def test_the_interval_of_a_firing_rate_is_the_exact_one():

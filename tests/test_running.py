@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from sae_jax.models.sources import open_source
 from sae_jax.reports import figures, page
 from sae_jax.runtime import checkpoint
 from sae_jax.runtime import devices as devices_lib
+from sae_jax.training import evaluation
 from sae_jax.training import run as run_lib
 from sae_jax.training import step as step_lib
 
@@ -70,14 +72,15 @@ def test_a_run_leaves_its_report_figures_history_and_table(tiny, tmp_path):
 
 @pytest.mark.drawn
 def test_of_many_members_the_first_are_drawn(tiny, tmp_path, monkeypatch):
-    """In every picture; landscapes are of 200 tokens."""
-    seen = {}
+    """In every picture; landscapes are of 200 tokens, and shifts of the first batches."""
+    seen, counted, narrow = {}, [], []
 
     def watched(name, names):
         given = getattr(figures, name)
 
         def draw(*args, **more):
             seen[name] = names(args[0])
+            narrow.append((name, more.get("narrow", False)))
             return given(*args, **more)
 
         monkeypatch.setattr(figures, name, draw)
@@ -85,14 +88,18 @@ def test_of_many_members_the_first_are_drawn(tiny, tmp_path, monkeypatch):
     for name in ("deaths", "bias_convergence", "curves"):
         watched(name, lambda history: [list(entry["members"]) for entry in history])
     watched("comparison", lambda members: [member["name"] for member in members])
-    watched("shifts", list)
+    watched("shifts", lambda shifts: counted.extend(shifts.values()) or list(shifts))
     watched("landscape", len)
     monkeypatch.setattr(page, "DRAWN", 1)
+    monkeypatch.setattr(evaluation, "SHIFT_BATCHES", 2)  # of 200 tokens, where three are held out
     tiny.train.steps = 10
     sae_jax.train(tiny, str(tmp_path))
+    of_two = {(when, shift.n_tokens) for pairs in counted for when, shift in pairs}
+    assert of_two == {("at init", 400), ("step 10", 400)}
     for name in ("deaths", "bias_convergence", "curves"):
         assert seen.pop(name) == [["baseline"]] * 2
     assert seen == {"comparison": ["baseline"], "shifts": ["baseline"], "landscape": 200}
+    assert len(narrow) == len(set(narrow)) == 12  # for a wide page, and for a narrow one
 
 
 def test_no_steps_is_an_evaluation_at_init(tiny, tmp_path):
@@ -238,6 +245,48 @@ def test_members_side_by_side_equal_each_alone(tiny, tmp_path):
     frozen = states[0].sae.b_dec[1]
     assert not frozen.any()
     assert states[0].sae.b_dec[0].any()
+
+
+def test_a_run_begins_with_the_first_batch(tiny, tmp_path):
+    run = run_lib.Run(tiny, str(tmp_path), devices_lib.Devices(1), open_source(tiny))
+    given = np.asarray(run._next_inputs(3))
+    run.data.close()
+    run.checkpoints.close()
+    expected = open_source(tiny).train(0)
+    assert len(given) == 4  # as many as a dispatch takes
+    np.testing.assert_array_equal(given[:3], [np.asarray(next(expected)) for _ in range(3)])
+    expected.close()
+    assert run.step == 0
+
+
+@pytest.mark.parametrize("what", ["W_dec", "b_dec"])
+def test_what_no_longer_reconstructs_anything_finite_is_named(tiny, tmp_path, what):
+    run = run_lib.Run(tiny, str(tmp_path), devices_lib.Devices(1), open_source(tiny))
+    (state,) = run.states
+    wrong = getattr(state.sae, what).at[1].set(np.nan)
+    run.states = (state.replace(sae=state.sae.replace(**{what: wrong})),)
+    with pytest.raises(RunFailed, match="step 0, centred no longer reconstructs anything finite"):
+        run._record()
+    run.data.close()
+    run.checkpoints.close()
+
+
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+def test_a_step_that_is_not_finite_is_named_with_its_members_and_what_was_not_computed_is_not_looked_at(what):
+    groups = [SimpleNamespace(names=["a", "b"]), SimpleNamespace(names=["c"])]
+    metrics = [{key: np.ones((6, len(group.names))) for key in ("loss", "grad_norm")} for group in groups]
+    metrics[0][what][5], metrics[1][what][4] = np.nan, np.inf
+    run, shown = SimpleNamespace(groups=groups, _failure=lambda *found: RunFailed(str(found))), []
+    watch = SimpleNamespace(steps=lambda *given: shown.append(given[:2]))
+    run_lib.Run._settle(run, (20, 4, metrics), watch)
+    assert shown == [(20, 4)]
+    metrics[0][what][2, 1] = np.nan
+    with pytest.raises(RunFailed, match=r"\(22, \['b'\]\)"):
+        run_lib.Run._settle(run, (20, 4, metrics), watch)
+    metrics[1][what][1] = -np.inf
+    with pytest.raises(RunFailed, match=r"\(21, \['c'\]\)"):
+        run_lib.Run._settle(run, (20, 4, metrics), watch)
+    assert shown == [(20, 4)]
 
 
 # -- one device, several devices ---------------------------------------------------------------------------------------

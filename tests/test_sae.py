@@ -185,7 +185,7 @@ def assert_slopes(fn, grads, sae, rng, step=1e-6):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("n_dead", [0, 2, 15])
+@pytest.mark.parametrize("n_dead", [0, 1, 2, 15])
 def test_loss_and_gradients_agree_with_the_naive_formula_and_finite_differences(rng, preset, n_dead):
     sae, x = a_sae(rng), jnp.asarray(rng.normal(size=(10, 6)) + 1)
     dead = jnp.arange(24) < n_dead
@@ -258,6 +258,27 @@ def test_one_dimension_and_a_batch_of_equal_tokens_stay_finite(rng, preset):
         alike = jnp.tile(jnp.asarray(rng.normal(size=6).astype(np.float32)), (3, 1))
         value, _ = grad(a_sae(rng, k=3, dtype=np.float32), alike)
         assert 0 < value < 10_000
+
+
+@pytest.mark.parametrize("preset", ["openai", "dictionary_learning"])  # which divide by the variance of the error
+@pytest.mark.parametrize("scale", [1, 1e3])
+def test_of_tokens_that_are_all_alike_auxk_explains_nothing(rng, preset, scale):
+    sae, dead = a_sae(rng, k=3, dtype=np.float32), jnp.arange(24) < 15
+    x = jnp.tile(jnp.asarray(scale * rng.normal(size=6), jnp.float32), (7, 1))
+    loss = jax.jit(jax.value_and_grad(lambda s, w: objective.loss(s, x, dead, w, preset=preset)[0]))
+    without, with_it = (loss(sae, jnp.asarray(w)) for w in (0.0, 1.0))
+    jax.tree.map(np.testing.assert_array_equal, with_it, without)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(with_it))
+
+
+def test_tokens_on_which_nothing_is_positive_train_no_feature(rng):
+    """ReLU does not let a pre-activation of exactly 0 through, nor its gradient."""
+    sae, silent = a_sae(rng, dtype=np.float32), jnp.arange(24) < 12
+    sae = sae.replace(W_enc=jnp.where(silent[:, None], 0.0, sae.W_enc), b_enc=jnp.where(silent, 0.0, -100.0))
+    x = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
+    grads = jax.jit(jax.grad(lambda s: sae_lib.square_error(s, x)[0]))(sae)
+    assert not any(getattr(grads, name).any() for name in ("W_enc", "b_enc", "W_dec"))
+    assert grads.b_dec.all()
 
 
 @pytest.mark.parametrize("preset", PRESETS[1:])
@@ -336,6 +357,17 @@ def test_in_pieces_everything_is_as_at_once(rng, monkeypatch):
     monkeypatch.setattr(jnp, "array_split", lambda a, n: pieces.append(n) or split(a, n))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), look(), expected)
     assert set(pieces) == {6}
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 9, 17])
+def test_a_large_sae_takes_few_tokens_too(rng, monkeypatch, n_tokens):
+    monkeypatch.setattr(kept, "LARGE", 1)
+    monkeypatch.setattr(topk, "CHUNK", 8)
+    sae, x = a_sae(rng, n=40, d=5, k=3, dtype=np.float32), rng.normal(size=(n_tokens, 5)).astype(np.float32)
+    codes = sae_lib.encode(sae, x)
+    dense = np.zeros((n_tokens, 40))
+    np.put_along_axis(dense, np.asarray(codes.indices), np.asarray(codes.values), axis=1)
+    np.testing.assert_allclose(dense, numpy_codes(sae, x), atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
