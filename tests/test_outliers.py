@@ -97,6 +97,17 @@ def test_geometric_median_leaves_a_token_it_starts_on(start):
     assert np.linalg.norm(x - got, axis=1).sum() == pytest.approx(best, rel=1e-4)
 
 
+def test_the_first_step_from_tokens_is_shorter_by_their_pull():
+    """Two tokens lie where it starts: of Weiszfeld's step of the others 1 − 2 / ‖R‖ is taken (Vardi and Zhang)."""
+    x = np.asarray([[1.0, 1.0]] * 2 + [[2.0, 1.0], [1.0, 4.0], [3.0, 5.0], [5.0, 1.0]])
+    away = x[2:] - 1
+    distance = np.linalg.norm(away, axis=1)
+    pull = (away / distance[:, None]).sum(axis=0)
+    step = (1 - 2 / np.linalg.norm(pull)) * pull / np.sum(1 / distance)
+    got = moments_lib.geometric_median(lambda: [x[:3], x[3:]], x[0], max_iterations=1)
+    np.testing.assert_allclose(got, 1 + step, rtol=1e-12)
+
+
 def test_geometric_median_stays_on_a_token_that_is_it():
     x = np.asarray([[0.0, 0.0]] * 5 + [[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
     np.testing.assert_array_equal(moments_lib.geometric_median(lambda: [x], x[0]), [0, 0])
@@ -175,7 +186,9 @@ def test_layer_norm_and_directions_of_short_tokens_and_long(size):
 def test_gamma_of_short_tokens_is_that_of_long_ones(rng, factor):
     x = rng.normal(size=(200, 5)) + 2
     gamma = np.linalg.norm(x.mean(axis=0)) / np.linalg.norm(x.std(axis=0))
-    assert moments_lib.moments(factor * x).gamma == pytest.approx(gamma, rel=1e-9)
+    found = moments_lib.moments(factor * x)
+    assert found.gamma == pytest.approx(gamma, rel=1e-9)
+    np.testing.assert_allclose(found.axis, x.mean(axis=0) / np.linalg.norm(x.mean(axis=0)), rtol=1e-9)
 
 
 def test_covariances_are_there_where_they_were_asked_for(rng):
