@@ -455,7 +455,7 @@ def test_tokens_that_float32_cannot_square_are_brought_near_one(largest, power):
 
 
 def test_what_the_first_pass_counts(rng):
-    x = np.float32(rng.normal(size=(600, 4))) / 8
+    x = np.float32(rng.normal(size=(600, 4))) / 64
     x[[3, 400, 401]] = 0
     x[:2, 1] = 0  # not zero in every dimension
     tokens = sources.Tokens(lambda: iter(np.split(x, [250, 500])), 4, {}, given=True)
@@ -467,6 +467,13 @@ def test_what_the_first_pass_counts(rng):
     x[7] *= 12 * np.median(norms) / norms[7]
     assert survey.first_pass(tokens)[2].any_giant
     assert survey.first_pass(tokens, of_directions=False)[0].directions.scatter is None
+
+
+def test_a_dimension_is_still_where_only_rounding_moves_it():
+    """By a millionth of a millionth of its mean."""
+    mean, sigma = np.array([1e6, 1e6, 0.0, -1e-6, -4.0]), np.array([0.9e-6, 1.5e-6, 0.0, 1e-10, 0.0])
+    found = survey.moments_lib.Moments(100, mean, 100 * sigma**2)
+    assert survey.constant(survey.moments_lib.Severity(found, found, found)).tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize(("n_tokens", "d_model", "said"), [

@@ -99,7 +99,7 @@ def test_directions_under_a_millionth_of_the_largest_variance_are_left_out():
     assert before.width == 3
     whole = spectrum(4.0, 1e-7, 1e-10, 4e-14)
     assert preprocess.whitening(whole).width == 1
-    ordinary = preprocess.whitening(whole, ordinary=spectrum(1e-7, 1e-7, 1e-10, 4e-14))
+    ordinary = preprocess.whitening(whole, ordinary=spectrum(1e-9, 1e-9, 1e-10, 4e-14))
     assert ordinary.width == 3  # the fourth is what rounding leaves beside the largest of all
 
 

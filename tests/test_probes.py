@@ -101,10 +101,13 @@ def test_a_probe_that_is_never_above_zero_or_under_the_bar_is_dead(selection, at
     assert found.deaths(64, 8) == {"dead_by_relu": 0.4, "dead_total": pytest.approx(dead)}
 
 
-def test_an_odd_probe_has_no_neighbour_and_is_counted_all_the_same():
-    best = np.where(np.arange(9) % 4 < 2, 9.0, -1.0)  # 2 alive, 2 dead, and so on; the ninth is alive
+@pytest.mark.parametrize(("dead_probes", "differ"), [([2, 3, 6, 7], 0), ([2, 3, 4, 5, 7], 1), ([1, 4, 5, 6], 2)])
+def test_an_odd_probe_has_no_neighbour_and_is_counted_all_the_same(dead_probes, differ):
+    """Of nine four pairs are compared, the last of them as the first."""
+    best = np.where(np.isin(np.arange(9), dead_probes), -1.0, 9.0)
     band = Forecast(np.zeros((9, 256)), best).curve(np.array([0.01]))
-    dead, rows = 4 / 9, 9 * (9 * 20 / 81 + 4) / 4
+    dead = len(dead_probes) / 9
+    rows = 9 * (9 * dead * (1 - dead) + 4) / (differ + 4)
     assert band.dead[0] == pytest.approx(dead)
     for end in (band.low[0], band.high[0]):
         assert (dead - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / rows, rel=1e-5)
