@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sae_jax.activations import store
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.diagnosis import autopsy, columns
 from sae_jax.diagnosis import texts as texts_lib
+from sae_jax.exchange.encoders import Encoder, Opened
 from sae_jax.exchange.sightings import Best
 from sae_jax.models import words
 from sae_jax.reports import feature_table, figures
@@ -186,6 +188,45 @@ def test_without_a_tokenizer_ids_are_shown(rng, tmp_path):
     assert found.found(np.zeros(2, bool)) == {
         "vocabulary": [" 5", " 7"], "tokens": [0, 1, 0], "breaks": [], "best": [[2], [0]],
     }  # fmt: skip
+
+
+def test_the_best_five_of_all_batches_are_kept_in_order():
+    """Three features, three stretches a batch. One fires often, one once, one never: it shows where it came nearest."""
+    found = texts_lib.Texts(np.arange(18) * 10 % 40, np.repeat([7, 8, 9], [4, 5, 9]), "")
+    assert [found.wants(start) for start in (0, 17, 18)] == [True, True, False]
+    score = [
+        [[3.0, -5.0, -1.0], [1.0, -1.0, -2.0], [6.0, -3.0, -3.0]],
+        [[6.0, 0.5, -4.0], [5.0, 0.0, -5.0], [0.0, -4.0, -6.0]],
+        [[2.0, -6.0, -2.5], [4.0, -7.0, -7.0], [9.0, 9.0, 9.0]],  # of rows beyond the last token: none
+    ]
+    row = [[[0, 1, 1], [2, 3, 3], [5, 4, 4]], [[1, 0, 0], [3, 2, 2], [5, 4, 4]], [[0, 0, 0], [1, 1, 1], [6, 6, 6]]]
+    for start, one, at in zip((0, 6, 12), map(np.array, score), map(np.array, row), strict=True):
+        found.add(start, (Best(one, at), Best(-one, at)))
+    said = found.found(np.zeros(3, bool))
+    assert said["best"] == [[5, 7, 9, 13, 0], [6], [1, 3, 12, 4, 6]]  # of equal ones the first
+    assert found.found(np.array([True, False, False]))["best"] == [[11, 2, 12, 0, 13], *said["best"][1:]]
+    assert said["breaks"] == [4, 9]
+    assert said["vocabulary"] == [" 0", " 10", " 20", " 30"]
+    assert said["tokens"] == [*(4 * [0, 1, 2, 3]), 0, 1]
+
+
+def test_columns_are_in_the_units_of_the_activations(rng):
+    """All that is looked at is of activations times `scale`, but for shares and cosines."""
+    n, zero = 6, np.zeros(3, np.float32)
+    W = np.float32(rng.normal(size=(n, 3)))
+    encoder = Encoder(W_enc=W, b_enc=np.zeros(n, np.float32), W_dec=2 * W, b_dec=zero, b_in=zero, k=1)
+    opened = Opened(encoder, {}, "none", tokens_since_fired=np.arange(n))
+    each = {key: rng.normal(size=n) for key in ("mean", "std", "largest", "margin")}
+    shift = SimpleNamespace(mean=each["mean"], std=each["std"], n_tokens=50)
+    here = SimpleNamespace(fates=np.full(n, "alive"), n_fired=np.arange(n), largest=each["largest"], shift=shift,
+                           margin=each["margin"])  # fmt: skip
+    found = columns.of(opened, here, np.zeros(n, bool), np.ones(n), 4.0)
+    for name, key in {"mean_preactivation": "mean", "std_preactivation": "std", "largest_activation": "largest",
+                      "distance_to_threshold": "margin"}.items():  # fmt: skip
+        np.testing.assert_allclose(found[name], each[key] / 4)
+    np.testing.assert_allclose(found["frequency"], np.arange(n) / 50)
+    np.testing.assert_allclose(found["decoder_norm"], 2 * np.linalg.norm(W, axis=1), rtol=1e-6)
+    np.testing.assert_array_equal(found["tokens_since_fired"], np.arange(n))
 
 
 # -- in a browser ----------------------------------------------------------------------------------------------------

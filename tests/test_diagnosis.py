@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from safetensors.flax import save_file
+from scipy.stats import norm
 from test_theory import count_deaths
 
 import sae_jax
@@ -16,7 +17,9 @@ from sae_jax.activations import store
 from sae_jax.diagnosis import diagnosis, recipes, remedies, survey
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.models import sources
-from sae_jax.outliers.probes import Forecast
+from sae_jax.outliers import theory
+from sae_jax.outliers.probes import Forecast, stratified_rows
+from sae_jax.outliers.selections import Selection
 
 SIZE = {"n_features": 512, "k": 8}
 ROOT = Path(__file__).parents[1]
@@ -344,3 +347,207 @@ def test_dimensions_that_do_not_move_are_named_up_to_five(rng, still, named):
     x[:, :still] = 3.0
     said = survey.warnings(survey.moments_lib.severity([x]), 24)[-1]
     assert said == f"{still} of 30 dimensions are the same on every token: {named}"
+
+
+@pytest.mark.parametrize("piece", [remedies.PIECE, 40 * 300])  # all tokens of a batch together, or 256 at a time
+def test_the_best_of_each_probe_is_that_of_numpy(rng, monkeypatch, piece):
+    """Over more than a batch of tokens, long and short ones and zeros; most rows see none of them from the front."""
+    monkeypatch.setattr(remedies, "PIECE", piece)
+    x = np.float32(rng.normal(size=(sources.BATCH + 700, 6)) / 4 + 2) * rng.choice([1e-3, 1, 30], size=(4796, 1))
+    x[-5:] = 0
+    x[0] = [-9, 1, 1, 1, 1, 1]  # the first is unlike all others
+    mean, tokens = x.mean(axis=0, dtype=np.float64), sources.open_tokens(x)
+    choices = {
+        "none": remedies.Preprocessing(shift=np.zeros(6, np.float32)),
+        "unit_norm_centred": remedies.Preprocessing(shift=np.full(6, 0.2, np.float32), norm="unit"),
+    }
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    unit = x / np.where(length > 0, length, 1) - 0.2
+    views = {"none": x, "unit_norm_centred": unit}
+    found = remedies.forecast(tokens, choices, mean, 40, 0)
+    of_batch = remedies.forecast(tokens, choices, mean, 40, 0, dict.fromkeys(choices, Selection("batch_topk")))
+    for name, view in views.items():
+        w, size = found[name].rows, np.linalg.norm(view, axis=1, keepdims=True)
+        seen = view @ w.T
+        cosines = seen / np.where(size > 0, size, 1)
+        np.testing.assert_allclose(found[name].best, np.sqrt(6) * cosines.max(axis=0), atol=1e-5)
+        np.testing.assert_allclose(of_batch[name].best, seen.max(axis=0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(of_batch[name].norms, size[:, 0], rtol=1e-5)
+        assert (found[name].norms, found[name].selection, of_batch[name].selection.rule) == (
+            None, Selection(), "batch_topk",
+        )  # fmt: skip
+    assert (np.diff(found["none"].rows @ mean) > 0).all()  # in the order of their strata
+    behind = stratified_rows(40, np.zeros(6), np.random.default_rng([0, theory.STREAM]))
+    np.testing.assert_array_equal(found["unit_norm_centred"].rows, behind)  # a norm leaves nothing of the mean
+
+
+def test_deaths_that_are_measured_are_told_over_the_tokens_seen(rng):
+    x = np.float32(rng.normal(size=(sources.BATCH + 900, 6)) + 2)
+    choices = {"none": remedies.Preprocessing(shift=np.zeros(6, np.float32))}
+    deaths, curves = remedies.measured(sources.open_tokens(x), choices, 64, 4, 0)
+    assert [count for count, *_ in curves["none"]] == [sources.BATCH, sources.BATCH + 900]
+    assert curves["none"][-1][1:] == [deaths["none"]["dead_by_relu"], deaths["none"]["dead_total"]]
+    assert remedies.measured_deaths(sources.open_tokens(x), choices, 64, 4, 0) == deaths
+
+
+@pytest.mark.parametrize(("d_model", "n_probes", "n_features", "rule", "needed"), [
+    (100, 512, 0, "topk", 16 * 8 * 100**2 + 6 * 512 * (12 * 100 + 8 * 4096)),
+    (100, 2**17, 0, "topk", 16 * 8 * 100**2 + 6 * 2**17 * (12 * 100 + 8 * 1024)),
+    (64, 16, 1000, "topk", 16 * 8 * 64**2 + 6 * 16 * (12 * 64 + 8 * 4096) + 4000 * (8 * 64 + 2 * 4096 + 12)),
+    (64, 16, 1000, "relu", 16 * 8 * 64**2 + 6 * 16 * (12 * 64 + 8 * 4096) + 4000 * (8 * 64 + 4 * 4096 + 12)),
+])  # fmt: skip
+def test_the_memory_of_a_diagnosis_is_that_of_its_arrays(d_model, n_probes, n_features, rule, needed):
+    """Sixteen scatters in float64; probes of six remedies in float64 and float32; eight arrays as large as W_enc."""
+    assert remedies.bytes_needed(d_model, n_probes, n_features, rule) == needed
+    if not n_features:
+        assert remedies.bytes_needed(d_model, n_probes) == needed
+
+
+def deaths(**totals):
+    """By ReLU half of them, of the remedies named, in the order of cost."""
+    return {name: {"dead_by_relu": totals[name] / 2, "dead_total": totals[name]}
+            for name in remedies.REMEDIES if name in totals}  # fmt: skip
+
+
+def test_one_in_a_hundred_is_harmless_and_two_are_alike():
+    assert remedies.recommended(deaths(none=0.015, mean=0.009, whitening=0)) == "mean"
+    assert remedies.recommended(deaths(none=0.515, mean=0.505, whitening=0.5)) == "none"
+    assert remedies.recommended(deaths(none=0.62, mean=0.515, whitening=0.5)) == "mean"
+    assert remedies.recommended(deaths(none=0.56, mean=0.53, whitening=0.5)) == "whitening"
+    assert recipes.recipe(deaths(geometric_median=0.03, none=0.1), "whitening")["sae.whiten"] is True
+    assert recipes.recipe(deaths(geometric_median=0.015, none=0.1), "whitening") == {
+        "sae.center": "geometric_median", "sae.balance": True, "auxk.preset": "none",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("probe", "chosen", "rule", "said"), [
+    (deaths(none=0.004, mean=0.0), "none", "topk",
+     "Untreated, 0.4 % of the features are forecast to be dead at initialisation, 0.2 % by ReLU. No remedy is needed."),
+    (deaths(none=0.5, mean=0.006), "mean", "topk",
+     "Untreated, 50.0 % of the features are forecast to be dead at initialisation, 25.0 % by ReLU. Death by ReLU stays "
+     "until the bias has learned the mean; death by TopK mostly recovers in training: this is a risk, not a verdict. "
+     "Starting the bias at the arithmetic mean is forecast to leave 0.6 % dead."),
+    (deaths(none=0.015, mean=0.04, whitening=0.034), "none", "relu",
+     "Untreated, 1.5 % of the features are forecast to be dead at initialisation, 0.8 % by ReLU. Death by ReLU stays "
+     "until the bias has learned the mean: this is a risk, not a verdict. No remedy is forecast to leave clearly "
+     "fewer: the mean is not what they die of. Beware, these make it worse: mean 4.0 %. A mean that a few tokens of "
+     "very large norm make does that; the geometric median ignores them."),
+    (deaths(none=0.5, whitening=0.2), "whitening", "relu",
+     "Untreated, 50.0 % of the features are forecast to be dead at initialisation, 25.0 % by ReLU. Death by ReLU stays "
+     "until the bias has learned the mean: this is a risk, not a verdict. PCA whitening is the best found, and still "
+     "leaves 20.0 % dead."),
+])  # fmt: skip
+def test_the_advice_word_for_word(probe, chosen, rule, said):
+    assert remedies.advice(probe, chosen, rule=rule) == said
+
+
+@pytest.mark.parametrize(("largest", "power"), [
+    (3.0, 0), (0.0011, 0), (9e5, 0), (0.0, 0), (9e-4, 10), (1e-5, 17), (1.5e6, -21), (1e20, -66),
+])  # fmt: skip
+def test_tokens_that_float32_cannot_square_are_brought_near_one(largest, power):
+    """By the power of two nearest to it in logarithm: 1e20 is 2^66.4."""
+    x = largest * np.array([[0.5, -1.0], [0.25, 0.0]])
+    tokens, scale = survey.rescaled(sources.Tokens(lambda: iter([x, 2 * x]), 2, {}, given=True))
+    assert scale == 2.0**power
+    np.testing.assert_array_equal(np.concatenate(list(tokens.batches())), np.concatenate([x, 2 * x]) * 2.0**power)
+    empty, one = survey.rescaled(sources.Tokens(lambda: iter([]), 2, {}, given=True))
+    assert (list(empty.batches()), one) == ([], 1.0)
+
+
+def test_what_the_first_pass_counts(rng):
+    x = np.float32(rng.normal(size=(600, 4))) / 64
+    x[[3, 400, 401]] = 0
+    x[:2, 1] = 0  # not zero in every dimension
+    tokens = sources.Tokens(lambda: iter(np.split(x, [250, 500])), 4, {}, given=True)
+    severity, sample, counts = survey.first_pass(tokens)
+    norms = np.linalg.norm(x.astype(np.float64), axis=1)
+    assert counts == (3, pytest.approx(10 * np.median(norms[norms > 0])), False, 24)
+    np.testing.assert_array_equal(sample, x)
+    assert severity.directions.covariance.shape == (4, 4)
+    x[7] *= 12 * np.median(norms) / norms[7]
+    assert survey.first_pass(tokens)[2].any_giant
+    assert survey.first_pass(tokens, of_directions=False)[0].directions.scatter is None
+
+
+def test_a_dimension_is_still_where_only_rounding_moves_it():
+    """By a millionth of a millionth of its mean."""
+    mean, sigma = np.array([1e6, 1e6, 0.0, -1e-6, -4.0]), np.array([0.9e-6, 1.5e-6, 0.0, 1e-10, 0.0])
+    found = survey.moments_lib.Moments(100, mean, 100 * sigma**2)
+    assert survey.constant(survey.moments_lib.Severity(found, found, found)).tolist() == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("n_tokens", "d_model", "said"), [
+    (256, 100, None), (255, 100, "these numbers rest on 255 tokens, where 100 dimensions want at least 256: a feature "
+                                 "that fires on 1 token in 86 may look dead"),
+    (400, 200, None), (399, 200, "rest on 399 tokens, where 200 dimensions want at least 400"),
+])  # fmt: skip
+def test_few_tokens_are_fewer_than_256_or_two_a_dimension(rng, n_tokens, d_model, said):
+    """0.05^(1/255) = 1 − 1/85.6."""
+    found = survey.warnings(survey.moments_lib.severity([rng.normal(size=(n_tokens, d_model))]), 24)
+    assert found == [] if said is None else said in found[0]
+
+
+def test_sixteen_tokens_of_two_dimensions_can_be_diagnosed(rng):
+    x = rng.normal(size=(16, 2)) + [1, 0]
+    tokens = sources.Tokens(lambda: iter([x]), 2, {}, given=True)
+    assert survey.first_pass(tokens)[0].raw.n_tokens == 16
+    for few, d, said in ((x[:15], 2, "at least 16 tokens, not 15"), (x[:, :1], 1, "at least 2 dimensions")):
+        with pytest.raises(Refused, match=said):
+            survey.first_pass(sources.Tokens(lambda few=few: iter([few]), d, {}, given=True))
+
+
+def test_the_summary_is_in_units_of_the_variation(rng):
+    """A bias learns nine tenths of a mean in one dimension by that much learning rate, where ‖sigma‖ = √d."""
+    x = rng.normal(size=(500, 5))
+    x = np.hstack([x - x.mean(axis=0), np.ones((500, 1))]) * 7 * np.arange(1, 7)
+    found = survey.summary(survey.moments_lib.severity([x], covariance=True))
+    size = np.linalg.norm(x.std(axis=0))
+    assert found["bias_learning_time"] == pytest.approx(0.9 * 42 * np.sqrt(6) / size)
+    kurtosis = [np.mean((x[:, j] / x[:, j].std()) ** 4) - 3 for j in range(5)]
+    assert found["kurtosis"] == pytest.approx({"median": np.median(kurtosis), "max": max(kurtosis)})
+    assert (found["n_tokens"], found["d_model"]) == (500, 6)
+    assert found["n_outlier_dimensions"] == len(found["outlier_dimensions"])
+
+
+def test_each_law_has_its_own_gamma_and_rank(rng):
+    x = (rng.normal(size=(2000, 8)) * np.geomspace(3, 0.3, 8) + [2, 0, 0, 0, 1, 0, 0, 3]) * rng.uniform(1, 3, (2000, 1))
+    normed = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    gamma, raw, one = (np.linalg.norm(y.mean(axis=0)) / np.linalg.norm(y.std(axis=0)) for y in (normed, x, unit))
+
+    def rank(y):
+        share = np.linalg.eigvalsh(np.cov(y.T, ddof=0))
+        share = share[share > 1e-12] / share.sum()
+        return np.exp(-share @ np.log(share))
+
+    size = (2000, 512, 8)
+    found = diagnosis.predictions(survey.moments_lib.severity([x], covariance=True), np.float32(x[:500]), 512, 8)
+    t, c, median = norm.isf(8 / 512), norm.isf(1 / 2000), norm.ppf(0.5 ** (1 / 2000))
+    axis = unit.mean(axis=0) / np.linalg.norm(unit.mean(axis=0))
+    across = np.linalg.svd(axis[None])[2][1:]
+    values = np.linalg.eigvalsh(across @ np.cov(unit.T, ddof=0) @ across.T)
+    laws = {
+        "paper": {"dead_by_relu": norm.cdf(-c / gamma), "dead_total": norm.cdf(t - c / gamma)},
+        "finite_gamma": {"dead_by_relu": norm.cdf(-median / one),
+                         "dead_total": norm.cdf(t * np.sqrt(1 + one**-2) - median / one)},
+        "token_integral": theory.token_integral(one, rank(unit), 8, *size),
+        "two_gammas": theory.two_gammas(gamma, raw, rank(normed), 8, *size),
+        "spectrum": theory.spectrum_law(values[::-1], unit[:500] @ axis, *size),
+    }  # fmt: skip
+    assert found.keys() == laws.keys()
+    for name, law in laws.items():
+        assert found[name] == pytest.approx(law, rel=1e-5), name
+
+
+def test_what_is_asked_where_nothing_is_said(activations):
+    found = sae_jax.diagnose(activations[:300])
+    asked = ("n_features", "k", "selection", "threshold", "n_probes", "seed", "after_training", "scale")
+    assert [found[key] for key in asked] == [8192, 64, "topk", None, 512, 0, None, 1.0]
+    assert found["remedies"]["none"]["measured"] is None
+
+
+@pytest.mark.parametrize(("n_features", "k", "n_probes", "seed"), [
+    (1, 1, 16, 0), (2**31 - 1, 2**31 - 1, 2**20, 2**31 - 1),
+])  # fmt: skip
+def test_the_ends_of_what_can_be_asked_are_allowed(n_features, k, n_probes, seed):
+    diagnosis.check(n_features, k, n_probes, seed, None)

@@ -97,6 +97,17 @@ def test_geometric_median_leaves_a_token_it_starts_on(start):
     assert np.linalg.norm(x - got, axis=1).sum() == pytest.approx(best, rel=1e-4)
 
 
+def test_the_first_step_from_tokens_is_shorter_by_their_pull():
+    """Two tokens lie where it starts: of Weiszfeld's step of the others 1 − 2 / ‖R‖ is taken (Vardi and Zhang)."""
+    x = np.asarray([[1.0, 1.0]] * 2 + [[2.0, 1.0], [1.0, 4.0], [3.0, 5.0], [5.0, 1.0]])
+    away = x[2:] - 1
+    distance = np.linalg.norm(away, axis=1)
+    pull = (away / distance[:, None]).sum(axis=0)
+    step = (1 - 2 / np.linalg.norm(pull)) * pull / np.sum(1 / distance)
+    got = moments_lib.geometric_median(lambda: [x[:3], x[3:]], x[0], max_iterations=1)
+    np.testing.assert_allclose(got, 1 + step, rtol=1e-12)
+
+
 def test_geometric_median_stays_on_a_token_that_is_it():
     x = np.asarray([[0.0, 0.0]] * 5 + [[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])
     np.testing.assert_array_equal(moments_lib.geometric_median(lambda: [x], x[0]), [0, 0])
@@ -129,3 +140,91 @@ def test_dimensions_that_stand_out_have_their_share_of_the_mean(rng):
     assert first["mean_over_sigma"] == pytest.approx(-mean[1] / x[:, 1].std())
     assert rest[1]["mean_over_sigma"] is None
     assert len(moments_lib.standing_out(found, most=2)) == 2
+
+
+def test_a_spectrum_is_that_of_numpy_whole_and_perpendicular_to_the_mean(rng):
+    """Variances under 1 as well; across the mean in a basis of its complement."""
+    x = rng.normal(size=(300, 6)) * np.geomspace(2, 1e-3, 6) @ rng.normal(size=(6, 6)) + rng.normal(size=6)
+    found = moments_lib.moments(x, covariance=True)
+    covariance = np.cov(x.T, ddof=0)
+    values = np.linalg.eigvalsh(covariance)[::-1]
+    basis = np.linalg.svd(x.mean(axis=0)[None])[2][1:]
+    np.testing.assert_allclose(found.eigenvalues, values, rtol=1e-6)
+    np.testing.assert_allclose(found.eigen[0], values, rtol=1e-6)
+    np.testing.assert_allclose(found.eigen[1] @ covariance, values[:, None] * found.eigen[1], atol=1e-12 * values[0])
+    across = np.linalg.eigvalsh(basis @ covariance @ basis.T)[::-1]
+    np.testing.assert_allclose(found.across_mean, across, rtol=1e-6)
+    np.testing.assert_allclose(found.axis, x.mean(axis=0) / np.linalg.norm(x.mean(axis=0)))
+    still = moments_lib.moments(np.stack([x - x.mean(axis=0), x.mean(axis=0) - x]).reshape(-1, 6), covariance=True)
+    assert moments_lib.merge(still, still).across_mean.shape == (5,)
+
+
+def test_where_there_is_no_mean_or_nothing_varies():
+    up_and_down = np.array([[1.0, 2.0, 0.0], [-1.0, -2.0, 0.0]])
+    found = moments_lib.moments(up_and_down, covariance=True)
+    assert found.gamma == 0
+    assert found.axis.tolist() == [1, 0, 0]
+    np.testing.assert_allclose(found.across_mean, [4, 0], atol=1e-12)
+    assert moments_lib.moments(np.ones((4, 3))).gamma == np.inf
+    assert moments_lib.effective_rank(np.zeros(3)) == 1
+    assert moments_lib.effective_rank(np.full(3, 0.01)) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_layer_norm_and_directions_of_short_tokens_and_long(size):
+    """LayerNorm adds 1e-5 to the variance; a direction has length 1 however short the token."""
+    x = size * np.array([[3.0, 1.0, -1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]])
+    normed = moments_lib.layer_norm(x)
+    np.testing.assert_allclose(normed[0], size * np.array([2, 0, -2, 0]) / np.sqrt(2 * size**2 + 1e-5), rtol=1e-12)
+    np.testing.assert_allclose(normed[2], size * np.array([3, -1, -1, -1]) / np.sqrt(3 * size**2 + 4e-5), rtol=1e-12)
+    assert not normed[1].any()
+    expected = [np.array([3, 1, -1, 1]) / np.sqrt(12), np.zeros(4), [1, 0, 0, 0]]
+    np.testing.assert_allclose(moments_lib.direction(x), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_gamma_of_short_tokens_is_that_of_long_ones(rng, factor):
+    x = rng.normal(size=(200, 5)) + 2
+    gamma = np.linalg.norm(x.mean(axis=0)) / np.linalg.norm(x.std(axis=0))
+    found = moments_lib.moments(factor * x)
+    assert found.gamma == pytest.approx(gamma, rel=1e-9)
+    np.testing.assert_allclose(found.axis, x.mean(axis=0) / np.linalg.norm(x.mean(axis=0)), rtol=1e-9)
+
+
+def test_covariances_are_there_where_they_were_asked_for(rng):
+    x = rng.normal(size=(50, 4)) + 1
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    every = moments_lib.severity([x[:20], x[20:]], covariance=True)
+    np.testing.assert_allclose(every.directions.covariance, np.cov(unit.T, ddof=0), rtol=1e-9, atol=1e-15)
+    two = moments_lib.severity([x[:20], x[20:]], covariance=True, of_directions=False)
+    np.testing.assert_array_equal(two.layer_normed.scatter, every.layer_normed.scatter)
+    assert two.directions.scatter is None
+    assert all(one.scatter is None for one in moments_lib.severity([x]))
+    assert all(one.scatter is None for one in moments_lib.severity([x], of_directions=True))
+
+
+def test_a_dimension_stands_out_from_three_deviations_on_and_fifty_are_named():
+    x = np.array([2.0, 4.0])[:, None] * np.ones(60)  # mean 3, deviation 1
+    x[:, ::2] -= 0.5
+    found = moments_lib.moments(x)
+    assert found.outlier_dimensions.tolist() == list(range(1, 60, 2))
+    named = moments_lib.standing_out(moments_lib.moments(np.hstack([x, x])[:, 1::2]))
+    assert [one["dimension"] for one in named] == list(range(50))
+    assert {one["mean_over_sigma"] for one in named} == {3.0}
+    assert [one["share_of_mean_square"] for one in named] == pytest.approx([1 / 60] * 50)
+
+
+def test_the_geometric_median_stops_where_it_is_told_to(rng):
+    passes = []
+
+    def batches():
+        passes.append(1)
+        return [x]
+
+    x = rng.exponential(size=(300, 4)) ** 3
+    moments_lib.geometric_median(batches, x.mean(axis=0), tolerance=0.0, max_iterations=7)
+    assert len(passes) == 7
+    near = moments_lib.geometric_median(batches, x.mean(axis=0), tolerance=1e9)
+    assert len(passes) == 8  # the first step is short enough
+    weight = 1 / np.linalg.norm(x - x.mean(axis=0), axis=1)
+    np.testing.assert_allclose(near, weight @ x / weight.sum(), rtol=1e-12)

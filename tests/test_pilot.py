@@ -92,3 +92,16 @@ def test_a_pilot_is_of_a_configuration(tmp_path, capsys):
     assert cli.main(["diagnose", f"--activations={tmp_path}/x.npy", f"--workdir={tmp_path}/out", "--pilot"]) == 2
     assert "--pilot = True: of a configuration" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("steps", "of_pilot"), [(8000, 1000), (4100, 512), (3000, 500), (400, 400)])
+def test_a_pilot_is_an_eighth_of_the_steps_and_at_least_five_hundred(steps, of_pilot):
+    one = sae_jax.base({"train.steps": steps, "train.warmup_steps": steps // 10, "train.learning_rate": 1e-3,
+                        "checkpoint.every": steps // 5})  # fmt: skip
+    shorter, by = pilot.shortened(one), steps / of_pilot
+    assert shorter.train.steps == of_pilot
+    assert shorter.train.learning_rate == pytest.approx(1e-3 * by)
+    assert shorter.train.warmup_steps == round(steps // 10 / by)
+    assert shorter.checkpoint.every == round(steps // 5 / by)
+    one.checkpoint.every = 1
+    assert pilot.shortened(one).checkpoint.every == 1

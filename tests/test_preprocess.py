@@ -84,3 +84,43 @@ def test_per_token_norms_agree_with_their_definitions_and_cannot_be_folded(rng):
     sae = sae_lib.init(jax.random.key(0), 20, 2, jnp.zeros(12))
     with pytest.raises(ValueError, match="not affine"):
         preprocess.fold(sae, Preprocessing(shift=jnp.zeros(12), norm="layer_norm"))
+
+
+def spectrum(*values):
+    """Moments of four tokens with these variances along the axes."""
+    square = 4 * np.array(values)
+    return moments_lib.Moments(4, np.arange(1.0, len(values) + 1), square, square, square, np.diag(square))
+
+
+def test_directions_under_a_millionth_of_the_largest_variance_are_left_out():
+    before = preprocess.whitening(spectrum(4.0, 7e-6, 1.0, 3e-6))
+    np.testing.assert_allclose(np.abs(before.matrix), [[0.5, 0, 0, 0], [0, 0, 1, 0], [0, 7e-6**-0.5, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(np.abs(before.inverse.T), [[2, 0, 0, 0], [0, 0, 1, 0], [0, 7e-6**0.5, 0, 0]], rtol=1e-6)
+    assert before.width == 3
+    whole = spectrum(4.0, 1e-7, 1e-10, 4e-14)
+    assert preprocess.whitening(whole).width == 1
+    ordinary = preprocess.whitening(whole, ordinary=spectrum(1e-9, 1e-9, 1e-10, 4e-14))
+    assert ordinary.width == 3  # the fourth is what rounding leaves beside the largest of all
+
+
+@pytest.mark.parametrize("matrix", [None, np.array([[1.0, 2.0, 0.0], [0.0, -1.0, 3.0]])])
+def test_one_point_goes_where_all_do(matrix):
+    shift, x = np.array([1.0, -2.0, 0.5]), np.array([4.0, 1.0, 2.0])
+    expected = 2.5 * (x - shift)
+    if matrix is not None:
+        expected = matrix @ expected
+    before = Preprocessing(shift=shift, scale=2.5, matrix=matrix)
+    np.testing.assert_allclose(before.affine(x), expected, rtol=1e-12)
+    plain = Preprocessing(shift=shift, matrix=matrix)
+    np.testing.assert_allclose(plain.affine(x), expected / 2.5, rtol=1e-12)
+    np.testing.assert_allclose(before(jnp.asarray(x[None], jnp.float32))[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_short_tokens_are_normed_as_long_ones(size):
+    x = jnp.asarray(size * np.array([[3.0, 1.0, -1.0, 1.0]]), jnp.float32)
+    normed = size * np.array([2, 0, -2, 0]) / np.sqrt(2 * size**2 + 1e-5)
+    np.testing.assert_allclose(preprocess.per_token(x, "layer_norm")[0], normed, rtol=1e-5)
+    np.testing.assert_allclose(preprocess.per_token(x, "layer_norm_unit")[0], normed / 2, rtol=1e-5)
+    np.testing.assert_allclose(preprocess.per_token(x, "unit")[0], np.array([3, 1, -1, 1]) / np.sqrt(12), rtol=1e-6)
+    np.testing.assert_array_equal(preprocess.per_token(x, "none"), x)

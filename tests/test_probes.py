@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from sae_jax.outliers.probes import Forecast, stratified_rows
+from sae_jax.outliers.probes import Forecast, places, stratified_rows
+from sae_jax.outliers.selections import Selection
 
 
 def test_probes_are_unit_rows_spread_evenly_along_the_mean(rng):
@@ -57,3 +58,67 @@ def test_where_neighbours_agree_the_band_counts_for_more_rows_but_not_for_as_man
     band = found.curve(np.array([0.01]))
     for end in (band.low[0], band.high[0]):
         assert (0.25 - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / (512 * 25), rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [1e-6, 0.5, 1e6])
+def test_rows_are_stratified_along_a_mean_of_any_length(rng, length):
+    mean = rng.normal(size=6)
+    mean /= np.linalg.norm(mean)
+    plain, scaled = (stratified_rows(40, by * mean, np.random.default_rng(5)) for by in (1.0, length))
+    np.testing.assert_allclose(scaled, plain, atol=1e-12)
+    assert (np.diff(scaled @ mean) > 0).all()
+    across = stratified_rows(20_000, mean, rng)
+    across -= np.outer(across @ mean, mean)
+    basis = np.linalg.svd(mean[None])[2][1:]
+    np.testing.assert_allclose(np.mean(across**2, axis=0).sum(), 5 / 6, rtol=0.01)  # as of all random directions
+    np.testing.assert_allclose((across @ basis.T).T @ (across @ basis.T) / 20_000, np.eye(5) / 6, atol=0.01)
+
+
+@pytest.mark.parametrize(("n", "k", "where"), [
+    (8, 3, [8 / 64, 0.5 * 2**-1.75, 0.5 * 2**-1.5, 0.5 * 2**-1.25, 0.25, 0.5 * 2**-0.75, 0.5 * 2**-0.5, 3 / 8,
+            0.5 * 2**-0.25, 0.5]),
+    (4, 1, [0.25, 0.5 * 2**-0.75, 0.5 * 2**-0.5, 0.5 * 2**-0.25, 0.5]),
+    (64, 50, [*(2.0 ** (np.arange(-24, -3) / 4)), 50 / 64]),
+])  # fmt: skip
+def test_the_death_curve_is_drawn_four_an_octave_from_one_feature_to_half(n, k, where):
+    np.testing.assert_allclose(places(Selection(), n, k), where, rtol=1e-12)
+    np.testing.assert_allclose(places(Selection("batch_topk"), n, k), where, rtol=1e-12)
+
+
+def test_the_curve_of_a_threshold_is_drawn_four_octaves_to_either_side():
+    np.testing.assert_allclose(places(Selection("jumprelu", 0.3), 64, 4), np.geomspace(0.3 / 16, 0.3 * 16, 33))
+    assert places(Selection("relu"), 64, 4).tolist() == [0]
+
+
+@pytest.mark.parametrize(("selection", "at", "dead"), [
+    (Selection("relu"), 0.0, 0.4), (Selection("jumprelu", 0.3), 0.3, 0.6), (Selection("jumprelu", 3.0), 3.0, 1.0),
+    (Selection(), 0.125, 0.8),
+])  # fmt: skip
+def test_a_probe_that_is_never_above_zero_or_under_the_bar_is_dead(selection, at, dead):
+    """In three dimensions 1/8 of all directions have √d·cos above √3·(1 − 2/8) = 1.3."""
+    found = Forecast(np.eye(3)[[0, 1, 2, 0, 1]], np.array([-1.0, 0.0, 0.2, 0.5, 2.0]), selection)
+    assert found.at(64, 8) == at
+    assert found.deaths(64, 8) == {"dead_by_relu": 0.4, "dead_total": pytest.approx(dead)}
+
+
+@pytest.mark.parametrize(("dead_probes", "differ"), [([2, 3, 6, 7], 0), ([2, 3, 4, 5, 7], 1), ([1, 4, 5, 6], 2)])
+def test_an_odd_probe_has_no_neighbour_and_is_counted_all_the_same(dead_probes, differ):
+    """Of nine four pairs are compared, the last of them as the first."""
+    best = np.where(np.isin(np.arange(9), dead_probes), -1.0, 9.0)
+    band = Forecast(np.zeros((9, 256)), best).curve(np.array([0.01]))
+    dead = len(dead_probes) / 9
+    rows = 9 * (9 * dead * (1 - dead) + 4) / (differ + 4)
+    assert band.dead[0] == pytest.approx(dead)
+    for end in (band.low[0], band.high[0]):
+        assert (dead - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / rows, rel=1e-5)
+
+
+def test_features_on_a_line_are_kept_in_their_order(rng):
+    """4 of 16 features, so as many of 8 probes as a quarter of all: the first two of either sign."""
+    signs = np.array([1, 1, -1, 1, -1, -1, 1, -1.0])[:, None]
+    found = Forecast(signs, np.ones(8)).deaths(16, 4)
+    assert found == {"dead_by_relu": 0.0, "dead_total": 0.5}
+    assert Forecast(signs, np.where(signs[:, 0] > 0, 1.0, -1.0)).deaths(16, 4) == {
+        "dead_by_relu": 0.5, "dead_total": 0.75,
+    }  # fmt: skip
+    assert Forecast(signs, np.r_[0.0, np.ones(7)]).deaths(16, 16) == {"dead_by_relu": 0.125, "dead_total": 0.125}

@@ -53,3 +53,24 @@ def test_diagnose_and_extract_say_what_bfloat16_leaves(tmp_path, rng, capsys):
     assert capsys.readouterr().err == ""
     store.import_file(str(tmp_path / "x.npy"), str(tmp_path / "b"), "bfloat16")
     assert "dimension 3 has mean 300" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mean", "sigma", "bits", "said"), [
+    (300.0, 1.0, 8, "mean 300 and varies by 1, of which about 0.0 bits are left (rounding is 33 % of its variance)"),
+    (-300.0, 8.0, 11, None), (-600.0, 1.0, 11, "mean -600 and varies by 1, of which about 1.0 bits are left "
+                                               "(rounding is 2 % of its variance)"),
+    (300.0, 0.25, 8, "about 0.0 bits are left (rounding is 100 % of its variance)"),
+    (0.3, 0.0039, 8, "about 1.0 bits are left (rounding is 2 % of its variance)"),
+    (0.3, 2.0**-7, 8, None), (300.0, 4.7, 8, "about 1.2 bits are left (rounding is 2 % of its variance)"),
+])  # fmt: skip
+def test_the_coarsest_dimension_is_named_with_what_is_left_of_it(mean, sigma, bits, said):
+    """At 300 bfloat16 has steps of 2, which are 4 / 12 of variance; at 600 float16 has 1/2; at 0.3 bfloat16 2^-9."""
+    x = np.array([1.0, -1.0])[:, None] * np.array([1.0, sigma, 4.7]) + np.array([0.0, mean, 1.0])
+    found = rounding.warnings(moments_lib.moments(x), bits)
+    if said is None:
+        assert found == []
+        return
+    kind = {8: "bfloat16", 11: "float16"}[bits]
+    assert found[0].startswith(f"1 of 3 dimensions are coarse in {kind}, which keeps {bits} bits of a number")
+    assert f": dimension 1 has mean {mean:.3g} and" in found[0]
+    assert said in found[0]

@@ -15,7 +15,7 @@ from sae_jax.diagnosis import autopsy, remedies
 from sae_jax.errors import Refused
 from sae_jax.exchange.encoders import Encoder, Opened
 from sae_jax.models import sources
-from sae_jax.outliers import selections
+from sae_jax.outliers import moments, selections
 from sae_jax.outliers.preprocess import Preprocessing
 from sae_jax.outliers.probes import Forecast, places
 from sae_jax.outliers.selections import Selection
@@ -227,3 +227,36 @@ def test_shares_of_directions_above_a_height_in_closed_form():
     np.testing.assert_allclose(selections.share_above(h, 3), (1 - h / np.sqrt(3)) / 2, rtol=1e-12)
     for d in (1, 2, 3, 50):
         assert selections.share_above(np.array([1.5 * np.sqrt(d), 9 * np.sqrt(d)]), d).tolist() == [0, 0]
+
+
+def test_the_bar_of_batch_topk_where_it_can_be_worked_out(rng):
+    """On a sphere a token of length L is above t of (1 − t / L) / 2 of all directions; a token in four is padding."""
+    shares, norms = np.array([0.1, 0.2, 0.25]), np.array([0.0, 1.0, 2.0, 4.0])
+    inverse = 1 + 1 / 2 + 1 / 4
+    found = selections.batch_threshold(shares[1:], norms, 3)
+    np.testing.assert_allclose(found, (3 - 8 * shares[1:]) / inverse, rtol=1e-6)
+    long_alone = 4 * (1 - 2 * 4 * 0.02)  # above all that the others reach
+    np.testing.assert_allclose(selections.batch_threshold(np.array([0.02]), norms, 3), long_alone, rtol=1e-6)
+    alike = selections.batch_threshold(shares, np.full(7, 0.3), 3)
+    np.testing.assert_allclose(alike, 0.3 * (1 - 2 * shares), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_a_threshold_is_as_many_deviations_high_behind_every_remedy(rng, scale):
+    x = rng.normal(size=(400, 6)) * np.arange(1, 7) + 3
+    severity = moments.severity([x])
+    deviation = float(np.linalg.norm(x.std(axis=0)))
+    more = {} if scale is None else {"scale": scale}
+    plain = {"mean": Preprocessing(shift=x.mean(axis=0)), "norm": Preprocessing(shift=np.zeros(6), norm="layer_norm"),
+             "unit": Preprocessing(shift=np.zeros(6), norm="unit"),
+             "whitening": Preprocessing(shift=np.zeros(6), matrix=np.ones((4, 6)))}  # fmt: skip
+    found = selections.behind(Selection("jumprelu", 2.5), plain, severity, **more)
+    normed = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    sizes = {"mean": deviation, "norm": np.linalg.norm(normed.std(axis=0)), "unit": np.linalg.norm(unit.std(axis=0)),
+             "whitening": 2.0}  # fmt: skip
+    for name, size in sizes.items():
+        assert found[name].threshold == pytest.approx(2.5 * (scale or 1) / deviation * size, rel=1e-9), name
+    assert selections.behind(Selection(), plain, severity) == dict.fromkeys(plain, Selection())
+    of_run = selections.in_activations(0.7, severity, **more)
+    assert of_run == pytest.approx(0.7 * deviation / np.sqrt(6) / (scale or 1))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from scipy.special import ndtr
-from scipy.stats import norm
+from scipy.special import gammainc, ndtr
+from scipy.stats import beta, norm
 
 from sae_jax.outliers import theory
 from sae_jax.outliers.probes import Forecast, stratified_rows
@@ -179,6 +179,7 @@ def test_bias_learning_time_by_direction_of_the_mean():
     uneven = np.array([3.0, 4.0])  # 25 in all; at T = 3 it has 9 + 12, then 4 a unit
     assert theory.bias_learning_time(uneven, 0.5) == pytest.approx(12.5 / 7)
     assert theory.bias_learning_time(uneven, 0.96) == pytest.approx(3.75)
+    assert theory.bias_learning_time(uneven, 0.1) == pytest.approx(2.5 / 7)
     assert theory.bias_learning_time(np.zeros(4)) == 0
 
 
@@ -203,3 +204,156 @@ def test_the_signal_and_its_spread_solve_the_two_equations(gamma, raw):
     found = np.mean((1 + tau_square / signal**2) ** -0.5) ** 2
     assert found == pytest.approx(gamma**2 / (1 + gamma**2), rel=5e-3)
     assert signal**2 / (np.exp(v / 4) * (signal**2 + 1) - signal**2) == pytest.approx(raw**2, rel=1e-6)
+
+
+# -- against sums over the normal variable itself ----------------------------------------------------------------------
+#
+# The laws ask how large z must be, and know by how much for every rest. Here every z is asked how small the rest must
+# be, which scipy's incomplete gamma function answers.
+
+
+def midpoints(count):
+    """Of equal shares of probability."""
+    return (np.arange(count) + 0.5) / count
+
+
+def rows_along_axis(count, d):
+    """√d times one coordinate of a random direction; its square is d·Beta(1/2, (d − 1)/2)."""
+    side = 2 * midpoints(count) - 1
+    return np.sign(side) * np.sqrt(d * beta.ppf(np.abs(side), 0.5, (d - 1) / 2))
+
+
+def passing(along, spread, share, freedom, cosine, height):
+    """Of each row P(along·cos + sin·spread·z / √(share·z² + rest) > height), the rest gamma of mean 1 − share."""
+    z = (np.arange(400) - 199.5) / 25
+    weight = norm.pdf(z) / norm.pdf(z).sum()
+    found = np.zeros(len(along))
+    for c in cosine:
+        needed = (height - along * c) / np.sqrt(1 - c**2)
+        small = (z**2 * ((spread / needed) ** 2 - share)[:, None]) * (freedom / (1 - share))[:, None]
+        below = gammainc(freedom[:, None], np.maximum(small, 0))
+        passes = np.where(needed[:, None] > 0, (z > 0) * below, 1 - (z < 0) * below)
+        found += passes @ weight / len(cosine)
+    return found
+
+
+@pytest.mark.parametrize("alike", [True, False])  # one curve for all rows, or a curve for each
+@pytest.mark.parametrize("row", [
+    (0.5, 1.2, 0.1, 4.5, 0.3), (-1.5, 0.9, 0.4, 1.0, 0.6), (-1.5, 0.8, 0.05, 12.0, 0.5), (-1.0, 1.0, 0.3, 0.5, -0.4),
+    (0.2, 1.1, 0.6, 0.5, 0.1),
+])  # fmt: skip
+@pytest.mark.parametrize("height", [0.3, 1.0])
+def test_a_row_lives_as_often_as_some_token_takes_it_past_the_bar(row, height, alike):
+    along, spread, share, freedom, cosine = row
+    one = np.ones(1 if alike else 2)
+    rows, tokens = theory.EncoderRows(along * one, spread * one, share * one), theory.Cosines(np.r_[cosine], np.ones(1))
+    rest = theory._rest(freedom * one, (1 - share) * one)
+    for key, bar in (("dead_by_relu", 0.0), ("dead_total", height)):
+        chance = passing(*(np.r_[value] for value in row), bar)[0]
+        n_tokens = round(1 / max(chance, 1e-3))
+        found = theory._deaths(rows, tokens, rest, height, n_tokens)[key]
+        assert found == pytest.approx((1 - chance) ** n_tokens, abs=6e-3)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5])
+@pytest.mark.parametrize(("gamma", "rank", "d", "n_tokens", "n", "k"), [
+    (1.0, 3, 8, 300, 64, 4), (2.0, 8, 32, 1000, 512, 8), (0.5, 5, 16, 500, 256, 8), (1.0, 7, 8, 300, 64, 4),
+    (1.5, 15, 16, 300, 64, 4),
+])  # fmt: skip
+def test_the_token_integral_is_its_integral(gamma, rank, d, n_tokens, n, k, tau):
+    """p(a, b) of its docstring, summed over z, q and tau, for a grid of rows."""
+    within = beta.ppf(midpoints(16), rank / 2, (d - 1 - rank) / 2) if rank < d - 1 else np.ones(1)
+    a, within = (grid.ravel()[:, None] for grid in np.meshgrid(rows_along_axis(200, d), within))
+    b = np.sqrt((d - a**2) * within)
+    z = (np.arange(66) - 32.5) / 5
+    weight = norm.pdf(z) / norm.pdf(z).sum()
+    sizes = np.exp(np.sqrt(tau) * norm.ppf(midpoints(60 if tau else 1)))  # tau²
+    sizes /= sizes.mean()
+    t = np.sqrt(d * beta.isf(2 * k / n, 0.5, (d - 1) / 2))
+    positive = passes = 0.0
+    for size in sizes:
+        positive += norm.cdf(gamma * a * np.sqrt(rank / size) / b)[:, 0] / len(sizes)
+        seen = gamma * a + np.sqrt(size / rank) * b * z
+        q = rank * ((seen / t) ** 2 - gamma**2) / size - z**2
+        passes += (seen > 0) * gammainc((rank - 1) / 2, np.maximum(q, 0) / 2) @ weight / len(sizes)
+    found = theory.token_integral(gamma, rank, d, n_tokens, n, k, tau_log_variance=tau)
+    assert found["dead_by_relu"] == pytest.approx(np.mean((1 - positive) ** n_tokens), abs=2.5e-3)
+    assert found["dead_total"] == pytest.approx(np.mean((1 - passes) ** n_tokens), abs=2.5e-3)
+
+
+@pytest.mark.parametrize(("eigenvalues", "cosines"), [
+    (np.geomspace(1, 1e-3, 15), [0.9, 0.95]), (np.r_[8.0, np.ones(23)], [0.7, 0.9]),
+    (np.r_[np.ones(4), np.zeros(7)], [0.8, 0.9]), (np.geomspace(3, 0.03, 100), [0.8, 0.95]),
+])  # fmt: skip
+def test_the_law_on_a_spectrum_is_its_sum(rng, eigenvalues, cosines):
+    """Rows of its own; the rest of ‖s‖² is gamma of the mean and the variance that λ leaves it."""
+    d, n_tokens, n, k = len(eigenvalues) + 1, 400, 256, 8
+    lam = eigenvalues / eigenvalues.sum()
+    along = rows_along_axis(4000, d)
+    w = rng.normal(size=(4000, d - 1))
+    w *= np.sqrt((d - along**2) / np.sum(w**2, axis=1))[:, None]
+    spread = np.sqrt(w**2 @ lam)
+    share = w**2 @ lam**2 / spread**2
+    freedom = (1 - share) ** 2 / (2 * (lam @ lam - share**2))
+    found = theory.spectrum_law(eigenvalues, np.array(cosines), n_tokens, n, k)
+    t = np.sqrt(d * beta.isf(2 * k / n, 0.5, (d - 1) / 2))
+    for key, bar, error in (("dead_by_relu", 0.0, 3e-3), ("dead_total", t, 8e-3)):
+        chance = passing(along, spread, share, freedom, cosines, bar)
+        assert found[key] == pytest.approx(np.mean((1 - chance) ** n_tokens), abs=error), key
+
+
+def test_in_the_plane_the_laws_are_arcs_of_a_circle():
+    """All tokens at 0.9 rad to either side of the mean: a row is dead unless it is within π·k/n of one of them."""
+    angle, n, k = 0.9, 64, 4
+    found = theory.spectrum_law(np.ones(1), np.full(20, np.cos(angle)), 10**6, n, k)
+    assert found["dead_by_relu"] == pytest.approx(0.5 - angle / np.pi, abs=2e-3)
+    assert found["dead_total"] == pytest.approx(1 - 2 * k / n, abs=2e-3)
+
+
+def test_directions_along_an_axis_in_closed_form():
+    """On a line two, on a circle a sine, on a sphere evenly spread (Archimedes); thresholds are the same from above."""
+    p = np.array([0.01, 0.2, 0.49, 0.6, 0.95])
+    np.testing.assert_array_equal(theory.along_axis(p, 1), [-1, -1, -1, 1, 1])
+    np.testing.assert_allclose(theory.along_axis(p, 2), np.sqrt(2) * np.sin(np.pi * (p - 0.5)), rtol=1e-9)
+    np.testing.assert_allclose(theory.along_axis(p, 3), np.sqrt(3) * (2 * p - 1), rtol=1e-9)
+    np.testing.assert_array_equal(theory.alignment_threshold(p, 1), [1, 1, 1, 0, 0])
+    np.testing.assert_allclose(theory.alignment_threshold(p[:3], 2), np.sqrt(2) * np.cos(np.pi * p[:3]), rtol=1e-9)
+    np.testing.assert_allclose(theory.alignment_threshold(p[:3], 3), np.sqrt(3) * (1 - 2 * p[:3]), rtol=1e-9)
+    assert (theory.alignment_threshold(p[3:], 3) == 0).all()
+    assert theory.top_k_threshold(100, 16) == pytest.approx(0.994458, abs=1e-6)
+    assert theory.top_k_threshold(100, 60) == 0  # ReLU comes before top-k
+
+
+@pytest.mark.parametrize(("n_tokens", "n", "k"), [(1000, 512, 8), (100_000, 8192, 64), (3, 1024, 1)])
+def test_the_laws_of_gamma_are_their_formulae(n_tokens, n, k):
+    gamma = np.array([0.3, 1.0, 2.5, 7.0])
+    t, c = norm.isf(k / n), norm.isf(1 / n_tokens)
+    median = norm.ppf(0.5 ** (1 / n_tokens))
+    np.testing.assert_allclose(theory.dead_by_relu_paper(gamma, n_tokens), norm.cdf(-c / gamma))
+    np.testing.assert_allclose(theory.dead_total_paper(gamma, n_tokens, n, k), norm.cdf(t - c / gamma))
+    np.testing.assert_allclose(theory.dead_by_relu_finite_gamma(gamma, n_tokens), norm.cdf(-median / gamma))
+    np.testing.assert_allclose(
+        theory.dead_total_finite_gamma(gamma, n_tokens, n, k),
+        norm.cdf(t * np.sqrt(1 + 1 / gamma**2) - median / gamma),
+    )
+    alike = theory.dead_total_finite_gamma(0.0, n_tokens, n, k)  # three tokens do not reach the bar of 1 in 1024
+    assert alike == (1 if n_tokens == 3 else 0)
+
+
+def test_two_gammas_is_the_mean_over_the_two_causes_of_the_gap():
+    """Weighed by the variance that gamma leaves room for, (1.2 / 1.5)²."""
+    size = (10, 64, 1000, 512, 8)
+    signal, v = theory.signal_and_spread(1.5, 1.2)
+    spread, massive = theory.token_integral(signal, *size, tau_log_variance=v), theory.token_integral(1.5, *size)
+    found = theory.two_gammas(1.5, 1.2, *size)
+    for key, share in found.items():
+        assert share == pytest.approx(0.64 * spread[key] + 0.36 * massive[key], rel=1e-9)
+    assert theory.two_gammas(1.2, 1.5, *size) == theory.token_integral(1.5, *size)
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_a_rank_is_at_most_what_the_mean_leaves(rank):
+    """Of d dimensions one is the mean's: the signal has the other three, however many are said."""
+    found = theory.token_integral(1.0, rank, 4, 300, 64, 4)
+    assert found == theory.token_integral(1.0, 3, 4, 300, 64, 4)
+    assert found["dead_total"] != theory.token_integral(1.0, 2.9, 4, 300, 64, 4)["dead_total"]
