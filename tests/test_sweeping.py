@@ -529,9 +529,9 @@ def test_a_summary_correlates_what_is_untrained_of_three_models_or_more(tmp_path
         jobs_lib.record(str(tmp_path), every[i], rows)
     jobs_lib.record(str(tmp_path), every[4], [jobs_lib.failure(every[4], RunFailed("a  line\nof " + "x" * 600))])
     lines = jobs_lib.summary(str(tmp_path), every).splitlines()
-    done = slice(n_done)
+    gamma, models = np.array(gammas[:n_done]), np.array(list("abcd")[:n_done])
     expected = [f"gamma and features {what} at initialisation: "
-                f"{statistics.correlation(np.array(gammas[done]), np.array(values[done]), np.array(list('abcd')[done]))}"
+                f"{statistics.correlation(gamma, np.array(values[:n_done]), models)}"
                 for what, values in (("dead in total", dead), ("dead by ReLU", by_relu)) if n_done > 2]  # fmt: skip
     assert lines == ["failed: job4 (why: column `error`)", *expected,
                      f"{n_done} of 6 combinations done, 1 failed, {5 - n_done} not yet"]  # fmt: skip
@@ -558,7 +558,7 @@ def test_a_combination_is_finished_once_all_its_rows_are_done(tmp_path):
 class FakeRay(SimpleNamespace):
     """As much of Ray as a launcher asks for; tasks are done at once, in their order."""
 
-    class exceptions:  # noqa: N801
+    class exceptions:
         class RayError(Exception): ...
 
     def init(self, *_, **__): ...
