@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import FULL_DPI
 from etils import epath
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from experiments.trust import page_in_browser
@@ -22,6 +23,7 @@ from sae_jax import cli
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.dense import DenseSAE
 from sae_jax.autoencoder.sae import SAE
+from sae_jax.config import base
 from sae_jax.diagnosis import autopsy
 from sae_jax.errors import Refused
 from sae_jax.exchange import formats, hub, sharing
@@ -267,10 +269,6 @@ def test_a_card_names_the_norm_that_is_left_to_the_library(rng, x, kind, flag):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of members of different size, or whitened, and so in different groups."""
-    from ml_collections import ConfigDict
-
-    from sae_jax.config import base
-
     config = base()
     config.sae.n_features, config.sae.k = 64, 4
     config.data.signal, config.data.gamma, config.data.d_model = "sparse", 20.0, 16
@@ -287,6 +285,16 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(figures.STYLE, "figure.dpi", FULL_DPI)  # its page is looked at in a browser
         return config, workdir, train(config, workdir)
+
+
+def test_members_with_a_mean_of_their_own_come_out_with_it(tiny, tmp_path):
+    """Their tokens differ by that alone, and are as far from 0 as their gamma says."""
+    tiny.train.steps, tiny.data.gamma = 0, 3.0
+    tiny.members = ConfigDict({"near": {"seed": 0}, "far": {"data": {"gamma": 9.0}}})
+    train(tiny, str(tmp_path / "w"))
+    near, far = (sharing.load(str(tmp_path / "w"), member).metadata for member in ("near", "far"))
+    assert (near["gamma_raw"], far["gamma_raw"]) == (pytest.approx(3, rel=0.05), pytest.approx(9, rel=0.05))
+    np.testing.assert_allclose(far["mu"], 3 * np.asarray(near["mu"]), atol=0.1 * np.linalg.norm(near["mu"]))
 
 
 @pytest.mark.parametrize("member", ["baseline", "centred", "wide", "white"])

@@ -624,3 +624,14 @@ def test_what_workers_leave_undone_becomes_rows_that_say_why(ray_here, tmp_path)
         "job0": ("done", None), "job2": ("done", None), "job3": ("failed", "RayError: the worker has died"),
         "job1": ("failed", "RunFailed: done, but nothing is there: all machines have to see the workdir"),
     }  # fmt: skip
+
+
+def test_shares_cost_about_alike():
+    """A job goes where the middle of its cost lies; a forward pass, which others share, counts a tenth."""
+    found = [job for job, _ in costing()]
+    cost = [forward / 10 + rest for _, (_, forward, rest, _) in costing()]
+    for count in range(1, 60):
+        places = [int(count * (sum(cost[:j]) + cost[j] / 2) / sum(cost)) for j in range(4)]
+        for i in range(count):
+            expected = [job.name for job, place in zip(found, places, strict=True) if place == i]
+            assert [job.name for job in combinations.share(found, f"{i}/{count}")] == expected
