@@ -258,6 +258,7 @@ def test_memories_of_a_run_are_those_of_the_machine_or_of_each_device():
         here.local = [SimpleNamespace(platform="gpu")] * 2
         expected = devices_lib.Memories(is_host=False, copies=1, parts=2 // shares, batch_parts=shares)
         assert here.memories() == expected
+        assert isinstance(here.memories().parts, int)
         assert here.shards == ("feature" if feature > 1 else None)
         here.check_batch("train.batch_size", 6)
         if shares == 2:

@@ -236,7 +236,7 @@ def test_one_that_fails_among_several_ends_at_once_with_a_line(monkeypatch, capf
             raise error
         assert ended.value.code == code
         assert f"sae_jax: {said.replace('process 0', f'process {number}')}" in capfd.readouterr().err
-    assert slept == [2]
+        assert slept == [2]  # by the first one alone
 
 
 @pytest.mark.parametrize(("devices", "said"), [
