@@ -123,6 +123,16 @@ def test_what_is_done_beyond_the_end_leaves_nothing_and_what_stands_still_no_tim
     ]  # fmt: skip
 
 
+def test_what_takes_longer_than_a_second_each_has_a_time_left(monkeypatch):
+    now, said = [100.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with contextlib.redirect_stderr(said), progress.Progress(10, 0, "steps", "training", every=1) as shown:
+        for _ in range(2):
+            now[0] += 4
+            shown.update(1)
+    assert said.getvalue() == "training: 2 of 10 steps (20 %), 0.25 steps/s, 0:00:32 left\n"
+
+
 @pytest.mark.parametrize(("initialized", "number", "speaks"), [
     (False, 0, True), (True, 0, True), (True, 1, False), (False, 1, True),
 ])  # fmt: skip
