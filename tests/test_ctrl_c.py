@@ -3,6 +3,7 @@
 CTRL_C=20 in the environment stops every verb twenty times, each time elsewhere. What was seen goes to CTRL_C_LOG.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from sae_jax.errors import Interrupted, Preempted
+from sae_jax.runtime import processes, stopping
 
 TRIES = int(os.environ.get("CTRL_C", "0"))
 LINE = "sae_jax: stopped from the keyboard"
@@ -183,3 +187,76 @@ def test_what_is_noted_and_what_ends_at_once(script, words, code, out, err):
     finally:
         signal.signal(signal.SIGINT, before)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+# -- who takes a signal ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handled():
+    """Signals that come through to whoever handled them before; in a command that is `stopping.end`."""
+    before, seen = {number: signal.getsignal(number) for number in stopping.ENDS}, []
+    signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("asked", "fails", "through"), [(False, False, True), (True, False, False),
+                                                         (False, True, False)])  # fmt: skip
+def test_a_signal_that_nobody_was_told_of_comes_through_once_all_is_saved(handled, asked, fails, through):
+    with contextlib.suppress(KeyError), stopping.StopRequest() as stop:
+        assert not (asked and stop.requested())
+        signal.raise_signal(signal.SIGTERM)
+        assert not asked or stop.requested()
+        if fails:
+            raise KeyError
+    assert handled == [signal.SIGTERM] * through
+    assert signal.getsignal(signal.SIGTERM).__name__ == "<lambda>"
+    assert stopping.StopRequest.active == []
+
+
+@pytest.mark.parametrize(("sent", "kind"), [
+    ([signal.SIGTERM], Preempted), ([signal.SIGINT], Interrupted), ([signal.SIGTERM, signal.SIGINT], Preempted),
+    ([signal.SIGINT, signal.SIGTERM], Interrupted),
+])  # fmt: skip
+@pytest.mark.usefixtures("handled")
+def test_in_a_command_the_first_signal_says_how_it_ended(sent, kind):
+    signal.signal(signal.SIGINT, stopping.end)
+    with stopping.StopRequest() as stop:
+        for number in sent:
+            signal.raise_signal(number)
+        assert stop.requested()
+        ended = stop.stopped("at step 3")
+    assert type(ended) is kind
+    assert str(ended) == f"{kind.said} at step 3; run again to go on"
+
+
+@pytest.mark.usefixtures("handled")
+def test_ctrl_c_is_left_to_a_request_once_and_sigterm_always():
+    with stopping.StopRequest() as elsewhere:  # SIGINT is not its own
+        assert [elsewhere.takes(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM)] == [
+            True, False, True,
+        ]  # fmt: skip
+    signal.signal(signal.SIGINT, stopping.end)
+    with stopping.StopRequest() as stop:
+        order = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT)
+        assert [stop.takes(number) for number in order] == [True, True, True, True, False]
+
+
+@pytest.mark.usefixtures("handled")
+def test_several_processes_stop_one_turn_after_it_was_asked_of_any(monkeypatch):
+    """What they agree on is looked at a turn later; a request that asks nobody stops at once."""
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    asked, answers = [], iter([0, 1, 2, 0])
+    monkeypatch.setattr(processes, "any_process", lambda flag: asked.append(flag) or next(answers))
+    with stopping.StopRequest(together=True) as stop:
+        assert [stop.requested() for _ in range(2)] == [False, False]
+        signal.raise_signal(signal.SIGTERM)
+        assert [stop.requested() for _ in range(2)] == [True, True]
+    assert asked == [False, False, True, True]
+    with stopping.StopRequest() as alone:
+        assert not alone.requested()
+        signal.raise_signal(signal.SIGTERM)
+        assert alone.requested()
+    assert len(asked) == 4

@@ -12,9 +12,10 @@ import torch
 from etils import epath
 
 import sae_jax
+from sae_jax.autoencoder.dense import DenseSAE
 from sae_jax.diagnosis import autopsy
 from sae_jax.errors import Refused
-from sae_jax.exchange import encoders, registry, sharing
+from sae_jax.exchange import encoders, registry, sharing, sightings
 from sae_jax.exchange.encoders import Encoder, Opened
 from sae_jax.reports import tables
 
@@ -360,3 +361,174 @@ def test_what_an_export_would_lose_is_known_when_it_is_read(sae_lens, tmp_path, 
     path = tmp_path / "sae" / "cfg.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"reshape_activations": reshape}))
     assert registry.read(epath.Path(tmp_path / "sae")).stays == said
+
+
+# -- norms, bars and what is seen, in NumPy --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", encoders.NORMS)
+def test_norms_of_small_tokens_and_of_none_are_those_of_numpy(rng, norm):
+    """Where what is added to a deviation counts, to tokens of length 0, and back: x ≈ offset + size · norm(x)."""
+    x = rng.normal(size=(12, D)) * np.geomspace(1e-3, 10, 12)[:, None]
+    x[5] = 0
+    mean, deviation = x.mean(axis=1, keepdims=True), x.std(axis=1, ddof=1, keepdims=True)
+    length, zero, root = np.linalg.norm(x, axis=1, keepdims=True), np.zeros((12, 1)), D**0.5
+    ours = np.sqrt(x.var(axis=1, keepdims=True) + 1e-5)
+    by = np.where(length > 0, length, 1)
+    normed, offset, size = {
+        "none": (x, zero, zero + 1),
+        "layer_norm": ((x - mean) / ours, mean, ours),
+        "layer_norm_unit": ((x - mean) / ours / root, mean, ours * root),
+        "unit": (x / by, zero, length),
+        "sample_layer_norm": ((x - mean) / (deviation + 1e-5), mean, deviation),
+        "constant_norm_rescale": (x / by * root, zero, length / root),
+    }[norm]
+    np.testing.assert_allclose(encoders.NORMS[norm](jnp.float32(x)), normed, rtol=1e-4, atol=1e-6)
+    found = encoders.undone(jnp.float32(x), norm)
+    np.testing.assert_allclose(found[0], offset, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found[1], size, rtol=1e-4, atol=1e-9)
+
+
+BARS = {
+    "relu": ({}, [0, 1, 2, 0], [False, True, True, False]),
+    "gated": ({"r_mag": np.zeros(4), "b_mag": np.ones(4)}, [0, 2, 3, 0], [False, True, True, False]),
+    "threshold": ({"threshold": np.float32([-1, 1, 1, -9])}, [0, 0, 2, 0], [False, True, True, False]),
+    "topk": ({"k": 4}, [0, 1, 2, 0], [False, True, True, False]),
+    "groupmax": ({"k": 4}, [0, 1, 2, 0], [False, True, True, False]),
+    "abstopk": ({"k": 4}, [0, 1, 2, -3], [False, True, True, True]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", BARS)
+def test_what_stands_exactly_on_a_bar_does_not_pass_it(rule):
+    more, acts, positive = BARS[rule]
+    eye, zero = jnp.eye(4), jnp.zeros(4)
+    encoder = Encoder(W_enc=eye, b_enc=zero, W_dec=eye, b_dec=zero, b_in=zero, rule=rule, **more)
+    x = jnp.array([[0.0, 1.0, 2.0, -3.0]])
+    np.testing.assert_array_equal(encoders.encode(encoder, x), [acts])
+    np.testing.assert_array_equal(encoders.select(encoder, x, encoders.magnitude_bias(encoder))[0], [positive])
+
+
+def test_rows_are_gone_through_some_at_a_time_in_float64(rng):
+    W, seen = np.float32(rng.normal(size=(11, 3))), []
+
+    def squared(rows):
+        seen.append((len(rows), rows.dtype))
+        return (rows**2).sum(axis=1)
+
+    np.testing.assert_allclose(encoders.in_rows(W, squared, rows=4), (W.astype(np.float64) ** 2).sum(axis=1))
+    assert seen == [(4, np.float64), (4, np.float64), (3, np.float64)]
+
+
+@pytest.mark.parametrize(("threshold", "bars"), [
+    (np.float32(-1), [0, 0, 0]), (np.float32(0.25), [0.25, 0.25, 0.25]), (np.float32([-0.5, 0.25, 2]), [0, 0.25, 2]),
+])  # fmt: skip
+def test_of_our_own_saes_no_bar_is_below_zero(threshold, bars):
+    kind = "jumprelu" if threshold.ndim else "batch_topk"
+    sae = DenseSAE(W_enc=np.eye(3), b_enc=np.zeros(3), W_dec=np.eye(3), b_dec=np.ones(3), k=1, threshold=threshold,
+                   activation=kind)  # fmt: skip
+    found = encoders.of_sae(sae)
+    assert found.rule == "threshold"
+    np.testing.assert_array_equal(found.threshold, np.float32(bars))
+    np.testing.assert_array_equal(encoders.of_sae(sae.replace(threshold=None)).rule, "relu")
+    unset = kind == "batch_topk" and threshold < 0
+    assert bool(sharing.opened(sae).notes) == unset
+
+
+SEEN = {
+    "topk": {"k": 4}, "abstopk": {"k": 4}, "groupmax": {"k": 4}, "threshold": {}, "gated": {},
+    "topk rescaled": {"k": 4}, "threshold rescaled": {}, "transcoder": {}, "transcoder without its target": {},
+}  # fmt: skip
+
+
+def seen_by_numpy(encoder, place, point, x, valid, ordinary, target):
+    """(Seen, scores) by the table in `encoders`, a margin being what is ranked less the bar, in float64."""
+    u = (x - point) @ encoder.W_enc.T + place.offset
+    z = u + encoder.b_enc
+    by = np.ones(len(encoder.b_enc)) if encoder.ranked_by is None else encoder.ranked_by
+    ranked = z * by
+    if encoder.rule == "topk":
+        bar = np.maximum(np.sort(ranked, axis=1)[:, -encoder.k, None], 0)
+    elif encoder.rule == "abstopk":
+        bar = np.sort(np.abs(ranked), axis=1)[:, -encoder.k, None]
+    elif encoder.rule == "groupmax":
+        bar = np.maximum(ranked.reshape(len(x), encoder.k, -1).max(axis=2), 0).repeat(z.shape[1] // encoder.k, axis=1)
+    else:
+        bar = np.maximum(encoder.threshold, 0) if encoder.rule == "threshold" else np.zeros(1)
+    acts, positive = np.where((ranked >= bar) & (ranked > 0), ranked, 0), z > 0
+    if encoder.rule == "abstopk":
+        acts, positive, ranked = np.where(np.abs(ranked) >= bar, ranked, 0), z != 0, np.abs(ranked)
+    if encoder.rule == "gated":
+        acts = np.where(positive, np.maximum(np.exp(encoder.r_mag) * u + encoder.b_mag, 0), 0)
+    margin = np.where(valid[:, None], ranked - bar, -np.inf)
+    x_hat = acts / np.where(by > 0, by, 1) @ encoder.W_dec + place.b_dec
+    x_hat += 0 if encoder.W_skip is None else x @ encoder.W_skip.T
+    error = np.zeros(len(x)) if target is None else ((target - x_hat) ** 2).sum(axis=1)
+    acts = np.abs(acts[valid])
+    seen = ((positive[valid]).any(axis=0), (acts > 0).sum(axis=0), acts.max(axis=0), margin.max(axis=0),
+            error[valid].sum(), error[valid & ordinary].sum())  # fmt: skip
+    return seen, np.where(margin >= 0, ranked, margin)
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_what_tokens_show_is_what_numpy_counts(monkeypatch, rng, kind):
+    """At two places of a bias at once, in three pieces of 512 rows, the last one padded; one token of ten is none."""
+    n, d, n_tokens, rule = 24, 6, 1100, kind.split()[0]
+    monkeypatch.setattr(sightings, "PIECE", 600 * n)  # a power of two of rows is taken
+    monkeypatch.setattr(sightings, "ABREAST", 1)
+    W, W_dec = np.float32(rng.normal(size=(2, n, d)))
+    b_enc, r_mag, b_mag, threshold = np.float32(rng.normal(size=(4, n)) * [[0.5], [0.3], [0.5], [1]])
+    b_dec, W_skip = np.float32(rng.normal(size=d)), np.float32(rng.normal(size=(d, d)))
+    W[3], b_enc[3] = 0, 0  # never other than 0
+    b_enc[:3] -= 9  # never positive
+    more = dict(SEEN[kind])
+    if rule == "threshold":
+        more["threshold"] = threshold
+    elif rule == "gated":
+        more |= {"r_mag": r_mag, "b_mag": b_mag}
+    if "rescaled" in kind:
+        W_dec[5] = 0
+        W_dec[6:9] /= 10
+        more["ranked_by"] = np.linalg.norm(W_dec, axis=1)
+    transcodes = rule == "transcoder"
+    if transcodes:
+        rule, more["W_skip"] = "relu", W_skip
+    encoder = Encoder(W_enc=W, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, b_in=b_dec * (not transcodes), rule=rule,
+                      transcodes=transcodes, **more)  # fmt: skip
+    x = np.float32(rng.normal(size=(n_tokens, d)) * 1.8)
+    x[7] = [3, 4, 0, 0, 0, 0]  # of norm 5: as long as an ordinary token may be
+    valid, point = rng.uniform(size=n_tokens) > 0.1, np.float32(rng.normal(size=d))
+    valid[7] = True
+    ordinary, target, goal = np.linalg.norm(x, axis=1) <= 5, x, None
+    assert 0.3 < ordinary.mean() < 0.9
+    if transcodes:
+        target = None
+    if kind == "transcoder":
+        target, ordinary = np.float32(rng.normal(size=(n_tokens, d))), rng.uniform(size=n_tokens) > 0.5
+        goal = sightings.Goal(target, ordinary)
+    places = [sightings.place(encoder, point, moved) for moved in (False, True)]
+    np.testing.assert_allclose(places[0].offset, W @ (np.float64(point) - encoder.b_in), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(places[0].b_dec, b_dec)
+    np.testing.assert_array_equal(places[1].offset, np.zeros(n))
+    np.testing.assert_array_equal(places[1].b_dec, b_dec if transcodes else point)
+
+    def see(valid):
+        return sightings.see(encoder, tuple(places), point, x, valid, jnp.float32(5), goal, best=True)
+
+    early = np.arange(n_tokens) < 700
+    found, best = see(valid)
+    first, later = (jax.tree.map(np.asarray, see(valid & some)[0]) for some in (early, ~early))
+    for there, tops, seen, a, b in zip(places, best, found, first, later, strict=True):
+        expected, scores = seen_by_numpy(encoder, there, point, x.astype(np.float64), valid, ordinary, target)
+        for whole in (seen, a | b):
+            np.testing.assert_array_equal(whole.positive, expected[0])
+            np.testing.assert_array_equal(whole.n_fired, expected[1])
+            for ours, theirs in zip(whole[2:], expected[2:], strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4)
+        padded = np.full((3 * 512, n), -np.inf)
+        padded[:n_tokens] = scores
+        stretches = padded.reshape(-1, 256, n)
+        np.testing.assert_allclose(tops.score, stretches.max(axis=1), rtol=1e-4, atol=1e-4)
+        wanted = stretches.argmax(axis=1) + 256 * np.arange(len(stretches))[:, None]
+        at = (slice(None), np.flatnonzero(W.any(axis=1)))  # of what is always 0 every token is the best
+        np.testing.assert_array_equal(np.asarray(tops.row)[at], wanted[at])

@@ -24,6 +24,7 @@ from sae_jax.activations import stored
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.runtime import checkpoint, disk
+from sae_jax.runtime import workdir as workdir_lib
 from sae_jax.training import step as step_lib
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +93,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, capsys, 
     assert (workdir / "report.json").read_text() == report  # the same steps again, bit by bit
     assert (workdir / "damaged" / "20").is_dir()
     assert checkpoint.damage(checkpoint.epath.Path(workdir / "checkpoints" / "20")) is None
+
+
+def test_two_damaged_checkpoints_are_both_put_aside_in_place_of_older_ones(run, capsys):
+    workdir, config = run
+    kept = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    shutil.copytree(workdir / "checkpoints" / "20", workdir / "checkpoints" / "30")
+    (workdir / "damaged" / "30").mkdir(parents=True)
+    (workdir / "damaged" / "30" / "older").write_text("")
+    for step in ("20", "30"):
+        flip(max(files_in(workdir / "checkpoints" / step), key=lambda path: path.stat().st_size))
+    checkpoint.Checkpoints(str(workdir), 3).close()
+    said = capsys.readouterr().err.splitlines()
+    assert ["checkpoint 30 is damaged" in said[0], "checkpoint 20 is damaged" in said[1]] == [True, True]
+    assert all(line.endswith("going on from step 10") for line in said)
+    assert checkpoint.steps(checkpoint.epath.Path(workdir / "checkpoints")) == [step for step in kept if step < 20]
+    assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["20", "30"]
+    assert not (workdir / "damaged" / "30" / "older").exists()
 
 
 DELETED: list[str] | None = None  # what is being deleted, while it is a list
@@ -242,6 +260,32 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, tiny, where):
     workdir = tmp_path / "file" / "w" if where == "a file in the way" else tmp_path / ("w" * 300)
     with pytest.raises(Refused, match="--workdir"):
         sae_jax.train(tiny, str(workdir))
+
+
+HELD = {"path": "x.npy", "shape": [5, 2], "dtype": "float32", disk.SAMPLED: "a"}
+
+
+@pytest.mark.parametrize(("held", "now", "said"), [
+    (HELD, HELD, None), (HELD, HELD | {"path": "elsewhere.npy"}, None), (HELD, HELD | {"shape": (5, 2)}, None),
+    (HELD, HELD | {disk.SAMPLED: "b"}, "sampled_sha256 = 'a', not 'b'"),
+    (HELD, HELD | {disk.SAMPLED: "b", "shape": [6, 2]}, "shape = [5, 2], not [6, 2]"),
+    (HELD, {"path": "x.npy", "shape": [5, 2], disk.SAMPLED: "a"}, "dtype = 'float32', not None"),
+    (HELD, HELD | {"more": 1}, "more = None, not 1"),
+    ({key: value for key, value in HELD.items() if key != disk.SAMPLED}, HELD, None),  # a run of before
+])  # fmt: skip
+def test_a_run_goes_on_with_the_data_it_was_started_on(tmp_path, held, now, said):
+    """The folder may be new, and in folders that are; which data they are is written down while it is in use."""
+    workdir = str(tmp_path / "a" / "b")
+    workdir_lib.check_data(workdir, now)
+    for _ in range(2):
+        with workdir_lib.claimed(workdir, {"seed": 1}, held):
+            assert json.loads((tmp_path / "a/b/data.json").read_text()) == held | {"started_in": os.getcwd()}
+    if said is None:
+        workdir_lib.check_data(workdir, now)
+        return
+    with pytest.raises(Refused) as refused:
+        workdir_lib.check_data(workdir, now)
+    assert str(refused.value).endswith(f"a new folder: this one is of data with {said}")
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, tiny, monkeypatch):

@@ -15,6 +15,7 @@ from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.kept import LARGE
 from sae_jax.errors import Refused
 from sae_jax.exchange import features as features_lib
+from sae_jax.exchange.encoders import Encoder, Opened
 from sae_jax.exchange.formats import Packed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import Preprocessing, whitening
@@ -210,6 +211,7 @@ def test_the_example_of_a_docstring_runs_as_written(runs, tmp_path, monkeypatch,
     (lambda x: x[0], "an array of shape"),
     (lambda x: x.astype(int), "floating point activations"),
     (lambda x: np.where(np.arange(len(x))[:, None] == 280, np.nan, x), "row 280"),
+    (lambda x: np.where(np.arange(x.size).reshape(x.shape) == 280 * 24 + 7, np.inf, x), "row 280"),
 ])  # fmt: skip
 def test_what_is_refused(rng, monkeypatch, change, said):
     monkeypatch.setattr(features_lib, "ROWS", 128)
@@ -218,3 +220,27 @@ def test_what_is_refused(rng, monkeypatch, change, said):
     for verb in (sae_jax.features, sae_jax.reconstruct):
         with pytest.raises(Refused, match=said):
             verb(given, change(x))
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 3, 5, 9])
+def test_of_what_fires_there_are_as_many_columns_as_any_token_needs(width):
+    """Of ReLU, however small its activations; the rows that fill up the last part fire all their features."""
+    n = 12
+    x = np.full((5, n), -2.0, np.float32)
+    for row in range(5):
+        x[row, : min(width, row + 1) if row < 4 else width] = -0.75
+    eye, zero = np.eye(n, dtype=np.float32), np.zeros(n, np.float32)
+    encoder = Encoder(W_enc=eye, b_enc=zero + 1, W_dec=eye, b_dec=zero, b_in=zero, rule="relu")
+    codes = sae_jax.features(Opened(encoder, {}, "none"), x)
+    assert codes.values.shape == codes.indices.shape == (5, width)
+    np.testing.assert_array_equal(dense(codes, n), np.maximum(x + 1, 0))
+
+
+def test_of_wide_saes_fewer_tokens_are_taken_at_a_time(rng, monkeypatch):
+    monkeypatch.setattr(features_lib, "ENTRIES", 50 * 96 + 7)
+    taken, of_rows = [], features_lib._of_rows
+    monkeypatch.setattr(features_lib, "_of_rows", lambda *given: taken.append(len(given[1])) or of_rows(*given))
+    x = activations(rng, 24, 130)
+    given = packed(rng, x, 96, 5, "centred")
+    agree(sae_jax.features(given, x), sae_jax.reconstruct(given, x), *by_numpy(given.sae, given.before, x), x)
+    assert taken == [50, 50, 32] * 2  # as many as have ENTRIES; 30 are filled up

@@ -1,5 +1,6 @@
 """Export and import: the documented layouts run in plain NumPy and torch, the peers themselves, and what is refused."""
 
+import io
 import json
 import os
 import pickle
@@ -13,12 +14,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import FULL_DPI
+from etils import epath
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from experiments.trust import page_in_browser
 from sae_jax import cli
 from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.dense import DenseSAE
 from sae_jax.autoencoder.sae import SAE
+from sae_jax.config import base
 from sae_jax.diagnosis import autopsy
 from sae_jax.errors import Refused
 from sae_jax.exchange import formats, hub, sharing
@@ -172,13 +177,98 @@ def test_saelens_ranking_by_decoder_norm_and_a_bias_not_applied_to_the_input(rng
     np.testing.assert_allclose(ours, (kept / norms) @ w["W_dec"] + w["b_dec"], atol=1e-6 * size)
 
 
+def test_rows_without_length_rank_as_nothing_and_stay_zero(rng, tmp_path):
+    """Of decoders that SAELens rescales by, shorter than 1 or of no length at all."""
+    rows = np.float32(rng.normal(size=(N, D)))
+    rows *= np.linspace(0, 0.9, N, dtype=np.float32)[:, None] / np.linalg.norm(rows, axis=1, keepdims=True)
+    given = Packed(SAE(W_enc=np.float32(rng.normal(size=(N, D))), b_enc=np.float32(rng.normal(size=N)), W_dec=rows,
+                       b_dec=np.zeros(D, np.float32), k=K), Preprocessing(shift=np.zeros(D)), {})  # fmt: skip
+    sharing.export(given, str(tmp_path / "a"), "saelens")
+    config = json.loads((tmp_path / "a/cfg.json").read_text()) | {"rescale_acts_by_decoder_norm": True}
+    (tmp_path / "a/cfg.json").write_text(json.dumps(config))
+    found, norms = sharing.load(str(tmp_path / "a")).sae, np.linalg.norm(rows, axis=1)
+    np.testing.assert_allclose(found.W_enc, given.sae.W_enc * norms[:, None], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found.b_enc, given.sae.b_enc * norms, rtol=1e-5, atol=1e-7)
+    lengths = np.linalg.norm(found.W_dec, axis=1)
+    np.testing.assert_allclose(lengths, np.arange(N) > 0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.5])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_threshold_goes_into_the_units_of_the_activations_once_it_is_set(rng, tmp_path, threshold, scale):
+    arrays = {key: np.float32(rng.normal(size=shape)) for key, shape in
+              {"W_enc": (N, D), "W_dec": (N, D), "b_enc": (N,), "b_dec": (D,)}.items()}  # fmt: skip
+    sae = DenseSAE(**arrays, k=K, threshold=np.float32(threshold), activation="batch_topk")
+    given = Packed(sae, Preprocessing(shift=np.zeros(D), scale=scale), {})
+    folded = formats.folded(given)
+    assert folded.threshold == (threshold if threshold < 0 else threshold / scale)
+    np.testing.assert_allclose(folded.b_enc, arrays["b_enc"] / scale, rtol=1e-6)
+    opened = sharing.opened(given)
+    assert opened.notes == (("Its threshold was never set, so every positive feature fires.",) if threshold < 0 else ())
+    if threshold < 0:
+        with pytest.raises(Refused, match="has not taken a step"):
+            sharing.export(given, str(tmp_path / "out"))
+        return
+    for format in ("saelens", "dictionary_learning"):
+        again = sharing.export(given, str(tmp_path / format), format)
+        np.testing.assert_array_equal(again.encoder.threshold, np.full(N, threshold / scale, np.float32))
+    np.testing.assert_array_equal(load_file(tmp_path / "saelens/sae_weights.safetensors")["threshold"],
+                                  np.full(N, threshold / scale, np.float32))  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "expansion"), [(5, 1), (12, 1), (13, 1), (24, 2), (40, 3)])
+def test_what_sparsify_reads_says_all_it_asks_for(rng, n, expansion):
+    for length in (1.0, 1.01):
+        rows = rng.normal(size=(n, D))
+        rows = np.float32(rows / np.linalg.norm(rows, axis=1, keepdims=True) * length)
+        sae = SAE(W_enc=rows, b_enc=np.zeros(n, np.float32), W_dec=rows, b_dec=np.zeros(D, np.float32), k=3)
+        config = json.loads(formats.encode(Packed(sae, Preprocessing(shift=np.zeros(D)), {}), "sparsify")["cfg.json"])
+        assert config == {
+            "activation": "topk", "expansion_factor": expansion, "num_latents": n, "k": 3, "d_in": D,
+            "normalize_decoder": length == 1, "multi_topk": False, "skip_connection": False, "transcode": False,
+        }  # fmt: skip
+        assert isinstance(config["expansion_factor"], int)
+
+
+def test_what_dictionary_learning_reads_of_topk_has_no_threshold(rng, x, tmp_path):
+    sharing.export(packed(rng, x, "centred"), str(tmp_path / "a"), "dictionary_learning")
+    state = torch.load(tmp_path / "a/ae.pt", weights_only=True)
+    assert (state["threshold"].item(), state["k"].item()) == (-1, K)
+
+
+@pytest.mark.parametrize("groups", ["10,40", "5,15,40"])
+def test_groups_are_written_as_widths_for_dictionary_learning(rng, groups):
+    arrays = {key: np.float32(rng.normal(size=shape)) for key, shape in
+              {"W_enc": (N, D), "W_dec": (N, D), "b_enc": (N,), "b_dec": (D,)}.items()}  # fmt: skip
+    sae = DenseSAE(**arrays, k=K, threshold=np.float32(0.5), activation="batch_topk")
+    given = Packed(sae, Preprocessing(shift=np.zeros(D)), {"config": {"sae.groups": groups}})
+    state = torch.load(io.BytesIO(formats.encode(given, "dictionary_learning")["ae.pt"]), weights_only=True)
+    assert state["group_sizes"].tolist() == {"10,40": [10, 30], "5,15,40": [5, 10, 25]}[groups]
+
+
+def test_relu_keeps_no_number_of_features(rng, tmp_path):
+    arrays = {key: np.float32(rng.normal(size=shape)) for key, shape in
+              {"W_enc": (N, D), "W_dec": (N, D), "b_enc": (N,), "b_dec": (D,)}.items()}  # fmt: skip
+    given = Packed(DenseSAE(**arrays, k=0), Preprocessing(shift=np.zeros(D)), {})
+    sharing.export(given, str(tmp_path / "a"))
+    again = formats.decode(epath.Path(tmp_path / "a"))
+    assert (again.sae.k, again.sae.activation, again.before.scale) == (0, "relu", 1)
+    sharing.export(str(tmp_path / "a"), str(tmp_path / "b"), "dictionary_learning")
+    assert "k" not in json.loads((tmp_path / "b/config.json").read_text())["trainer"]
+
+
+@pytest.mark.parametrize(("kind", "flag"), [
+    ("layer_norm", "layer_norm"), ("layer_norm_unit", "layer_norm"), ("unit", "constant_norm_rescale"),
+])  # fmt: skip
+def test_a_card_names_the_norm_that_is_left_to_the_library(rng, x, kind, flag):
+    card = sharing.model_card(packed(rng, x, kind), "saelens", "mine")
+    assert f"Each token goes through `{flag}`, as the configuration says." in card
+    assert "folded into the weights" not in card
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of members of different size, or whitened, and so in different groups."""
-    from ml_collections import ConfigDict
-
-    from sae_jax.config import base
-
     config = base()
     config.sae.n_features, config.sae.k = 64, 4
     config.data.signal, config.data.gamma, config.data.d_model = "sparse", 20.0, 16
@@ -195,6 +285,16 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(figures.STYLE, "figure.dpi", FULL_DPI)  # its page is looked at in a browser
         return config, workdir, train(config, workdir)
+
+
+def test_members_with_a_mean_of_their_own_come_out_with_it(tiny, tmp_path):
+    """Their tokens differ by that alone, and are as far from 0 as their gamma says."""
+    tiny.train.steps, tiny.data.gamma = 0, 3.0
+    tiny.members = ConfigDict({"near": {"seed": 0}, "far": {"data": {"gamma": 9.0}}})
+    train(tiny, str(tmp_path / "w"))
+    near, far = (sharing.load(str(tmp_path / "w"), member).metadata for member in ("near", "far"))
+    assert (near["gamma_raw"], far["gamma_raw"]) == (pytest.approx(3, rel=0.05), pytest.approx(9, rel=0.05))
+    np.testing.assert_allclose(far["mu"], 3 * np.asarray(near["mu"]), atol=0.1 * np.linalg.norm(near["mu"]))
 
 
 @pytest.mark.parametrize("member", ["baseline", "centred", "wide", "white"])
@@ -216,8 +316,6 @@ def test_a_member_of_a_run_comes_out_with_its_own_deaths(run, member, tmp_path):
 
 
 def test_what_would_be_pushed_is_the_folder_under_its_name_and_a_card(run, tmp_path):
-    from etils import epath
-
     sharing.export(run[1], str(tmp_path / "mine"), member="centred")
     files = hub.commit_files(epath.Path(tmp_path / "mine"), with_card=True)
     assert {"README.md", "mine/cfg.json", "mine/sae_weights.safetensors", "mine/README.md"} <= files.keys()

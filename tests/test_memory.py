@@ -47,6 +47,7 @@ def machine(tmp_path, monkeypatch):
      2500),
     ({"own": "0::/job/step", "cgroup/job/memory.max": 700, "cgroup/job/memory.current": 100}, 600),  # of a scheduler
     ({"own": "0::/job/step", "cgroup/job/step/memory.max": 50, "cgroup/job/step/memory.current": 70}, 0),
+    ({"own": "0::/pod:1/step", "cgroup/pod:1/memory.max": 700, "cgroup/pod:1/memory.current": 100}, 600),
     ({"own": "4:cpu:/a\n9:memory:/a", "cgroup/memory/a/memory.limit_in_bytes": 900,
       "cgroup/memory/a/memory.usage_in_bytes": 1}, 899),  # the first version of control groups
 ])  # fmt: skip
@@ -54,6 +55,46 @@ def test_the_least_of_all_limits_counts(machine, files, there):
     for name, text in files.items():
         machine(name, text)
     assert memory.of_the_machine() == there
+
+
+@pytest.mark.parametrize(("stats", "there"), [
+    ({"bytes_limit": 100, "bytes_in_use": 30}, 70), ({"bytes_limit": 100}, 100), ({"bytes_in_use": 30}, None),
+    (None, None), ("cpu", 8 * GIGABYTE // 1024 * 1024),
+])  # fmt: skip
+def test_a_device_can_still_give_what_is_not_in_use(machine, monkeypatch, stats, there):
+    """The first one's; a processor has the machine's."""
+    device = SimpleNamespace(platform="cpu" if stats == "cpu" else "gpu", memory_stats=lambda: stats)
+    monkeypatch.setattr(memory.jax, "local_devices", lambda: [device])
+    assert memory.available() == there
+
+
+def test_what_needs_all_there_is_fits_and_what_nobody_knows_too(monkeypatch):
+    need = memory.Choice("n", 10, lambda n: 10 * n)
+    for there, fits in ((100, True), (101, True), (99, False), (None, True)):
+        monkeypatch.setattr(memory, "available", lambda there=there: there)
+        assert memory.fits(100) == fits
+        if fits:
+            memory.check("arrays", need)
+            continue
+        with pytest.raises(Refused):
+            memory.check("arrays", need)
+
+
+@pytest.mark.parametrize(("there", "said"), [
+    (100 * GIGABYTE, "n = 100: at most about 50, or batch of at most about 4: arrays take 200.0 GB, and 100.0 GB are "
+                     "free"),
+    (2 * GIGABYTE, "n = 100: at most about 1: arrays take 200.0 GB, and 2.0 GB are free"),
+    (GIGABYTE, "n = 100: less, on a machine with more memory: arrays take 200.0 GB, and 1.0 GB are free"),
+    (199.5 * GIGABYTE, "n = 100: at most about 99, or batch of at most about 7: arrays take 200.0 GB, and 199.5 GB "
+                       "are free"),
+])  # fmt: skip
+def test_a_refusal_names_what_would_fit_of_each_or_that_nothing_does(monkeypatch, there, said):
+    """200 GB of 100 features and a batch of 8; of an eighth each of the batch, which cannot be less than one."""
+    monkeypatch.setattr(memory, "available", lambda: there)
+    with pytest.raises(Refused) as refused:
+        memory.check("arrays", memory.Choice("n", 100, lambda n: 2 * GIGABYTE * n),
+                     memory.Choice("batch", 8, lambda batch: 25 * GIGABYTE * batch))  # fmt: skip
+    assert str(refused.value) == said
 
 
 def test_the_line_says_how_many_would_fit(machine):
@@ -179,8 +220,10 @@ def test_an_sae_that_is_too_large_to_examine_is_not_read(machine, tmp_path):
     with path.open("wb") as file:
         file.truncate(3 * GIGABYTE)
     (tmp_path / "cfg.json").write_text("{}")
-    with pytest.raises(Refused, match="at most about 2.0 GB"):
+    with pytest.raises(Refused, match="at most about 2.0 GB") as refused:
         sae_jax.load(str(tmp_path))
+    assert "= '3.0 GB': " in str(refused.value)
+    assert "it takes 4 times its size to examine it, and 8.0 GB are free" in str(refused.value)
 
 
 def needed(groups, d, laid, batch, held_out, in_dispatch, least):

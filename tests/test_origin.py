@@ -137,6 +137,48 @@ def test_what_cannot_be_is_refused(said, field):
     assert error.value.field == field
 
 
+def test_the_least_that_can_be_said_is_taken():
+    said = {"layer": 0, "context_size": 1, "hook_name": "layers.0"}
+    assert origin.described({}, said) == said | {"hook_name": "blocks.0.hook_resid_post"}
+
+
+@pytest.mark.parametrize(("layer", "hook", "named", "block"), [
+    (0, "residual", "blocks.0.hook_resid_pre", 0), (1, "residual", "blocks.0.hook_resid_post", 0),
+    (4, "residual", "blocks.3.hook_resid_post", 3), (2, "attention", "blocks.1.hook_attn_out", 1),
+    (1, "mlp", "blocks.0.hook_mlp_out", 0), (3, "mlp.act", "layers.2.mlp.act", 2),
+])  # fmt: skip
+@pytest.mark.parametrize("special", [True, False])
+def test_a_layer_here_is_the_stream_after_so_many_blocks(layer, hook, named, block, special):
+    config = base({"data.model.id": "o/m", "data.model.layer": layer, "data.model.hook": hook,
+                   "data.model.text": "hf:o/texts", "data.model.keep_special_tokens": special})  # fmt: skip
+    found = origin.of_run(config, {})
+    assert (found["model_name"], found["hook_name"], found["layer"]) == ("o/m", named, block)
+    assert found["exclude_special_tokens"] is not special
+    assert found["dataset_path"] == "o/texts"
+    told = origin.of_run(config, {"inputs": {"text": "hf:o/others"}, "layer": layer + 1})
+    assert (told["dataset_path"], told["layer"]) == ("o/others", layer)
+
+
+def test_a_file_says_of_itself_what_no_configuration_does():
+    """The model of the configuration is not that of a file; a hook point of any spelling says its layer."""
+    config = base({"data.model.id": "o/m", "data.path": "x.npy"})
+    assert origin.of_run(config, {}) == {}
+    imported = {"imported": {"hook": "model.layers.7.mlp", "context": 32}}
+    assert origin.of_run(config, imported) == {"hook_name": "blocks.7.hook_mlp_out", "layer": 7, "context_size": 32}
+
+
+@pytest.mark.parametrize(("key", "value", "local"), [
+    ("note", "gs://bucket/x", True), ("note", "http://a.org", False), ("note", "https://a.org", False),
+    ("note", "hf:o/d", False), ("data.path", "x", True), ("note", "../x", True), ("note", "~/x", True),
+    ("note", "D:/x", True), ("note", "..x", False), ("note", "", False), ("note", 3, False),
+    ("model_name", "there", True), ("model_name", "gone", False), ("note", "there", False), ("path", "x" * 2000, False),
+])  # fmt: skip
+def test_what_is_of_this_machine_is_told_by_its_form_or_because_it_is_there(tmp_path, monkeypatch, key, value, local):
+    monkeypatch.chdir(tmp_path)
+    Path("there").write_text("")
+    assert origin.is_local(key, value) is local
+
+
 def test_a_layer_stays_unless_its_hook_point_goes():
     held = {"layer": 3, "hook_name": "my.own.hook"}
     assert origin.described(held, {"dataset": "d"}) == {**held, "dataset": "d"}

@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -233,3 +234,63 @@ def test_a_mesh_has_the_devices_that_were_asked_for_and_no_others():
     asked = devices_lib.Devices(1)
     assert asked._everywhere() == jax.local_devices()[:1]
     assert devices_lib.Devices(2)._everywhere() == jax.local_devices()[:2]
+
+
+def test_a_part_is_a_stretch_of_its_own_of_every_batch():
+    for of in (1, 2, 3):
+        rows = [list(range(12))[devices_lib.Part(number, of).rows(12)] for number in range(of)]
+        assert sum(rows, []) == list(range(12))
+        assert {len(part) for part in rows} == {12 // of}
+
+
+@pytest.mark.parametrize(("processes", "each"), [(1, 4), (2, 1), (2, 2), (2, 4), (3, 2), (4, 2), (4, 1), (2, 6)])
+def test_processes_read_the_rows_that_their_devices_have_or_are_refused(monkeypatch, processes, each):
+    """Every way to share out members, batch and features, by brute force: of 24 rows, those of each device."""
+    count = processes * each
+    numbered = np.array([SimpleNamespace(process_index=i // each) for i in range(count)])
+    for member, data in ((m, b) for m in range(1, count + 1) for b in range(1, count + 1) if count % (m * b) == 0):
+        shape = (member, data, count // member // data)
+        mesh = SimpleNamespace(devices=numbered.reshape(shape), size=count, shape={devices_lib.DATA: data})
+        needs = [set() for _ in range(processes)]
+        for (_, place, _), device in np.ndenumerate(mesh.devices):
+            needs[device.process_index].add(place)
+        size = len(needs[0])
+        parts = {frozenset(range(start, start + size)) for start in range(0, data, size)}
+        fine = data % size == 0 and all(need in parts for need in needs)
+        for number, need in enumerate(needs):
+            monkeypatch.setattr(devices_lib.jax, "process_index", lambda number=number: number)
+            if not fine:
+                with pytest.raises(Refused, match=f"{processes} processes of {each} devices each"):
+                    devices_lib._part(mesh, "asked")
+                continue
+            found = devices_lib._part(mesh, "asked")
+            assert found.of == data // size
+            assert set(range(data)[found.rows(data)]) == need
+
+
+@pytest.mark.two_devices
+def test_memories_of_a_run_are_those_of_the_machine_or_of_each_device():
+    """Two processors are in one memory, which has two copies or two shards; accelerators have one each."""
+    for feature, shares in ((1, 2), (2, 1)):
+        here = devices_lib.Devices(2, feature=feature)
+        assert here.memories() == devices_lib.Memories(is_host=True, copies=shares, parts=1, batch_parts=1)
+        here.local = [SimpleNamespace(platform="gpu")] * 2
+        expected = devices_lib.Memories(is_host=False, copies=1, parts=2 // shares, batch_parts=shares)
+        assert here.memories() == expected
+        assert isinstance(here.memories().parts, int)
+        assert here.shards == ("feature" if feature > 1 else None)
+        here.check_batch("train.batch_size", 6)
+        if shares == 2:
+            with pytest.raises(Refused, match="a multiple of 2, the devices that share it"):
+                here.check_batch("train.batch_size", 7)
+    with pytest.raises(Refused, match=r"train.devices = 3: 0 \(all\) to 2"):
+        devices_lib.Devices(3)
+
+
+@pytest.mark.two_devices
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3), 0), ((2, 6, 3), 1), ((3, 2, 4), 2)])
+def test_a_batch_is_folded_along_its_axis(rng, shape, axis):
+    x = rng.normal(size=shape)
+    found = devices_lib.Devices(2)._fold(x, axis)
+    for device, part in enumerate(np.split(x, 2, axis=axis)):
+        np.testing.assert_array_equal(np.take(found, device, axis=axis), part)

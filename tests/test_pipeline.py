@@ -151,7 +151,6 @@ def test_splits_never_overlap_and_the_held_out_chunks_are_spread(n_chunks, n_hel
 def test_held_out_chunks_favour_no_position_of_a_sequence():
     """Chunks that are a quarter of a context, one held out of 16: evenly spaced all of them would be first quarters."""
     assert set(split_chunks(1600, 100, evenly=True)[1] % 4) == {0}
-    assert [list(split_chunks(12, count, evenly=True)[1]) for count in (1, 2, 3)] == [[6], [3, 9], [2, 6, 10]]
     counts = np.bincount(split_chunks(1600, 100)[1] % 4, minlength=4)
     assert ((counts > 12) & (counts < 38)).all()  # three deviations about 25
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +13,8 @@ from processes import Processes
 from test_running import final_states
 
 import sae_jax
-from sae_jax.runtime import checkpoint
+from sae_jax.errors import Preempted, Refused, RunFailed
+from sae_jax.runtime import checkpoint, processes
 
 TRAIN = """
     import json, os, signal
@@ -211,6 +214,67 @@ def test_commands_that_differ_are_refused(tmp_path):
     for code, lines in Processes(source, 2, tmp_path).wait(120):
         assert code == 2, lines
         assert "sae_jax: command line = 'processes 0 and 1 differ': one and the same" in lines
+
+
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (Refused("a", 1, "b"), 2, "a = 1: b"), (RunFailed("broke\noff"), 3, "broke off"),
+    (jax.errors.JaxRuntimeError("gone"), 3, "another process of this run has ended or cannot be reached, so all stop"),
+    (KeyError("x"), 1, "process 0 has failed, so all stop"),
+], ids=str)  # fmt: skip
+def test_one_that_fails_among_several_ends_at_once_with_a_line(monkeypatch, capfd, error, code, said):
+    """And a little later where it coordinates; what is asked to stop, or is alone, ends as it always does."""
+    slept = []
+    monkeypatch.setattr(processes.os, "_exit", sys.exit)
+    monkeypatch.setattr(processes, "time", SimpleNamespace(sleep=slept.append))
+    for alone, raised in ((True, error), (False, Preempted("stopped"))):
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda alone=alone: not alone)
+        with pytest.raises(type(raised)), processes.together():
+            raise raised
+    for number in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        with pytest.raises(SystemExit) as ended, processes.together():
+            raise error
+        assert ended.value.code == code
+        assert f"sae_jax: {said.replace('process 0', f'process {number}')}" in capfd.readouterr().err
+        assert slept == [2]  # by the first one alone
+
+
+@pytest.mark.parametrize(("devices", "said"), [
+    ([0, 0, 1], "processes = '1 to 2 devices each': equally many in all processes"), ([0, 0, 1, 1], ""),
+    ([0, 1, 1, 1, 2], "processes = '1 to 3 devices each': equally many in all processes"),
+])  # fmt: skip
+def test_processes_have_equally_many_devices(monkeypatch, devices, said):
+    monkeypatch.setattr(jax, "process_count", lambda: 1 + max(devices))
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(process_index=number) for number in devices])
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda own: np.stack([own, own]))
+    if not said:
+        processes.check_alike("--config", "configuration", {"seed": 1})
+        return
+    with pytest.raises(Refused) as refused:
+        processes.check_alike("--config", "configuration", {"seed": 1})
+    assert str(refused.value) == said
+
+
+@pytest.mark.parametrize(("off", "alike"), [
+    ([0, 0, 0], True), ([0.015, 0, 0], True), ([0, 0.009, 0], True), ([0, 0, 0.009], True), ([0, 0, 0.015], False),
+    ([0, 0.05, 0], False), ([0.025, 0, 0], False), ([np.nan, 0, 0], False),
+])  # fmt: skip
+def test_what_rounding_explains_is_a_share_of_the_largest_number(monkeypatch, off, alike):
+    """One part in 10⁴ of it, and as much of a number itself: this process has what the first has but for `off`."""
+    first = {"n": np.array([7, 8]), "x": np.array([100.0, -1.0, 0.0]), "none": np.full(2, np.nan, np.float32)}
+    own = first | {"x": first["x"] + off}
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "check_alike", lambda field, what, value: asked.append((field, what, value)))
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", lambda given: {
+        key: np.frombuffer(first[key].tobytes(), np.uint8).astype(np.int32) for key in given
+    })  # fmt: skip
+    found = processes.of_the_first(own, "data.path", "activations")
+    for key, value in first.items():
+        np.testing.assert_array_equal(found[key], value)
+        assert found[key].dtype == value.dtype
+    shapes = {"n": ["int64", 2], "x": ["float64", 3], "none": ["float32", 2]}
+    assert asked == [("data.path", "activations", shapes), ("data.path", "activations", alike)]
 
 
 @pytest.mark.long

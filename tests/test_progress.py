@@ -105,6 +105,55 @@ def test_batches_are_counted_where_nobody_knows_how_many_there_are(monkeypatch):
     assert re.fullmatch(r"moments: [23] batches, [\d.]+k? batches/s\n", said.getvalue())
 
 
+@pytest.mark.parametrize(("value", "said"), [
+    (0, "0"), (0.25149, "0.251"), (1, "1"), (17.34, "17.3"), (999.4, "999"), (1000, "1k"), (1236, "1.24k"),
+    (999_400, "999k"), (1e6, "1M"), (3.049e6, "3.05M"), (2.5e9, "2.5e+03M"), (-1500, "-1.5k"),
+])  # fmt: skip
+def test_a_rate_has_three_digits(value, said):
+    assert progress.short(value) == said
+
+
+def test_what_is_done_beyond_the_end_leaves_nothing_and_what_stands_still_no_time(monkeypatch):
+    now, said = [100.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with contextlib.redirect_stderr(said), progress.Progress(10, 0, "steps", "training", every=1) as shown:
+        for count in (5, 0, 10):
+            now[0] += 2
+            shown.update(count)
+    assert said.getvalue().splitlines() == [
+        "training: 5 of 10 steps (50 %), 0 steps/s", "training: 15 of 10 steps (150 %), 5 steps/s, 0:00:00 left",
+    ]  # fmt: skip
+
+
+def test_what_takes_longer_than_a_second_each_has_a_time_left(monkeypatch):
+    now, said = [100.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with contextlib.redirect_stderr(said), progress.Progress(10, 0, "steps", "training", every=1) as shown:
+        for _ in range(2):
+            now[0] += 4
+            shown.update(1)
+    assert said.getvalue() == "training: 2 of 10 steps (20 %), 0.25 steps/s, 0:00:32 left\n"
+
+
+@pytest.mark.parametrize(("initialized", "number", "speaks"), [
+    (False, 0, True), (True, 0, True), (True, 1, False), (False, 1, True),
+])  # fmt: skip
+@pytest.mark.parametrize("terminal", [True, False])
+def test_of_several_processes_the_first_one_speaks(monkeypatch, initialized, number, speaks, terminal):
+    """One that is no part of a run is never asked for its number: devices would start."""
+    monkeypatch.setattr(progress.jax.distributed, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(progress.jax, "process_index", lambda: number)
+    monkeypatch.setattr(progress, "FIRST", 0.0)
+    said = io.StringIO()
+    said.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", said)
+    with progress.Progress(10, 0, "steps", "training") as shown:
+        for _ in range(3):
+            shown.update(1)
+            time.sleep(0.002)
+    assert bool(said.getvalue()) == speaks
+
+
 def test_a_terminal_gets_a_bar_with_the_same_values(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

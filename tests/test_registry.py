@@ -341,6 +341,118 @@ def test_decoders_of_a_cross_layer_transcoder_are_summed_and_a_skip_is_turned(tm
     np.testing.assert_allclose(registry.read(epath.Path(path)).encoder.W_dec, decoders.sum(dim=1), rtol=1e-6, atol=1e-6)
 
 
+# What a release makes of x̂ = W_decᵀ acts + b_dec, for activations as they are: which array, transposed or not, times.
+DECODERS = {
+    "gemma scope 1": ("params.npz", "W_dec", "b_dec", False, 1, 1),
+    "its embeddings": ("embedding/width_4k/params.npz", "W_dec", "b_dec", False, D**0.5, 1),
+    "gemma scope 2": ("params.safetensors", "w_dec", "b_dec", False, 1, 1),
+    "qwen scope": ("SAE-Res-Qwen3-1.7B-Base-W32K-L0_5/layer7.sae.pt", "W_dec", "b_dec", True, 1, 1),
+    "llama scope": ("checkpoints/final.safetensors", "decoder.weight", "decoder.bias", True, 7 / D**0.5, 7 / D**0.5),
+    "llama scope r1": ("sae_weights.safetensors", "decoder.weight", "decoder.bias", True, 7 / D**0.5, 7 / D**0.5),
+    "openai topk": ("autoencoder.pt", "decoder.weight", "pre_bias", True, 1, 1),
+    "goodfire": ("Llama-SAE-l19.pth", "decoder_linear.weight", "decoder_linear.bias", True, 1, 1),
+    "attention": ("gpt2_L0_v9.pt", "W_dec", "b_dec", False, 1, 1),
+    "transcoder": ("layer_3.safetensors", "W_dec", "b_dec", False, 1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("release", DECODERS)
+def test_releases_decode_into_the_units_of_the_activations(tmp_path, release):
+    """Those trained on scaled tokens scale back; and the file that is the SAE reads as its folder does."""
+    path, _ = RELEASES[release](tmp_path / "r")
+    name, weight, bias, turned, size, bias_size = DECODERS[release]
+    file = tmp_path / "r" / name
+    held = (np.load(file) if file.suffix == ".npz" else load_file(file) if file.suffix == ".safetensors"
+            else torch.load(file, weights_only=True))  # fmt: skip
+    for where in {path, file}:
+        encoder = registry.read(epath.Path(where)).encoder
+        W_dec = np.asarray(held[weight])
+        np.testing.assert_allclose(encoder.W_dec, (W_dec.T if turned else W_dec) * size, rtol=1e-6)
+        np.testing.assert_allclose(encoder.b_dec, np.asarray(held[bias]) * bias_size, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in ("AutoEncoderTopK", "BatchTopKSAE")])
+def test_a_class_of_dictionary_learning_under_another_name_is_told_by_its_keys(x, tmp_path, kind):
+    state = dictionary(tmp_path, kind, config=False)
+    (tmp_path / "ae.pt").rename(tmp_path / "mine.pt")
+    opened = registry.read(epath.Path(tmp_path / "mine.pt"))
+    assert opened.library == "dictionary_learning"
+    same(opened, x, CLASSES[kind][1](state, torch.from_numpy(x)))
+
+
+@pytest.mark.parametrize("norm", [0.5, 1.0, 14.0])
+def test_tokens_of_any_norm_above_zero_may_have_been_scaled(tmp_path, norm):
+    folder, _ = llama(tmp_path / "r")
+    with_config(folder, "hyperparams.json", dataset_average_activation_norm={"in": norm})
+    held = load_file(folder / "checkpoints/final.safetensors")
+    encoder = registry.read(epath.Path(folder)).encoder
+    np.testing.assert_allclose(encoder.W_enc, held["encoder.weight"].numpy() * D**0.5 / norm, rtol=1e-6)
+    np.testing.assert_allclose(encoder.threshold, np.full(N, 0.5 * D**0.5 / norm), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("threshold", "said"), [
+    (-1.0, "Its threshold was never set, so every positive feature fires, as in dictionary_learning."), (0.0, None),
+    (0.5, None),
+])  # fmt: skip
+def test_a_threshold_that_was_never_set_is_said(tmp_path, threshold, said):
+    state = dictionary(tmp_path, "BatchTopKSAE")
+    torch.save(state | {"threshold": torch.tensor(threshold)}, tmp_path / "ae.pt")
+    opened = registry.read(epath.Path(tmp_path))
+    assert opened.notes == (() if said is None else (said,))
+    np.testing.assert_array_equal(opened.encoder.threshold, np.full(N, threshold, np.float32))
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk"])
+def test_factors_of_finetuned_saes_of_saelens_go_into_the_decoder(rng, tmp_path, architecture):
+    """Of its versions 1 to 5: activations times a factor are decoded; ranking goes by the rows as they are."""
+    w = {key: value.numpy() for key, value in weights(COLUMNS).items()}
+    config = {"architecture": architecture, "d_in": D, "d_sae": N, "normalize_activations": "none",
+              "rescale_acts_by_decoder_norm": architecture == "topk", "k": K, "sae_lens_version": "6.1.0"}  # fmt: skip
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    factor = np.float32(rng.uniform(0.5, 2, size=N))
+    factor[::2] = 1
+
+    def read(factor):
+        held = {key: torch.from_numpy(value) for key, value in {**w, "scaling_factor": factor}.items()}
+        save_file(held, tmp_path / "sae_weights.safetensors")
+        return registry.read(epath.Path(tmp_path)).encoder
+
+    encoder = read(factor)
+    np.testing.assert_allclose(encoder.W_dec, w["W_dec"] * factor[:, None], rtol=1e-6)
+    np.testing.assert_array_equal(read(np.ones(N, np.float32)).W_dec, w["W_dec"])
+    if architecture == "topk":
+        np.testing.assert_allclose(encoder.ranked_by, np.linalg.norm(w["W_dec"], axis=1), rtol=1e-6)
+    else:
+        assert encoder.ranked_by is None
+    for wrong in (factor[:-1], np.where(np.arange(N) == 3, np.inf, factor).astype(np.float32)):
+        with pytest.raises(Refused, match="scaling_factor"):
+            read(wrong)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_saes_of_saelens_saved_in_training_have_one_threshold(x, tmp_path, architecture, rescaled):
+    w = weights(COLUMNS) | {"topk_threshold": torch.tensor(0.75)}
+    config = {"architecture": architecture, "d_in": D, "d_sae": N, "rescale_acts_by_decoder_norm": rescaled,
+              "k": 5.0, "metadata": {"sae_lens_version": "6.1.0"}}  # fmt: skip
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    save_file(w, tmp_path / "sae_weights.safetensors")
+    opened = registry.read(epath.Path(tmp_path))
+    z = (torch.from_numpy(x) - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    z = z * w["W_dec"].norm(dim=1) if rescaled else z
+    same(opened, x, relu(z) * (z > 0.75))
+    assert opened.metadata == {}
+
+
+def test_norms_that_configurations_of_before_call_true_are_not_applied(tmp_path):
+    save_file(weights(COLUMNS), tmp_path / "sae_weights.safetensors")
+    for given, said in ((True, "expected_average_only_in"), (False, "")):
+        (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": N, "normalize_activations": given}))
+        opened = registry.read(epath.Path(tmp_path))
+        assert opened.encoder.norm == "none"
+        assert [said in note for note in opened.notes] == [True] * bool(said)
+
+
 def test_a_single_file_goes_through_the_command(x, tmp_path, capsys):
     path, encode = gemma_1(tmp_path / "r")
     np.save(tmp_path / "x.npy", x)
@@ -413,6 +525,10 @@ SPOILT = {
     "a norm of nothing": (
         llama_r1, lambda f: with_config(f, "config.json", dataset_average_activation_norm={"in": -1.0}),
         "dataset_average_activation_norm.in = -1.0: > 0"),
+    "a norm of zero": (
+        llama_r1, lambda f: with_config(f, "config.json", dataset_average_activation_norm={"in": 0}),
+        "dataset_average_activation_norm.in = 0.0: > 0"),
+    "no decoder": (gemma_2, lambda f: arrays_spoilt(f / "params.safetensors", w_dec=None), "w_dec = 'missing'"),
     "a norm in words": (
         llama_r1, lambda f: with_config(f, "config.json", dataset_average_activation_norm={"in": "7"}), "a number"),
     "norms that are none": (
@@ -461,6 +577,83 @@ def test_a_folder_of_several_lists_them(x, tmp_path):
     said = refused(tmp_path)
     assert said.endswith(", … (23 in all)")
     assert said.count(", ") == registry.SHOWN  # so many are named
+
+
+def test_a_folder_of_one_folder_names_it_and_twelve_are_named_at_once(tmp_path):
+    (tmp_path / "layer_1").mkdir()
+    gemma_1(tmp_path / "layer_1/width_16k")
+    assert refused(tmp_path).endswith("one of the 1 SAEs in it: layer_1/width_16k")
+    names = list("abcdefghijklm")
+    assert registry.listing(names[:12]) == "one of the 12 SAEs in it: a, b, c, d, e, f, g, h, i, j, k, l"
+    assert registry.listing(names) == "one of the 13 SAEs in it: a, b, c, d, e, f, g, h, i, j, k, l, … (13 in all)"
+
+
+def test_saes_are_looked_for_five_folders_down_and_in_none_that_is_hidden(tmp_path):
+    deep = tmp_path / "a/b/c/d/e"
+    for folder in (deep, deep / "f", tmp_path / ".git"):
+        folder.mkdir(parents=True, exist_ok=True)
+    assert "a folder with one of" in refused(tmp_path)
+    (deep / "f/params.npz").write_bytes(b"")
+    (tmp_path / ".git/params.npz").write_bytes(b"")
+    assert "a folder with one of" in refused(tmp_path)
+    (deep / "params.npz").write_bytes(b"")
+    assert refused(tmp_path).endswith("one of the 1 SAEs in it: a/b/c/d/e")
+
+
+@pytest.mark.parametrize(("files", "seen"), [(2, True), (3, False)])
+def test_of_very_many_files_the_first_are_looked_at(tmp_path, monkeypatch, files, seen):
+    """Whole folders, until so many files and folders have been seen."""
+    monkeypatch.setattr(registry, "MOST", 4)
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z/params.npz").write_bytes(b"")
+    for number in range(files):
+        (tmp_path / f"{number}.txt").write_text("")
+    assert ("one of the 1 SAEs in it: z" in refused(tmp_path)) == seen
+
+
+@pytest.mark.parametrize("release", ["gemma scope 1", "gemma scope 2", "llama scope", "llama scope r1"])
+def test_a_folder_that_is_an_sae_is_told_from_one_that_is_none(tmp_path, release):
+    """Also where it has folders of the names that runs have."""
+    path, _ = RELEASES[release](tmp_path / "r")
+    assert registry.is_sae(epath.Path(path))
+    assert not registry.is_sae(epath.Path(tmp_path))
+    assert isinstance(sharing.load(str(path)), Opened | sharing.Packed)
+
+
+@pytest.mark.parametrize(("n", "d", "k", "said"), [
+    (1, 3, 1, None), (4, 1, 1, None), (4, 3, 4, None), (4, 3, 5, "k = 5: 1 to the 4 features"),
+    (4, 3, 0, "k = 0: 1 to the 4 features"), (0, 3, 1, "at least one feature of one dimension"),
+    (4, 0, 1, "at least one feature of one dimension"),
+])  # fmt: skip
+def test_the_least_sae_has_one_feature_of_one_dimension_and_k_of_one(tmp_path, n, d, k, said):
+    w = {"encoder.weight": torch.ones(n, d), "encoder.bias": torch.ones(n), "W_dec": torch.ones(n, d)}
+    save_file({**w, "b_dec": torch.ones(d)}, tmp_path / "sae.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": d, "num_latents": n, "expansion_factor": 0, "k": k}))
+    if said is None:
+        assert registry.read(epath.Path(tmp_path)).encoder.W_enc.shape == (n, d)
+    else:
+        assert said in refused(tmp_path)
+
+
+@pytest.mark.parametrize(("k", "allowed"), [(1, True), (4, True), (6, True), (5, False), (0, False), (-3, False)])
+def test_groups_of_sparsify_are_of_equal_size(tmp_path, k, allowed):
+    w = weights({"encoder.weight": (N, D), "encoder.bias": (N,), "W_dec": (N, D), "b_dec": (D,)})
+    save_file(w, tmp_path / "sae.safetensors")
+    config = {"d_in": D, "num_latents": N, "k": k, "activation": "groupmax"}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    if allowed:
+        assert registry.read(epath.Path(tmp_path)).encoder.k == k
+    else:
+        assert f"k = {k}: a divisor of the {N} features" in refused(tmp_path)
+
+
+def test_what_the_arrays_of_a_file_do_not_say_is_refused_with_the_first_of_their_names(tmp_path):
+    torch.save(weights(COLUMNS), tmp_path / "plain.pt")  # of attention, but for the configuration beside
+    assert "this one has W_dec, W_enc, b_dec, b_enc" in refused(tmp_path / "plain.pt")
+    torch.save({name: torch.zeros(1) for name in "abcdefghij"}, tmp_path / "many.pt")
+    assert refused(tmp_path / "many.pt").endswith("this one has a, b, c, d, e, f, g, h")
+    torch.save({}, tmp_path / "none.pt")
+    assert refused(tmp_path / "none.pt").endswith("this one has nothing")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from scipy.stats import spearmanr
 
 from sae_jax import cli, flags
@@ -453,3 +454,221 @@ def test_ports_that_ray_opens_here_are_not_open_to_everybody(monkeypatch, addres
     assert more.get("include_dashboard") is (False if address is None else None)
     with pytest.raises(Refused, match="--cpus = 5: at most 4") if address is None else contextlib.nullcontext():
         cluster.launcher(address, 5, 0)
+
+
+# -- what combinations cost, and what is said of them ------------------------------------------------------------------
+
+
+def costing():
+    """Jobs of 10⁹ tokens each and what they cost by hand: name, model, layer, width, forward pass, the rest, bytes."""
+    tokens = {"sae.n_features": 1000, "data.model.n_tokens": 10**9, "train.steps": 0}
+    gpt2 = tokens | {"data.model.id": "gpt2"}
+    trained = {"train.steps": 5000, "train.batch_size": 10**5, "members": ConfigDict({"a": {}, "b": {}})}
+    sparse = tokens | {"data.signal": "sparse"}
+    given = {
+        "counted": (gpt2 | {"data.model.layer": 2}, 768, 24 * 768**2 * 2e9, 2e9 * 768 * (3 * 768 + 6 * 1512), 3.072e12),
+        "trained": (gpt2 | {"data.model.layer": 3, "data.model.dtype": "bfloat16"} | trained, 768, 24 * 768**2 * 3e9,
+                    12 * 1000 * 768 * 5e8 * 2, 1.536e12),
+        "one": (sparse | {"data.model.layer": 1, "data.d_model": 16} | trained | {"members": ConfigDict({})}, 16, 0,
+                12 * 1000 * 16 * 5e8, 6.4e10),
+        "wide": (sparse | {"data.model.layer": 5, "data.d_model": 32}, 32, 0, 2e9 * 32 * (3 * 32 + 6 * 1512), 1.28e11),
+    }  # fmt: skip
+    found = []
+    for name, (settings, *cost) in given.items():
+        config = config_lib.base({key: value for key, value in settings.items() if key != "members"})
+        config.members = settings.get("members", ConfigDict({}))
+        found.append((combinations.Job(name, config), cost))
+    return found
+
+
+def test_costs_are_those_of_the_formulae():
+    for job, (width, *cost) in costing():
+        found = combinations.estimate(job)
+        assert found.d_model == width
+        np.testing.assert_allclose(found[1:], cost, rtol=1e-12, err_msg=job.name)
+
+
+def test_a_plan_sums_up_what_its_combinations_cost(monkeypatch):
+    """At 7 GFLOP/s; the layers of a model share the forward pass of the deepest."""
+    monkeypatch.setattr(combinations, "_rate", lambda: 7e9)
+    lines = [line.split() for line in combinations.plan([job for job, _ in costing()]).splitlines()]
+    assert lines[0] == ["name", "layer", "d_model", "GFLOP", "MB", "minutes"]
+    # GFLOP of both together, MB, minutes.
+    assert lines[1:5] == [
+        ["counted", "2", "768", "45785088", "3072000", "109012.1"],
+        ["trained", "3", "768", "51683328", "1536000", "123055.5"],
+        ["one", "1", "16", "96000", "64000", "228.6"],
+        ["wide", "5", "32", "586752", "128000", "1397.0"],
+    ]  # fmt: skip
+    assert " ".join(lines[5]) == ("gpt2: 2 combinations, layers 2–3, d_model 768, 69156.9 TFLOP, 4608.0 GB, "
+                                  "164659 min")  # fmt: skip
+    assert " ".join(lines[6]) == ("sparse: 2 combinations, layers 1–5, d_model 16–32, 682.8 TFLOP, 192.0 GB, "
+                                  "1626 min")  # fmt: skip
+    assert " ".join(lines[7]) == ("4 combinations, 69840 TFLOP, 4800.0 GB of activations, 2771.4 hours at 7 GFLOP/s "
+                                  "(a matmul here)")  # fmt: skip
+    assert len(lines) == 8
+
+
+def test_the_rate_is_that_of_the_fastest_of_five_products(monkeypatch):
+    clock = iter([0, 3, 10, 12, 20, 24, 30, 35, 40, 46])
+    monkeypatch.setattr(combinations, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert combinations._rate() == 2 * 1024**3 / 2
+    assert next(clock, None) is None
+
+
+@pytest.mark.parametrize("text", ["layer=x-3", "layer=3-x", "layer=-3", "model=", "layers", "width=3"])
+def test_filters_and_shares_that_cannot_be_read_are_refused(text):
+    every = [job for job, _ in costing()]
+    assert combinations.selected(every, ["domain=language,", "model=gpt2,sparse", "layer=0-3,5"]) == every
+    assert combinations.selected(every, ["layer=3"]) == every[1:2]
+    with pytest.raises(Refused, match=r"model=NAME|layers as 3 or 1-6"):
+        combinations.selected(every, [text])
+
+
+@pytest.mark.parametrize("shard", ["1", "a/8", "1/b", "2/2", "/2", "1/"])
+def test_shares_that_are_none_are_refused(shard):
+    with pytest.raises(Refused, match="i/N with 0 ≤ i < N"):
+        combinations.share([job for job, _ in costing()], shard)
+
+
+def test_a_grid_without_values_is_refused():
+    with pytest.raises(Refused, match=r"KEY=VALUE,VALUE"):
+        combinations._axis(config_lib.base(), "seed")
+
+
+def test_a_sweep_that_sets_what_there_is_not_is_told_so(capsys, tmp_path, small):
+    (tmp_path / "c.py").write_text(small.read_text() + "    add({'sae.kk': 3, 'data.path': 'x'})\n")
+    assert run("--config", tmp_path / "c.py", f"--workdir={tmp_path}/w") == 2
+    assert "--config = 'sae.kk': existing keys in the overrides of sweep(add)" in capsys.readouterr().err
+
+
+def test_all_tokens_of_a_file_are_counted_and_none_is_trained_on(small, whole):
+    rows = [r for r in jobs_lib.read_table(whole / "results.csv") if r["name"] == "data_low"]
+    x = np.load(small.parent / "low.npy").astype(np.float64)
+    for row in rows:
+        assert (row["n_tokens"], row["steps"], row["k"]) == (1000, 0, 4)
+        assert row["gamma_raw"] == pytest.approx(np.linalg.norm(x.mean(axis=0)) / np.linalg.norm(x.std(axis=0)), 1e-5)
+
+
+@pytest.mark.parametrize("n_done", [2, 3])
+def test_a_summary_correlates_what_is_untrained_of_three_models_or_more(tmp_path, n_done):
+    every = [combinations.Job(f"job{i}", config_lib.base({"data.signal": "sparse", "seed": i})) for i in range(6)]
+    gammas, dead, by_relu = [0.1, 0.7, 0.4, 2.0], [0.3, 0.2, 0.5, 0.1], [0.1, 0.2, 0.0, 0.4]
+    for i in range(n_done):
+        values = {"status": "done", "gamma": gammas[i], "model": f"m{i}"}
+        rows = [jobs_lib.row(every[i], **values, condition=name, steps=steps, dead_total=total, dead_by_relu=relu)
+                for name, steps, total, relu in (("none", 0, dead[i], by_relu[i]), ("none", 30, 0.9 - i / 10, 0.5),
+                                                 ("centred", 0, 0.8 - i / 10, 0.6))]  # fmt: skip
+        jobs_lib.record(str(tmp_path), every[i], rows)
+    jobs_lib.record(str(tmp_path), every[4], [jobs_lib.failure(every[4], RunFailed("a  line\nof " + "x" * 600))])
+    lines = jobs_lib.summary(str(tmp_path), every).splitlines()
+    gamma, models = np.array(gammas[:n_done]), np.array(list("abcd")[:n_done])
+    expected = [f"gamma and features {what} at initialisation: "
+                f"{statistics.correlation(gamma, np.array(values[:n_done]), models)}"
+                for what, values in (("dead in total", dead), ("dead by ReLU", by_relu)) if n_done > 2]  # fmt: skip
+    assert lines == ["failed: job4 (why: column `error`)", *expected,
+                     f"{n_done} of 6 combinations done, 1 failed, {5 - n_done} not yet"]  # fmt: skip
+    (failed,) = jobs_lib.recorded(str(tmp_path), every[4])
+    assert failed["error"] == "RunFailed: a line of " + "x" * 490
+    assert jobs_lib._short([failed]) == failed["error"]
+
+
+def test_a_finished_combination_is_one_line():
+    rows = [{"status": "done", "gamma": gamma, "condition": name, "dead_total": dead}
+            for gamma, name, dead in ((0.254, "none", 1.0), (0.9, "none", 0.125), (0.9, "centred", 0.5))]  # fmt: skip
+    assert jobs_lib._short(rows) == "gamma 0.25, dead none 12.5 %, centred 50.0 %"
+
+
+def test_a_combination_is_finished_once_all_its_rows_are_done(tmp_path):
+    one, other = (combinations.Job("one", config_lib.base({"data.signal": "sparse", "seed": i})) for i in range(2))
+    assert not jobs_lib.finished(str(tmp_path), one)
+    for rows, done in (([], False), (["done"], True), (["done", "failed"], False), (["failed"], False)):
+        jobs_lib.record(str(tmp_path), one, [jobs_lib.row(one, status=status) for status in rows])
+        assert jobs_lib.finished(str(tmp_path), one) == done
+        assert jobs_lib.recorded(str(tmp_path), other) == []  # of the same name, with other settings
+
+
+class FakeRay(SimpleNamespace):
+    """As much of Ray as a launcher asks for; tasks are done at once, in their order."""
+
+    class exceptions:
+        class RayError(Exception): ...
+
+    def init(self, *_, **__): ...
+
+    def cluster_resources(self):
+        return {"CPU": 4.0}
+
+    def remote(self, **_):
+        return lambda work: SimpleNamespace(remote=lambda folder, workdir, group: (folder, workdir, tuple(group)))
+
+    waits = 0
+
+    def wait(self, waiting, timeout):
+        self.waits += 1
+        assert self.waits < 9, "one is done each time"
+        return waiting[:1], waiting[1:]
+
+    def get(self, done):
+        return self.does(*done)
+
+    def shutdown(self): ...
+
+
+@pytest.fixture
+def ray_here(monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_DEDUP_LOGS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    return fake
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize(("cpus", "gpus", "said"), [
+    (4, 0, ""), (0.5, 0, ""), (5, 0, "--cpus = 5: at most 4, what this machine has"), (0, 0, "--cpus = 0: a finite"),
+    (1, 1, "--gpus = 1: at most 0, what this machine has"), (-0.5, 0, "--cpus = -0.5: a finite"),
+    (1, 0.5, "--gpus = 0.5: at most 0, what this machine has"), (1, float("nan"), "--gpus = nan: a finite number ≥ 0"),
+])  # fmt: skip
+def test_a_task_may_need_all_that_a_machine_has_and_no_more(cpus, gpus, said):
+    if not said:
+        assert cluster.launcher(None, cpus, gpus)
+        return
+    with pytest.raises(Refused) as refused:
+        cluster.launcher(None, cpus, gpus)
+    assert said in str(refused.value)
+
+
+def test_what_workers_leave_undone_becomes_rows_that_say_why(ray_here, tmp_path):
+    """Of three groups: one is done, one leaves nothing, the worker of one dies between its two jobs."""
+    every = [combinations.Job(f"job{i}", config_lib.base({"data.signal": "sparse", "seed": i})) for i in range(4)]
+    groups, seen = [every[:1], every[1:2], every[2:]], []
+
+    def does(folder, workdir, group):
+        seen.append((folder, workdir, [name for name, _ in group]))
+        if len(seen) != 2:
+            job = every[0 if len(seen) == 1 else 2]
+            jobs_lib.record(workdir, job, [jobs_lib.row(job, status="done")])
+        if len(seen) == 3:
+            raise ray_here.exceptions.RayError("the worker has died")
+
+    ray_here.does = does
+    cluster.launcher(None, 1, 0)(str(tmp_path), groups)
+    assert seen == [(os.getcwd(), str(tmp_path), names) for names in (["job0"], ["job1"], ["job2", "job3"])]
+    rows = {row["name"]: (row["status"], row["error"]) for row in jobs_lib.merge(str(tmp_path), every)}
+    assert rows == {
+        "job0": ("done", None), "job2": ("done", None), "job3": ("failed", "RayError: the worker has died"),
+        "job1": ("failed", "RunFailed: done, but nothing is there: all machines have to see the workdir"),
+    }  # fmt: skip
+
+
+def test_shares_cost_about_alike():
+    """A job goes where the middle of its cost lies; a forward pass, which others share, counts a tenth."""
+    found = [job for job, _ in costing()]
+    cost = [forward / 10 + rest for _, (_, forward, rest, _) in costing()]
+    for count in range(1, 60):
+        places = [int(count * (sum(cost[:j]) + cost[j] / 2) / sum(cost)) for j in range(4)]
+        for i in range(count):
+            expected = [job.name for job, place in zip(found, places, strict=True) if place == i]
+            assert [job.name for job in combinations.share(found, f"{i}/{count}")] == expected
