@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -212,19 +212,19 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """What a run computes, as a flat dictionary that JSON keeps."""
-    return {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
+    """What a run computes, as a flat dictionary that JSON keeps; `members` has their names, as some set nothing."""
+    return {"members": list(config.members)} | {k: v for k, v in flatten(config).items() if k not in FREE_KEYS}
 
 
 def changed(config: ConfigDict, held: dict[str, Any], folder: str) -> tuple[str, Any, Any] | None:
     """The first key in which a configuration computes something else than a run that is held: (key, then, now).
 
     Args:
-      held: the `identity` of the run. A key that it lacks did not exist then: it counts as its default.
+      held: the `identity` of the run. A key that it lacks did not exist then: its default counts, any of `members`.
       folder: that its relative paths start from.
     """
     wanted = json.loads(json.dumps(identity(config)))
-    for key in sorted((wanted.keys() | held.keys()) - set(FREE_KEYS)):
+    for key in sorted((wanted.keys() | held.keys()) - set(FREE_KEYS) - ({"members"} - held.keys())):
         then, now = held.get(key, defaults().get(key)), wanted.get(key)
         if then != now and not (key in PATH_KEYS and then and now and _place(folder, then) == _place("", now)):
             return key, then, now
@@ -262,11 +262,11 @@ def _put(config: ConfigDict, key: str, value: Any) -> None:
     config[last] = value
 
 
-def from_identity(flat: dict[str, Any]) -> ConfigDict:
-    """The configuration that `identity` was taken of; free keys at their defaults."""
-    config = base()
-    for key, value in flat.items():
-        _put(config, key, value)
+def from_identity(flat: dict[str, Any], names: Iterable[str] = ()) -> ConfigDict:
+    """The configuration that `identity` was taken of, with `names` of members if it has none; free keys as `base`."""
+    config = ConfigDict(base().to_dict() | {"members": {name: {} for name in flat.get("members", names)}})
+    for key in flat.keys() - {"members"}:
+        _put(config, key, flat[key])
     return config
 
 

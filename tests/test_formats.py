@@ -31,6 +31,7 @@ from sae_jax.exchange.formats import Packed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import Preprocessing, whitening
 from sae_jax.reports import figures
+from sae_jax.runtime import checkpoint
 from sae_jax.training.run import train
 
 ROOT = Path(__file__).parents[1]
@@ -295,6 +296,25 @@ def test_members_with_a_mean_of_their_own_come_out_with_it(tiny, tmp_path):
     near, far = (sharing.load(str(tmp_path / "w"), member).metadata for member in ("near", "far"))
     assert (near["gamma_raw"], far["gamma_raw"]) == (pytest.approx(3, rel=0.05), pytest.approx(9, rel=0.05))
     np.testing.assert_allclose(far["mu"], 3 * np.asarray(near["mu"]), atol=0.1 * np.linalg.norm(near["mu"]))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_member_without_settings_of_its_own_comes_out_as_well(tiny, tmp_path, before):
+    """Runs of before have no list of their members."""
+    tiny.members = ConfigDict({"a": {}, "b": {"seed": 5}, "wide": {"sae": {"n_features": 128}}})
+    train(tiny, str(tmp_path / "w"))
+    if before:
+        path = tmp_path / "w/config.json"
+        held = json.loads(path.read_text())
+        assert held.pop("members") == ["a", "b", "wide"]
+        path.write_text(json.dumps(held))
+        train(tiny, str(tmp_path / "w"))  # goes on, with nothing to do
+    both, wide = (group["sae"]["W_enc"] for group in checkpoint.saved(str(tmp_path / "w")).groups)
+    for name, W_enc in (("a", both[0]), ("b", both[1]), ("wide", wide[0])):
+        packed = sharing.load(str(tmp_path / "w"), name)
+        assert packed.metadata["member"] == name
+        np.testing.assert_array_equal(packed.sae.W_enc, W_enc)
+    assert np.abs(both[0] - both[1]).max() > 0.1
 
 
 @pytest.mark.parametrize("member", ["baseline", "centred", "wide", "white"])

@@ -393,6 +393,21 @@ def test_a_key_that_a_run_did_not_have_counts_as_its_default(tiny, tmp_path):
     assert config_lib.changed(tiny, {**held, "data.norm": "unit", "data.model.cache": "x"}, "") is None
 
 
+@pytest.mark.parametrize(("then", "now"), [
+    ({"b": {"seed": 5}}, {"a": {}, "b": {"seed": 5}}), ({"a": {}, "b": {"seed": 5}}, {"b": {"seed": 5}}),
+    ({}, {"a": {}}), ({"a": {}}, {}), ({"a": {}}, {"b": {}}),
+])  # fmt: skip
+def test_members_that_set_nothing_are_members_of_a_run(tiny, then, now):
+    tiny.members = ConfigDict(then)
+    held = json.loads(json.dumps(config_lib.identity(tiny)))
+    assert list(config_lib.from_identity(held).members) == list(then)
+    assert config_lib.changed(tiny, held, "") is None
+    tiny.members = ConfigDict(now)
+    assert config_lib.changed(tiny, held, "") == ("members", list(then), list(now))
+    del held["members"]  # as runs of before have it
+    assert config_lib.changed(tiny, held, "") is None
+
+
 class Recorded(list):
     """A board that remembers."""
 

@@ -145,6 +145,14 @@ def test_a_sweep_of_before_goes_on_as_its_hashes_stay():
     assert combinations.Job("gpt2", config).hash != "cc78c8f8a9698d68"
 
 
+def test_members_that_set_nothing_count_in_the_hash_of_a_job():
+    config, found = config_lib.base({"data.signal": "sparse"}), set()
+    for members in ({}, {"a": {}}, {"b": {}}, {"b": {"seed": 5}}, {"a": {}, "b": {"seed": 5}}):
+        config.members = ConfigDict(members)
+        found.add(combinations.Job("x", config).hash)
+    assert len(found) == 5
+
+
 def test_grids_filters_and_shares_choose_among_them():
     every = jobs("sweep", "seed=0,1", "sae.k=32,64")
     assert len(every) == 4 * 454

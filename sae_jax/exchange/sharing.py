@@ -78,7 +78,7 @@ def _read(path: str, member: str | None) -> tuple[Packed | Opened, np.ndarray | 
     if not (folder / checkpoint.FOLDER).is_dir() or registry.is_sae(folder):  # Llama Scope has checkpoints too
         return registry.read(folder), None
     saved = checkpoint.saved(str(folder))
-    return _unpacked(saved, config_lib.from_identity(saved.identity), member, _facts(folder))
+    return _unpacked(saved, member, _facts(folder))
 
 
 def opened(sae: str | os.PathLike[str] | SAE | Packed | Opened, member: str | None = None) -> Opened:
@@ -172,10 +172,9 @@ def _write(target: epath.Path, files: dict[str, bytes]) -> None:
 # -- out of a run ----------------------------------------------------------------------------------------------------
 
 
-def _unpacked(
-    saved: checkpoint.Saved, config: Any, member: str | None, facts: dict[str, Any]
-) -> tuple[Packed, np.ndarray]:
+def _unpacked(saved: checkpoint.Saved, member: str | None, facts: dict[str, Any]) -> tuple[Packed, np.ndarray]:
     """One member of a checkpoint, with what all tokens went through (a norm, a scalar) as preprocessing."""
+    config = config_lib.from_identity(saved.identity, saved.history[-1]["members"])
     members = config_lib.members(config)
     name = next(iter(members)) if member is None and len(members) == 1 else member
     if name not in members:
@@ -213,7 +212,7 @@ def _unpacked(
         "num_dead_by_relu": round(final["dead_by_relu"] * members[name].sae.n_features),
         "l0": final["l0"],
         "trained_with": f"sae-jax {versions.get('sae-jax', '')}",
-        "config": {key: v for key, v in config_lib.identity(members[name]).items() if not key.startswith("members.")},
+        "config": {key: v for key, v in config_lib.identity(members[name]).items() if not key.startswith("members")},
     }
     packed = Packed(sae, before, json.loads(json.dumps(tables.finite(metadata))))
     return packed, np.asarray(group["tokens_since_fired"][place])

@@ -45,6 +45,8 @@ class Job(NamedTuple):
         plain = config_lib.defaults()
         kept = {key: value for key, value in config_lib.flatten(self.config).items()
                 if key not in FREE_KEYS and not (key.startswith(YOUNGER) and value == plain[key])}  # fmt: skip
+        bare = [name for name in self.config.members if not any(key.startswith(f"members.{name}.") for key in kept)]
+        kept |= {"members": bare} if bare else {}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
