@@ -524,7 +524,7 @@ def test_the_rate_is_that_of_the_fastest_of_five_products(monkeypatch):
     assert next(clock, None) is None
 
 
-@pytest.mark.parametrize("text", ["layer=x-3", "layer=3-x", "layer=-3", "model=", "layers", "width=3"])
+@pytest.mark.parametrize("text", ["layer=x-3", "layer=3-x", "layer=-3", "layer=3-", "model=", "layers", "width=3"])
 def test_filters_and_shares_that_cannot_be_read_are_refused(text):
     every = [job for job, _ in costing()]
     assert combinations.selected(every, ["domain=language,", "model=gpt2,sparse", "layer=0-3,5"]) == every

@@ -157,10 +157,11 @@ def _answer(job: Job, key: str) -> Any:
 
 
 def _layers(text: str, part: str) -> range:
-    first, _, last = part.partition("-")
-    if not first.isdecimal() or not (last or first).isdecimal():
+    first, dash, last = part.partition("-")
+    last = last if dash else first
+    if not first.isdecimal() or not last.isdecimal():
         raise Refused("--filter", text, "layers as 3 or 1-6")
-    return range(int(first), int(last or first) + 1)
+    return range(int(first), int(last) + 1)
 
 
 def share(found: list[Job], shard: str) -> list[Job]:
