@@ -353,7 +353,8 @@ def test_dimensions_that_do_not_move_are_named_up_to_five(rng, still, named):
 def test_the_best_of_each_probe_is_that_of_numpy(rng, monkeypatch, piece):
     """Over more than a batch of tokens, long and short ones and zeros; most rows see none of them from the front."""
     monkeypatch.setattr(remedies, "PIECE", piece)
-    x = np.float32(rng.normal(size=(sources.BATCH + 700, 6)) / 4 + 2) * rng.choice([1e-3, 1, 30], size=(4796, 1))
+    n_tokens = sources.BATCH + 700
+    x = np.float32(rng.normal(size=(n_tokens, 6)) / 4 + 2) * rng.choice([1e-3, 1, 30], size=(n_tokens, 1))
     x[-5:] = 0
     x[0] = [-9, 1, 1, 1, 1, 1]  # the first is unlike all others
     mean, tokens = x.mean(axis=0, dtype=np.float64), sources.open_tokens(x)
@@ -403,36 +404,36 @@ def test_the_memory_of_a_diagnosis_is_that_of_its_arrays(d_model, n_probes, n_fe
         assert remedies.bytes_needed(d_model, n_probes) == needed
 
 
-def deaths(**totals):
+def told(**totals):
     """By ReLU half of them, of the remedies named, in the order of cost."""
     return {name: {"dead_by_relu": totals[name] / 2, "dead_total": totals[name]}
             for name in remedies.REMEDIES if name in totals}  # fmt: skip
 
 
 def test_one_in_a_hundred_is_harmless_and_two_are_alike():
-    assert remedies.recommended(deaths(none=0.015, mean=0.009, whitening=0)) == "mean"
-    assert remedies.recommended(deaths(none=0.515, mean=0.505, whitening=0.5)) == "none"
-    assert remedies.recommended(deaths(none=0.62, mean=0.515, whitening=0.5)) == "mean"
-    assert remedies.recommended(deaths(none=0.56, mean=0.53, whitening=0.5)) == "whitening"
-    assert recipes.recipe(deaths(geometric_median=0.03, none=0.1), "whitening")["sae.whiten"] is True
-    assert recipes.recipe(deaths(geometric_median=0.015, none=0.1), "whitening") == {
+    assert remedies.recommended(told(none=0.015, mean=0.009, whitening=0)) == "mean"
+    assert remedies.recommended(told(none=0.515, mean=0.505, whitening=0.5)) == "none"
+    assert remedies.recommended(told(none=0.62, mean=0.515, whitening=0.5)) == "mean"
+    assert remedies.recommended(told(none=0.56, mean=0.53, whitening=0.5)) == "whitening"
+    assert recipes.recipe(told(geometric_median=0.03, none=0.1), "whitening")["sae.whiten"] is True
+    assert recipes.recipe(told(geometric_median=0.015, none=0.1), "whitening") == {
         "sae.center": "geometric_median", "sae.balance": True, "auxk.preset": "none",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(("probe", "chosen", "rule", "said"), [
-    (deaths(none=0.004, mean=0.0), "none", "topk",
+    (told(none=0.004, mean=0.0), "none", "topk",
      "Untreated, 0.4 % of the features are forecast to be dead at initialisation, 0.2 % by ReLU. No remedy is needed."),
-    (deaths(none=0.5, mean=0.006), "mean", "topk",
+    (told(none=0.5, mean=0.006), "mean", "topk",
      "Untreated, 50.0 % of the features are forecast to be dead at initialisation, 25.0 % by ReLU. Death by ReLU stays "
      "until the bias has learned the mean; death by TopK mostly recovers in training: this is a risk, not a verdict. "
      "Starting the bias at the arithmetic mean is forecast to leave 0.6 % dead."),
-    (deaths(none=0.015, mean=0.04, whitening=0.034), "none", "relu",
+    (told(none=0.015, mean=0.04, whitening=0.034), "none", "relu",
      "Untreated, 1.5 % of the features are forecast to be dead at initialisation, 0.8 % by ReLU. Death by ReLU stays "
      "until the bias has learned the mean: this is a risk, not a verdict. No remedy is forecast to leave clearly "
      "fewer: the mean is not what they die of. Beware, these make it worse: mean 4.0 %. A mean that a few tokens of "
      "very large norm make does that; the geometric median ignores them."),
-    (deaths(none=0.5, whitening=0.2), "whitening", "relu",
+    (told(none=0.5, whitening=0.2), "whitening", "relu",
      "Untreated, 50.0 % of the features are forecast to be dead at initialisation, 25.0 % by ReLU. Death by ReLU stays "
      "until the bias has learned the mean: this is a risk, not a verdict. PCA whitening is the best found, and still "
      "leaves 20.0 % dead."),

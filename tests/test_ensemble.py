@@ -162,7 +162,7 @@ def test_behind_whitening_an_sae_trains_as_on_whitened_activations_and_is_judged
     tiny.data.signal, tiny.members = "", ConfigDict({"one": {}, "two": {"seed": 1}})
     tiny.sae.whiten = True
     run, metrics, record = after_training(tiny, tmp_path / "whiten", x)
-    assert "whiten" not in capsys.readouterr().err  # it has kept all dimensions
+    assert "sae.whiten keeps" not in capsys.readouterr().err  # it has kept all dimensions
     assert not any(state.sae.b_dec.any() for state in run.ensemble.initial_states())
     before = run.ensemble._whitening()
     y = np.asarray(before(jnp.asarray(x * run.ensemble.scale)))

@@ -237,6 +237,7 @@ def test_of_what_fires_there_are_as_many_columns_as_any_token_needs(width):
 
 
 def test_of_wide_saes_fewer_tokens_are_taken_at_a_time(rng, monkeypatch):
+    """Memory is bounded, and what comes out is the same."""
     monkeypatch.setattr(features_lib, "ENTRIES", 50 * 96 + 7)
     taken, of_rows = [], features_lib._of_rows
     monkeypatch.setattr(features_lib, "_of_rows", lambda *given: taken.append(len(given[1])) or of_rows(*given))

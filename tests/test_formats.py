@@ -47,6 +47,11 @@ def x(rng):
     return np.float32(x + 100 * np.linalg.norm(x.std(axis=0)) * mean / np.linalg.norm(mean))
 
 
+def random_arrays(rng):
+    shapes = {"W_enc": (N, D), "W_dec": (N, D), "b_enc": (N,), "b_dec": (D,)}
+    return {key: np.float32(rng.normal(size=shape)) for key, shape in shapes.items()}
+
+
 def packed(rng, x, kind):
     """An SAE with weights of no particular structure behind each kind of preprocessing."""
     moments = moments_lib.moments(x, covariance=True)
@@ -59,8 +64,7 @@ def packed(rng, x, kind):
         "layer_norm_unit": Preprocessing(shift=0.01 * rng.normal(size=D), scale=5.0, norm="layer_norm_unit"),
         "unit": Preprocessing(shift=x.mean(axis=0) / np.linalg.norm(x, axis=1).mean(), scale=2.0, norm="unit"),
     }[kind]
-    arrays = {key: np.float32(rng.normal(size=shape)) for key, shape in
-              {"W_enc": (N, D), "W_dec": (N, D), "b_enc": (N,), "b_dec": (D,)}.items()}  # fmt: skip
+    arrays = random_arrays(rng)
     if kind == "baseline":
         arrays["b_dec"] = np.float32(x.mean(axis=0) * 3.0)
     return Packed(SAE(**arrays, k=K), before, {"model_name": "m", "layer": 3, "hook_name": "h", "mu": [1.0]})
@@ -197,8 +201,7 @@ def test_rows_without_length_rank_as_nothing_and_stay_zero(rng, tmp_path):
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.5])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_a_threshold_goes_into_the_units_of_the_activations_once_it_is_set(rng, tmp_path, threshold, scale):
-    arrays = {key: np.float32(rng.normal(size=shape)) for key, shape in
-              {"W_enc": (N, D), "W_dec": (N, D), "b_enc": (N,), "b_dec": (D,)}.items()}  # fmt: skip
+    arrays = random_arrays(rng)
     sae = DenseSAE(**arrays, k=K, threshold=np.float32(threshold), activation="batch_topk")
     given = Packed(sae, Preprocessing(shift=np.zeros(D), scale=scale), {})
     folded = formats.folded(given)
@@ -237,19 +240,17 @@ def test_what_dictionary_learning_reads_of_topk_has_no_threshold(rng, x, tmp_pat
     assert (state["threshold"].item(), state["k"].item()) == (-1, K)
 
 
-@pytest.mark.parametrize("groups", ["10,40", "5,15,40"])
-def test_groups_are_written_as_widths_for_dictionary_learning(rng, groups):
-    arrays = {key: np.float32(rng.normal(size=shape)) for key, shape in
-              {"W_enc": (N, D), "W_dec": (N, D), "b_enc": (N,), "b_dec": (D,)}.items()}  # fmt: skip
+@pytest.mark.parametrize(("groups", "widths"), [("10,40", [10, 30]), ("5,15,40", [5, 10, 25])])
+def test_groups_are_written_as_widths_for_dictionary_learning(rng, groups, widths):
+    arrays = random_arrays(rng)
     sae = DenseSAE(**arrays, k=K, threshold=np.float32(0.5), activation="batch_topk")
     given = Packed(sae, Preprocessing(shift=np.zeros(D)), {"config": {"sae.groups": groups}})
     state = torch.load(io.BytesIO(formats.encode(given, "dictionary_learning")["ae.pt"]), weights_only=True)
-    assert state["group_sizes"].tolist() == {"10,40": [10, 30], "5,15,40": [5, 10, 25]}[groups]
+    assert state["group_sizes"].tolist() == widths
 
 
 def test_relu_keeps_no_number_of_features(rng, tmp_path):
-    arrays = {key: np.float32(rng.normal(size=shape)) for key, shape in
-              {"W_enc": (N, D), "W_dec": (N, D), "b_enc": (N,), "b_dec": (D,)}.items()}  # fmt: skip
+    arrays = random_arrays(rng)
     given = Packed(DenseSAE(**arrays, k=0), Preprocessing(shift=np.zeros(D)), {})
     sharing.export(given, str(tmp_path / "a"))
     again = formats.decode(epath.Path(tmp_path / "a"))

@@ -89,7 +89,7 @@ def test_what_needs_all_there_is_fits_and_what_nobody_knows_too(monkeypatch):
                        "are free"),
 ])  # fmt: skip
 def test_a_refusal_names_what_would_fit_of_each_or_that_nothing_does(monkeypatch, there, said):
-    """200 GB of 100 features and a batch of 8; of an eighth each of the batch, which cannot be less than one."""
+    """100 features of 2 GB each, or a batch of 8 of 25 GB each; what does not fit even once is not named."""
     monkeypatch.setattr(memory, "available", lambda: there)
     with pytest.raises(Refused) as refused:
         memory.check("arrays", memory.Choice("n", 100, lambda n: 2 * GIGABYTE * n),

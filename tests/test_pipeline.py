@@ -112,7 +112,7 @@ def read_by_lanes(order, train, size, lanes, window, seed, epochs):
     (60, 3, 96, 32, 1023), (700, 3, 10, 2, 1023), (9, 256, 64, 64, 1024), (11, 500, 48, 16, 1000),
     (5, 1025, 64, 32, 1025), (4, 3000, 48, 16, 3000), (3, 70_000, 4, 1, 70_000),
 ])  # fmt: skip
-def test_the_order_is_the_same_in_every_version(n_chunks, size, batch_size, lanes, window):
+def test_rows_are_shuffled_within_windows_as_the_first_lines_say(n_chunks, size, batch_size, lanes, window):
     """A run goes on with the batches that it would have seen: on both sides of a change of window and of epoch."""
     chunks, train = in_chunks(n_chunks + 2, size), np.setdiff1d(np.arange(n_chunks + 2), [1, n_chunks])
     order = pipeline.order(n_chunks, 5)

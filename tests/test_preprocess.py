@@ -117,7 +117,7 @@ def test_one_point_goes_where_all_do(matrix):
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0])
-def test_short_tokens_are_normed_as_long_ones(size):
+def test_norms_of_short_tokens_and_long(size):
     x = jnp.asarray(size * np.array([[3.0, 1.0, -1.0, 1.0]]), jnp.float32)
     normed = size * np.array([2, 0, -2, 0]) / np.sqrt(2 * size**2 + 1e-5)
     np.testing.assert_allclose(preprocess.per_token(x, "layer_norm")[0], normed, rtol=1e-5)

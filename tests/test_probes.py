@@ -113,7 +113,7 @@ def test_an_odd_probe_has_no_neighbour_and_is_counted_all_the_same(dead_probes, 
         assert (dead - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / rows, rel=1e-5)
 
 
-def test_features_on_a_line_are_kept_in_their_order(rng):
+def test_features_on_a_line_are_kept_in_their_order():
     """4 of 16 features, so as many of 8 probes as a quarter of all: the first two of either sign."""
     signs = np.array([1, 1, -1, 1, -1, -1, 1, -1.0])[:, None]
     found = Forecast(signs, np.ones(8)).deaths(16, 4)

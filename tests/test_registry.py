@@ -617,7 +617,8 @@ def test_a_folder_that_is_an_sae_is_told_from_one_that_is_none(tmp_path, release
     path, _ = RELEASES[release](tmp_path / "r")
     assert registry.is_sae(epath.Path(path))
     assert not registry.is_sae(epath.Path(tmp_path))
-    assert isinstance(sharing.load(str(path)), Opened | sharing.Packed)
+    encoders_of = registry.read(epath.Path(path)).encoder, sharing.opened(str(path)).encoder
+    assert [encoder.W_enc.shape for encoder in encoders_of] == [(N, D)] * 2
 
 
 @pytest.mark.parametrize(("n", "d", "k", "said"), [

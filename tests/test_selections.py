@@ -229,8 +229,8 @@ def test_shares_of_directions_above_a_height_in_closed_form():
         assert selections.share_above(np.array([1.5 * np.sqrt(d), 9 * np.sqrt(d)]), d).tolist() == [0, 0]
 
 
-def test_the_bar_of_batch_topk_where_it_can_be_worked_out(rng):
-    """On a sphere a token of length L is above t of (1 − t / L) / 2 of all directions; a token in four is padding."""
+def test_the_bar_of_batch_topk_where_it_can_be_worked_out():
+    """On a sphere a token of length L is above t of (1 − t / L) / 2 of all directions; a token in four is zero."""
     shares, norms = np.array([0.1, 0.2, 0.25]), np.array([0.0, 1.0, 2.0, 4.0])
     inverse = 1 + 1 / 2 + 1 / 4
     found = selections.batch_threshold(shares[1:], norms, 3)

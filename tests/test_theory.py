@@ -351,9 +351,8 @@ def test_two_gammas_is_the_mean_over_the_two_causes_of_the_gap():
     assert theory.two_gammas(1.2, 1.5, *size) == theory.token_integral(1.5, *size)
 
 
-@pytest.mark.parametrize("rank", [3, 40])
-def test_a_rank_is_at_most_what_the_mean_leaves(rank):
+def test_a_rank_is_at_most_what_the_mean_leaves():
     """Of d dimensions one is the mean's: the signal has the other three, however many are said."""
-    found = theory.token_integral(1.0, rank, 4, 300, 64, 4)
+    found = theory.token_integral(1.0, 40, 4, 300, 64, 4)
     assert found == theory.token_integral(1.0, 3, 4, 300, 64, 4)
     assert found["dead_total"] != theory.token_integral(1.0, 2.9, 4, 300, 64, 4)["dead_total"]

@@ -10,7 +10,7 @@ then the whole of the files that import it, as a program that one test has trace
 notices within `LIMIT` seconds each time survives, so the score is a lower bound; one whose statement no test runs does
 so untried. Writes covered.json, and seed0.csv, a line a fault: run again to go on. Some one and a half hours for 150
 on 2 CPU cores with nothing beside it. Tests marked `long` are left out. `--named=experiments/trust/named_faults.csv`
-tries the faults that once went unnoticed in its place (named.csv).
+tries, in place of drawn ones, faults that once went unnoticed (named.csv).
 """
 
 import ast
