@@ -280,3 +280,73 @@ def test_the_page_fits_its_window_and_the_console_stays_empty(dissected, width, 
     assert found == {
         "width": width, "page_width": width, "pictures": 5, "shown": 5, "console": [], "fine": True,
     }  # fmt: skip
+
+
+# -- what is said of it ------------------------------------------------------------------------------------------------
+
+BEGINS = ("25.0 % of the features (4 of 16) never fire on these 12,345 tokens: 6.2 % by ReLU, 18.8 % by {}.")
+BIASED = ("The bias has 40 % of the mean (b·mu/‖mu‖²); what it lacks of it is 1.23 times as long as the variation, "
+          "where a bias of zero would lack 2.50.")  # fmt: skip
+WITHOUT = ("Its encoder subtracts no bias, so it sees the whole mean, 1.23 times as long as the variation; b_enc may "
+           "make up for that.")  # fmt: skip
+MOVED = ("With the bias moved to the mean and nothing else changed, 2 of the 4 dead features fire, 12.5 % are dead, "
+         "and {}.")  # fmt: skip
+STARTS = ("An untrained {} is forecast to start with 50.0 % dead, with its bias at the mean 0.0 %, at the geometric "
+          "median 6.2 %.")  # fmt: skip
+TOPK, LIKE_IT = "SAE of this size", "TopK SAE of this size that fires 7.2 features a token"
+
+
+@pytest.mark.parametrize(("more", "of", "lines"), [
+    ({}, {"k": 3}, [BEGINS.format("TopK"), BIASED, MOVED.format("FVE rises from 0.800 to 0.900"), STARTS.format(TOPK)]),
+    ({"subtracts_b_dec": False}, {"k": 3},
+     [BEGINS.format("TopK"), WITHOUT, MOVED.format("FVE rises from 0.800 to 0.900"), STARTS.format(TOPK)]),
+    ({"bias_projection": None, "fve": 0.95}, {"rule": "relu"},
+     [BEGINS.format("TopK"), MOVED.format("FVE falls from 0.950 to 0.900: they fire, and explain less"),
+      STARTS.format(LIKE_IT)]),
+    ({"fve": 0.9}, {"k": 3},
+     [BEGINS.format("TopK"), BIASED, MOVED.format("FVE rises from 0.900 to 0.900"), STARTS.format(TOPK)]),
+    ({"fve": None}, {"k": 3}, [BEGINS.format("TopK"), BIASED, MOVED.format(
+        "FVE is not known: the target's activations are not given (--target)"), STARTS.format(TOPK)]),
+    ({"dead_features": {"dead_by_topk": [], "dead_by_relu": []}}, {"rule": "threshold"},
+     [BEGINS.format("TopK").replace("(4 of", "(0 of"), BIASED, STARTS.format(LIKE_IT)]),
+])  # fmt: skip
+def test_the_verdict_word_for_word(more, of, lines):
+    found = {
+        "dead_total": 0.25, "dead_by_relu": 0.0625, "dead_by_topk": 0.1875, "n_features": 16, "n_tokens": 12345,
+        "dead_features": {"dead_by_topk": [1, 2, 3], "dead_by_relu": [5]}, "subtracts_b_dec": True, "l0": 7.2,
+        "bias_projection": 0.4, "gamma_left": 1.234, "gamma_raw": 2.5, "fve": 0.8,
+        "if_centred": {"revived": 2, "dead_total": 0.125, "fve": 0.9},
+        "at_init": {key: {"dead_total": dead} for key, dead in (("none", 0.5), ("mean", 0.0),
+                                                               ("geometric_median", 0.0625))},
+    }  # fmt: skip
+    encoder = Encoder(*(np.zeros(1),) * 5, **of)
+    lines[0] = lines[0].replace("by TopK.", f"by {encoder.pathway}.")
+    said = autopsy._verdict(found | more, Opened(encoder, {}, "ours", ("A note.",)))
+    assert said == " ".join([*lines, "A note."])
+
+
+def test_what_the_bias_lacks_and_where_the_dead_point_is_what_numpy_finds(rng):
+    x = rng.normal(size=(3000, 12)) * np.linspace(0.5, 2, 12) + np.linspace(-3, 3, 12)
+    W_enc = rng.normal(size=(40, 12))
+    sae = SAE(W_enc=np.float32(W_enc), b_enc=np.full(40, -9, np.float32), W_dec=np.float32(W_enc),
+              b_dec=np.float32(rng.normal(size=12)), k=3)  # fmt: skip
+    found = autopsy.dissect(sae, np.float32(x), n_probes=64)
+    mu, sigma = x.mean(axis=0), x.std(axis=0)
+    left = mu - sae.b_dec
+    assert found["gamma_left"] == pytest.approx(np.linalg.norm(left) / np.linalg.norm(sigma), rel=1e-4)
+    order = np.argsort(-(left**2))[:10]
+    assert [line["dimension"] for line in found["bias_missing"]] == order.tolist()
+    for line, j in zip(found["bias_missing"], order, strict=True):
+        expected = mu[j], sae.b_dec[j], left[j] ** 2 / (left @ left)
+        assert [line[key] for key in ("mean", "bias", "share_of_missing")] == pytest.approx(expected, rel=1e-4)
+    z = (x - sae.b_dec) @ W_enc.T - 9
+    kept = np.argsort(-z, axis=1)[:, :3]
+    fired = np.zeros_like(z, bool)
+    np.put_along_axis(fired, kept, np.take_along_axis(z, kept, axis=1) > 0, axis=1)
+    alive, positive = fired.any(axis=0), (z > 0).any(axis=0)
+    cosine = W_enc @ mu / np.linalg.norm(W_enc, axis=1) / np.linalg.norm(mu)
+    assert [int(which.sum()) > 1 for which in (alive, positive & ~alive, ~positive)] == [True] * 3
+    for key, which in (("alive", alive), ("dead_by_topk", positive & ~alive), ("dead_by_relu", ~positive)):
+        told = found["alignment_with_mean"][key]
+        assert told["n"] == which.sum()
+        assert told["cosine"] == pytest.approx(np.quantile(cosine[which], (0.25, 0.5, 0.75)), abs=1e-5)

@@ -381,6 +381,17 @@ def test_correlation_draws_models_not_layers(rng):
     assert np.isnan(statistics.correlation(x[:25], y[:25], models[:25]).low)
 
 
+def test_the_interval_of_a_correlation_leaves_out_a_fortieth_on_either_side(rng):
+    """Drawn again with other numbers."""
+    models, x = np.repeat(np.arange(8), 5), rng.normal(size=40)
+    y = 0.4 * x + rng.normal(size=40)
+    low, high = statistics.interval(x, y, models)
+    rows = [np.flatnonzero(models == i) for i in range(8)]
+    drawn = [spearmanr(x[i], y[i]).statistic
+             for i in (np.concatenate([rows[m] for m in rng.integers(8, size=8)]) for _ in range(4000))]  # fmt: skip
+    assert [np.mean(np.array(drawn) <= low), np.mean(np.array(drawn) >= high)] == pytest.approx([0.025, 0.025], abs=0.012)
+
+
 @pytest.mark.parametrize(("cache", "folder"), [("", "~/.cache/sae_jax"), ("~/mine", "~/mine")])
 def test_a_layer_that_cannot_be_extracted_leaves_the_others_alone(monkeypatch, tmp_path, rng, cache, folder):
     np.save(tmp_path / "x.npy", rng.normal(size=(2000, 16)).astype(np.float32))
