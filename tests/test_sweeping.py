@@ -387,9 +387,9 @@ def test_the_interval_of_a_correlation_leaves_out_a_fortieth_on_either_side(rng)
     y = 0.4 * x + rng.normal(size=40)
     low, high = statistics.interval(x, y, models)
     rows = [np.flatnonzero(models == i) for i in range(8)]
-    drawn = [spearmanr(x[i], y[i]).statistic
-             for i in (np.concatenate([rows[m] for m in rng.integers(8, size=8)]) for _ in range(4000))]  # fmt: skip
-    assert [np.mean(np.array(drawn) <= low), np.mean(np.array(drawn) >= high)] == pytest.approx([0.025, 0.025], abs=0.012)
+    drawn = np.array([spearmanr(x[i], y[i]).statistic for i in
+                      (np.concatenate([rows[m] for m in rng.integers(8, size=8)]) for _ in range(4000))])  # fmt: skip
+    assert [np.mean(drawn <= low), np.mean(drawn >= high)] == pytest.approx([0.025, 0.025], abs=0.012)
 
 
 @pytest.mark.parametrize(("cache", "folder"), [("", "~/.cache/sae_jax"), ("~/mine", "~/mine")])
