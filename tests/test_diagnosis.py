@@ -124,6 +124,16 @@ def test_a_second_look_is_taken_only_where_the_choice_hangs_on_it():
     assert undecided(none=5, mean=200, median=4, whitening=0) == ["none", "median"]
 
 
+@pytest.mark.parametrize(("n_probes", "most"), [(15, 60), (16, 16), (20, 20)])
+def test_as_many_probes_as_features_are_enough(rng, n_probes, most):
+    """Of so few no share can be told from 1 %."""
+    x = np.float32(rng.normal(size=(300, 8)))
+    severity = survey.moments_lib.severity([x], covariance=True)
+    choices = remedies.preprocessings(severity, x.mean(0), only=("none", "mean"))
+    found = remedies.forecast_closely(sources.open_tokens(x), choices, x.mean(0), 16, 4, n_probes, 0)
+    assert {name: len(one.rows) for name, one in found.items()} == {"none": most, "mean": most}
+
+
 def test_a_close_call_is_looked_at_again_until_it_is_decided_or_said_to_be_close(rng):
     signal, axis = rng.normal(size=(3000, 24)), np.sqrt(24) * np.eye(24)[3]
     clear = sae_jax.diagnose(signal + 2 * axis, n_features=4096, k=64, n_probes=64)

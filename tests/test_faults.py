@@ -95,6 +95,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, capsys, 
     assert checkpoint.damage(checkpoint.epath.Path(workdir / "checkpoints" / "20")) is None
 
 
+def test_on_a_disk_a_folder_is_a_checkpoint_by_its_name(tmp_path):
+    for name in ("10", "9", "9.tmp", "removed.partial"):
+        (tmp_path / "a:" / name).mkdir(parents=True)
+    assert checkpoint.steps(checkpoint.epath.Path(tmp_path / "a:")) == [9, 10]
+    assert checkpoint.steps(checkpoint.epath.Path(tmp_path / "b")) == []
+
+
 def test_two_damaged_checkpoints_are_both_put_aside_in_place_of_older_ones(run, capsys):
     workdir, config = run
     kept = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())

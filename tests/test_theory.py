@@ -73,6 +73,14 @@ def test_laws_on_a_spectrum_agree_with_finite_gamma_at_full_rank(gamma):
         )
 
 
+@pytest.mark.parametrize("d", [2, 3])
+def test_where_nothing_varies_all_directions_are_alike(d):
+    cosines = np.linspace(-0.5, 0.9, 30)
+    found, expected = (theory.spectrum_law(same, cosines, 100, 64, 4) for same in (np.zeros(d - 1), np.ones(d - 1)))
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert 0.1 < found["dead_total"] < 0.9
+
+
 @pytest.mark.parametrize(
     ("rank", "gamma", "tail"), [(8, 1.0, 0), (16, 0.5, 0), (64, 3.0, 0), (64, 2.0, 3), (16, 3.0, 3)]
 )
