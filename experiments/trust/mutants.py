@@ -7,11 +7,11 @@ What all of them take together is printed. Then faults are drawn from the kinds 
 over the modules of `ROOMS`. Each goes into a copy of the tree, and what runs its statement is run until a test fails:
 the tests themselves, of files that import the module and then of the others, those first that take the fewest lines;
 then the whole of the files that import it, as a program that one test has traced another may use, and of all files
-where it is in no test's own lines, as a constant is. A fault that nothing
-notices within `LIMIT` seconds each time survives, so the score is a lower bound; one whose statement no test runs does
-so untried. Writes covered.json, and seed0.csv, a line a fault: run again to go on. Some one and a half hours for 150
-on 2 CPU cores with nothing beside it. Tests marked `long` are left out. `--named=experiments/trust/named_faults.csv`
-tries, in place of drawn ones, faults that once went unnoticed (named.csv), with four times the limit.
+where it is in no test's own lines, as a constant is. A fault that nothing notices within `LIMIT` seconds each time
+survives, so the score is a lower bound; one whose statement no test runs does so untried. Writes covered.json, and
+seed0.csv, a line a fault: run again to go on. Some one and a half hours for 150 on 2 CPU cores with nothing beside it.
+Tests marked `long` are left out. `--named=experiments/trust/named_faults.csv` tries, in place of drawn ones, faults
+that once went unnoticed (named.csv), with four times the limit.
 """
 
 import ast
