@@ -123,9 +123,7 @@ def test_what_is_selected_and_how_it_is_trained_are_a_mask_in_numpy(rng, x64, ki
     groups, x = (3, 8, 14), jnp.asarray(x)
 
     def mine(sae):
-        found = dense.square_error(
-            sae, x, groups, jnp.asarray(30.0), lambda tree: tree, 1e-9, "saelens", lift
-        )  # fmt: skip
+        found = dense.square_error(sae, x, groups, jnp.asarray(30.0), lambda tree: tree, 1e-9, "saelens", lift)
         return found.square, found
 
     (square, found), grads = jax.jit(jax.value_and_grad(mine, has_aux=True))(sae)
