@@ -4,7 +4,7 @@
 
 `synthetic`: 256 true features in 64 dimensions, 5 active a token, one row each (n 256), a mean of gamma times the
 signal; 4,000 steps of 128 at 1e-3. A number is a block of Gemma 3 270M, MODEL-NUMBER one of another model (n 1024, or
-4 d_model where that is fewer; 5,000 steps of 256 at 3e-4; `--activations=9=PATH` takes one from a file). Three
+4 d_model where that is fewer; 2,000 steps of 256 at 3e-4; `--activations=9=PATH` takes one from a file). Three
 initialisations. All are held to the same L0 of 8, within 5 % where they can be: of JumpReLU and ReLU the weight of the
 penalty is sought for each arm, by runs over a grid, secants and, beyond the grid, doublings: for the mean of all
 initialisations on synthetic data, for the first one on layers. Losses are SAELens' (`autoencoder/jumprelu.py`,
@@ -77,7 +77,7 @@ def settings(on: str, scale: str, architecture: str, arm: str) -> ConfigDict:
         c.train.batch_size, c.data.model.id, c.data.model.layer = 256, model or facts.GEMMA, int(block)
         c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000
         facts.check(c.data.model, [c.data.model.layer])
-        c.sae.n_features, c.sae.k, c.train.steps = min(1024, 4 * (facts.width(c.data.model) or 1024)), 8, 5000
+        c.sae.n_features, c.sae.k, c.train.steps = min(1024, 4 * (facts.width(c.data.model) or 1024)), 8, 2000
     c.train.devices, c.auxk.preset, c.train.steps_per_dispatch = 1, "none", 100
     if scale == "smoke":
         c.data.model.id, c.data.signal, c.data.d_model, c.data.statistics_tokens = "", "sparse", 16, 1000
