@@ -112,6 +112,25 @@ def test_recovery_trains_its_halves_and_draws_what_there_is(tmp_path, capsys):
     assert (tmp_path / "fig5_recovery.png").stat().st_size > 0
 
 
+def test_a_figure_of_layers_has_each_arm_of_each_architecture_by_pathway():
+    """Means of two seeds, whiskers over them; a dash where a library has no such arm."""
+    arms = {"topk": ["baseline", "balance"], "relu": ["baseline"]}
+    rows = [
+        {"on": on, "architecture": kind, "arm": arm, "dead_by_relu": relu, "dead_by_topk": 0.25,
+         "dead_total": relu + 0.25}
+        for on in ("9", "minilm-l6-3") for kind, those in arms.items() for arm in those for relu in (0.25, 0.75)
+    ]  # fmt: skip
+    axes = architectures.of_layers(rows).axes
+    assert [axis.get_title() for axis in axes[:2]] == ["gemma-3-270m\nblock 9", "minilm-l6\nblock 3"]
+    assert [axis.get_ylabel() for axis in axes[::2]] == ["TopK", "ReLU"]
+    for axis, places in zip(axes, ([0, 3], [0, 3], [0], [0]), strict=True):
+        bars = [(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in axis.patches]
+        assert bars == [bar for place in places for bar in ((place, 0, 50), (place, 50, 25))]
+        assert [text.get_position()[0] for text in axis.texts] == [place for place in range(4) if place not in places]
+        low, high = axis.collections[0].get_segments()[0][:, 1]
+        assert (low, high) == (50, 100)
+
+
 TOY = toys.Toy(d=16, n_true=32, active=3, n=64, k=3, batch=16, steps=12, held_out=1000)
 
 

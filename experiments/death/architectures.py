@@ -11,7 +11,7 @@ initialisations on synthetic data, for the first one on layers. Losses are SAELe
 `autoencoder/relu.py`), with decoder rows of unit norm throughout.
 
 Every arm is a run of its own under the workdir: what is stopped goes on, what has ended is read. Writes
-architectures.csv and architectures.png.
+architectures.csv, and architectures.png of gammas, architectures_layers.png of layers.
 """
 
 from pathlib import Path
@@ -22,6 +22,7 @@ import matplotlib
 import numpy as np
 from absl import flags
 from etils import epath
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -55,6 +56,7 @@ AGAIN = 5  # more weights, one after another
 ON = flags.DEFINE_list("on", ["synthetic"], "synthetic, blocks of Gemma 3 270M, or MODEL-BLOCK")
 CHOSEN = flags.DEFINE_list("kinds", [], "architectures; all, if none is named")
 SHOWN = {"baseline": "baseline", "auxk": "AuxK", "centred": "centred", "balance": "balanced"}
+PATHWAYS = ("dead by ReLU", "dead by selection")
 NAMES = selections.NAMES | {"matryoshka": "Matryoshka BatchTopK"}
 KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "fve", "fve_without_giants", "l0", "mmcs")
 
@@ -178,40 +180,69 @@ def main(workdir: Path, scale: str) -> None:
                                            for one in mine]) for key in KEYS}  # fmt: skip
                     print(f"{point:10s} {architecture:11s} {arm:9s} {tables.one_line(final)}", flush=True)
                 tables.write_csv(workdir / "architectures.csv", rows)
-    figures.save(drawn(rows), epath.Path(workdir) / "architectures.png")
+    for name, synthetic, draw in (("architectures", True, of_gammas), ("architectures_layers", False, of_layers)):
+        mine = [row for row in rows if on_synthetic(row) == synthetic]
+        if mine:
+            figures.save(draw(mine), epath.Path(workdir) / f"{name}.png")
 
 
-def drawn(rows: list[dict[str, Any]]) -> Figure:
-    """Dead at the end by pathway, a panel an architecture: the baselines, then the arms at the largest of their points.
+def on_synthetic(row: dict[str, Any]) -> bool:
+    """Whether its point is a gamma."""
+    return str(row["on"]).startswith("gamma ")
 
-    Bars are means over initialisations, whiskers reach from the least to the most dead in total.
-    """
+
+def of_gammas(rows: list[dict[str, Any]]) -> Figure:
+    """Dead at the end, a panel an architecture: the baselines, then the arms at the largest of their gammas."""
     names = list(dict.fromkeys(row["architecture"] for row in rows))
     with matplotlib.rc_context(figures.STYLE):
         figure, axes = figures.panels(len(names), 3, 2.4, False, sharey=True)
         for axis, name in zip(axes, names, strict=True):
             mine = [row for row in rows if row["architecture"] == name]
             last = {row["arm"]: row["on"] for row in mine if row["arm"] != "baseline"}
-            bars = [("baseline", on) for on in dict.fromkeys(r["on"] for r in mine if r["arm"] == "baseline")]
-            bars += list(last.items())
-            for place, (arm, on) in enumerate(bars):
-                found = [row for row in mine if (row["arm"], row["on"]) == (arm, on)]
-                relu, other, total = (100 * np.array([float(row[key]) for row in found]) for key in KEYS[:3])
-                axis.bar(place, relu.mean(), 0.75, color=figures.RELU, label="dead by ReLU")
-                axis.bar(place, other.mean(), 0.75, bottom=relu.mean(), color=figures.TOPK, label="dead by selection")
-                ends = [[total.mean() - total.min()], [total.max() - total.mean()]]
-                axis.errorbar(place, total.mean(), ends, color="black", lw=0.8, capsize=2)
-            ticks = [on.removeprefix("gamma ") if arm == "baseline" else SHOWN[arm] for arm, on in bars]
-            axis.set_xticks(range(len(bars)), ticks, rotation=90 if len(bars) > 5 else 0)
-            axis.grid(visible=False, axis="x")
-            _, at, number = bars[-1][1].partition("gamma ")
-            axis.set(title=NAMES.get(name, name), ylim=(0, 102), xlabel=f"gamma; the rest at {number}" if at else "")
+            kinds = [("baseline", on) for on in dict.fromkeys(r["on"] for r in mine if r["arm"] == "baseline")]
+            kinds += list(last.items())
+            bars(axis, [[row for row in mine if (row["arm"], row["on"]) == kind] for kind in kinds],
+                 [on.removeprefix("gamma ") if arm == "baseline" else SHOWN[arm] for arm, on in kinds])  # fmt: skip
+            axis.set(title=NAMES.get(name, name), xlabel=f"gamma; the rest at {kinds[-1][1].removeprefix('gamma ')}")
         for axis in axes[::3]:
             axis.set_ylabel("features dead (%)")
-        handles, labels = axes[0].get_legend_handles_labels()
-        once = dict(zip(labels, handles, strict=True))
-        figure.legend(once.values(), once.keys(), loc="lower right")
+        figure.legend(axes[0].patches[:2], PATHWAYS, loc="lower right")
     return figure
+
+
+def of_layers(rows: list[dict[str, Any]]) -> Figure:
+    """Dead at the end, a row of panels an architecture, a column a layer: the arms side by side."""
+    names, layers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("architecture", "on"))
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(figures.WIDE, 1.1 * len(names) + 1.2), layout="constrained")
+        axes = figure.subplots(len(names), len(layers), squeeze=False, sharex=True, sharey=True)
+        for name, across in zip(names, axes, strict=True):
+            for layer, axis in zip(layers, across, strict=True):
+                mine = [row for row in rows if (row["architecture"], row["on"]) == (name, layer)]
+                bars(axis, [[row for row in mine if row["arm"] == arm] for arm in ARMS], list(SHOWN.values()))
+            across[0].set_ylabel(NAMES.get(name, name).replace(" ", "\n"))
+        for layer, axis in zip(layers, axes[0], strict=True):
+            model, _, block = layer.rpartition("-")
+            axis.set_title(f"{model or facts.GEMMA}\nblock {block}")
+        figure.supylabel("features dead (%)", size=9)
+        figure.legend(axes[0][0].patches[:2], PATHWAYS, loc="outside lower center", ncols=2)
+    return figure
+
+
+def bars(axis: Axes, kinds: list[list[dict[str, Any]]], ticks: list[str]) -> None:
+    """Dead by pathway at the end: means over the rows of a kind; whiskers from the least to the most in total."""
+    for place, found in enumerate(kinds):
+        if not found:
+            axis.text(place, 2, "–", ha="center", color="0.5")  # the library has no such arm
+            continue
+        relu, other, total = (100 * np.array([float(row[key]) for row in found]) for key in KEYS[:3])
+        axis.bar(place, relu.mean(), 0.75, color=figures.RELU)
+        axis.bar(place, other.mean(), 0.75, bottom=relu.mean(), color=figures.TOPK)
+        ends = [[total.mean() - total.min()], [total.max() - total.mean()]]
+        axis.errorbar(place, total.mean(), ends, color="black", lw=0.8, capsize=2)
+    axis.set_xticks(range(len(ticks)), ticks, rotation=90 if len(ticks) > 3 else 0)
+    axis.set(ylim=(0, 102))
+    axis.grid(visible=False, axis="x")
 
 
 if __name__ == "__main__":
