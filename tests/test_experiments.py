@@ -31,7 +31,7 @@ FEWER = {
                             "AGAIN": 1, "SEEDS": (0,)},
     "trust.concept_f1": {"SEEDS": (0,), "ARMS": {"centred 1": {"sae": {"center": "mean"}, "share": 1}}},
     "death.one_dimension": {"VARIANTS": {}},
-    "paper.regimes": {"PARTS": ("base", "k_aux")},
+    "paper.regimes": {"PARTS": ("base", "k_aux", "frozen", "long_20")},
     "death.auxk_idle": {"ARMS": {"AuxK on the encoder": (4, True, False)}},
     "speed.bench_ensemble": {"SHAPES": ((32, 128, 3, 32),), "MEMBERS": 2},
 }  # fmt: skip
