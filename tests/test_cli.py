@@ -192,6 +192,7 @@ def test_a_width_that_is_not_two_dimensional_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize(("x", "said"), [
     (np.where(np.arange(16_000).reshape(2000, 8) == 12_005, np.nan, 1.0), "row 1500, dimension 5 is nan"),
     (np.ones((2000, 8)), "all rows are the same"),
+    (np.ones((1, 8)), "more than one token"),
 ])  # fmt: skip
 def test_activations_that_cannot_be_trained_on_are_refused_at_the_start(capsys, tmp_path, x, said):
     np.save(tmp_path / "x.npy", x)
