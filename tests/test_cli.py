@@ -93,6 +93,7 @@ EXTRACT = ["extract", "--from={in}/x.npy", "--out={in}/w"]
     (["train", "--config={in}/number.py", "--workdir={in}/w"], "returns a ConfigDict, not int"),
     ([*TRAIN, "--layers=1"], "--layers = '1': leave it out: a flag of extract, not of train"),
     ([*TRAIN, "--member=x"], "a flag of diagnose and export, not of train"),
+    ([*DIAGNOSE[:2], "--k=4", "--workdir={in}/" + 300 * "a"], "a folder that can be written (File name too long)"),
     ([*DIAGNOSE, "--n_probe=3"], "--n_probe = '3': a flag of diagnose; the nearest is --n_probes"),
     ([*DIAGNOSE, "--k=many"], "--k = 'many': an integer"),
     ([*DIAGNOSE, "--k", "many"], "--k = 'many': an integer"),
