@@ -184,8 +184,9 @@ def wanted(fault: Fault) -> set[int]:
     inside = [node for node in ast.walk(ast.parse((ROOT / fault.module).read_text()))
               if isinstance(node, ast.stmt) and first(node) <= fault.line <= (node.end_lineno or 0)]  # fmt: skip
     innermost = max(inside, key=first)
-    defines = isinstance(innermost, ast.FunctionDef | ast.ClassDef)
-    return {node.lineno for node in innermost.body} if defines else {innermost.lineno}
+    if isinstance(innermost, ast.FunctionDef | ast.ClassDef):
+        return {node.lineno for node in innermost.body}
+    return {innermost.lineno}
 
 
 def imports(name: str, module: str) -> bool:
