@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.death import architectures, race, rivals
+from experiments.death import architectures, bias_timescales, race, rivals
 from experiments.paper import regimes, toys
 from sae_jax.activations import synthetic
+from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.errors import Refused
 from sae_jax.models.facts import MODELS, PAPER
 from sae_jax.training import step as step_lib
@@ -143,6 +144,7 @@ def closed_form(l0_of):
         assert begun.setdefault(folder, (c.to_json(), members)) == (c.to_json(), members)
         return {name: {"init": dead, "final": dead | {"l0": l0_of(c, one)}} for name, one in members.items()}
 
+    trained.begun = begun
     return trained
 
 
@@ -173,9 +175,10 @@ def test_where_no_weight_brings_a_baseline_to_the_target_the_other_arms_come_to_
         return end if c.sae.center == "none" else 20 * one["sparsity"]["weight"] ** -power
 
     monkeypatch.setattr(architectures.figures, "save", lambda figure, path: drawn.update({path.name: figure}))
-    monkeypatch.setattr(architectures, "trained", closed_form(l0_of))
+    monkeypatch.setattr(architectures, "trained", trained := closed_form(l0_of))
     monkeypatch.setattr(architectures, "ON", SimpleNamespace(value=["9"], default=["9"]))
     architectures.main(tmp_path, "cpu")
+    assert not [folder for folder in trained.begun if "of_all" in folder.name]  # the first alone is as far off
     table = rows(tmp_path / "architectures.csv")
     ends = {}
     for row in table:
@@ -196,6 +199,21 @@ def test_where_no_weight_brings_a_baseline_to_the_target_the_other_arms_come_to_
 
 
 TOY = toys.Toy(d=16, n_true=32, active=3, n=64, k=3, batch=16, steps=12, held_out=1000)
+
+
+@pytest.mark.parametrize("hold", ["", "along", "all"])
+def test_held_weights_do_not_move_where_they_are_held(hold):
+    rng = np.random.default_rng(0)
+    shapes = {"W_enc": (2, 5, 4), "b_enc": (2, 5), "W_dec": (2, 5, 4), "b_dec": (2, 4)}
+    old, new = (sae_lib.SAE(**{key: rng.normal(size=shape) for key, shape in shapes.items()}, k=3) for _ in range(2))
+    direction = np.array([0.6, 0.0, 0.8, 0.0])
+    found = bias_timescales.kept(new, old, hold, direction)
+    np.testing.assert_array_equal(found.b_dec, new.b_dec)
+    for key in ("W_enc", "W_dec"):
+        moved, wanted = (np.asarray(getattr(sae, key) - getattr(old, key)) for sae in (found, new))
+        along = np.outer(direction, direction)
+        kept = {"": np.eye(4), "along": np.eye(4) - along, "all": np.zeros((4, 4))}[hold]
+        np.testing.assert_allclose(moved, wanted @ kept, atol=1e-12)
 
 
 def test_a_toy_is_the_package_s_own_step_on_its_own_tokens(x64):

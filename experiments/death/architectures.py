@@ -182,8 +182,8 @@ def held(
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Point → the weight that brings it to this L0, and the reports of its initialisations.
 
-    `seeds` are those that it is sought on. Where they come to the target and the mean of all initialisations does not,
-    it is sought again on all.
+    It is sought on `seeds`. Where these come to the target and the mean of all initialisations does not, it is sought
+    again on all.
     """
     weights = matched(c, known, target, folder.with_name(f"{folder.name}_weights"), seeds)
     found = ends(c, {**weights}, folder)

@@ -6,7 +6,7 @@ Steps until b·mu passes 50, 90 and 99 % of ‖mu‖², over gamma, the directio
 seeds each; data scaled to ‖sigma‖ = √d. Beside it the least that Adam could take (`theory.bias_learning_time` over the
 learning rate) and the floor: b's optimum is not mu but mu − W_decᵀE[z], which live features that carry some of the mean
 move away from it. Then interventions at one gamma, in both directions: the weights held still (nothing can learn to
-carry the mean), rows of both weights kept from moving along it alone, a batch 8 times as large (less noise in the
+carry the mean), rows of both weights kept from moving along the mean, a batch 8 times as large (less noise in the
 gradient), and that with the weights held. Writes bias_timescales.csv and bias_interventions.csv. About five minutes on
 2 CPU cores.
 """
@@ -51,6 +51,19 @@ def shared(scale: str, direction: str, batch: int, steps: int) -> ConfigDict:
     return c
 
 
+def kept(new: sae_lib.SAE, old: sae_lib.SAE, hold: str, direction: jax.Array) -> sae_lib.SAE:
+    """The SAEs after a step whose weights are held: `all`, or what of them is `along` a unit vector; or not."""
+    if hold == "all":
+        return old.replace(b_dec=new.b_dec)
+    if hold != "along":
+        return new
+
+    def off(after: jax.Array, before: jax.Array) -> jax.Array:
+        return after - ((after - before) @ direction)[..., None] * direction
+
+    return new.replace(W_enc=off(new.W_enc, old.W_enc), W_dec=off(new.W_dec, old.W_dec))
+
+
 def crossings(
     config: ConfigDict, overrides: list[dict[str, Any]], hold: str = ""
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,24 +79,15 @@ def crossings(
     static, spec = step_lib.Static.of(config), synthetic.build(config.data, config.seed)
     d, batch, total = config.data.d_model, config.train.batch_size, config.train.steps
     mus = jnp.stack([m.data.gamma * jnp.sqrt(float(d)) * spec.direction for m in members])
-    unit = spec.direction / jnp.linalg.norm(spec.direction)
     before = Preprocessing(shift=spec.mu - mus, scale=jnp.ones(len(members)))
     states = step_lib.init_group(members, jnp.zeros((len(members), d)), before)
-
-    def off(rows: jax.Array, before: jax.Array) -> jax.Array:
-        moved = rows - before  # (M, n, d)
-        return rows - (moved @ unit)[..., None] * unit
 
     def body(t: jax.Array, carry: Any) -> Any:
         states, found = carry
         new, _ = step_lib.group_step(
             states, synthetic.sample(spec, 0, t, jnp.arange(batch)), static=static, allsum=lambda tree: tree
         )
-        if hold == "all":
-            new = new.replace(sae=states.sae.replace(b_dec=new.sae.b_dec))
-        if hold == "along":
-            kept = {key: off(getattr(new.sae, key), getattr(states.sae, key)) for key in ("W_enc", "W_dec")}
-            new = new.replace(sae=new.sae.replace(**kept))
+        new = new.replace(sae=kept(new.sae, states.sae, hold, spec.direction))
         share = jnp.sum(new.sae.b_dec * mus, axis=1) / jnp.sum(mus**2, axis=1)
         passed = share[:, None] >= jnp.asarray(SHARES)
         return new, jnp.where(passed, jnp.minimum(found, t + 1.0), found)  # (M, 3)
