@@ -64,6 +64,9 @@ def test_files_are_read_as_what_they_are(tmp_path):
     assert list(inputs.read("proteins", str(tmp_path / "a.fasta"))) == ["MKTAYI", "GSHM"]
     assert list(inputs.read("dna", str(tmp_path / "plain.txt"))) == ["MKT", "GSHM"]
     assert inputs.identity("dna", str(tmp_path / "plain.txt")) != inputs.identity("dna", str(tmp_path / "a.fasta"))
+    (tmp_path / "mixed.txt").write_text("MKT\n\n>two\nGSHM\n")
+    with pytest.raises(Refused, match="data.model.dna = .*: dna that can be read .line 3 is a header, and the first"):
+        list(inputs.read("dna", str(tmp_path / "mixed.txt")))
     with pytest.raises(Refused, match="data.model.images = .*: a folder with images"):
         list(inputs.read("images", str(tmp_path)))
     with pytest.raises(Refused, match="data.model.text = .*: text that can be read"):
@@ -76,6 +79,24 @@ def test_a_dataset_of_the_hub_gives_the_column_of_its_kind(tmp_path):
     assert list(inputs.read("text", f"hf:{tmp_path}")) == ["one", "two"]
     with pytest.raises(Refused, match="data.model.proteins = .*: a dataset with .* a column 'sequence'"):
         list(inputs.read("proteins", f"hf:{tmp_path}"))
+
+
+@given(st.lists(st.text("ab\n", max_size=9), max_size=9).map("".join), st.integers(1, 6))
+def test_a_long_text_is_read_in_pieces_that_make_it_up_again(tmp_path_factory, text, piece):
+    """Cut at blank lines, or at line ends where a piece has none, never elsewhere; what is short is one document."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "PIECE", piece)
+        found = list(inputs.read("text", str(path)))
+    at = 0
+    for one in found[:-1]:
+        assert text[at:].startswith(one)
+        at += len(one)
+        assert text[at] == "\n"
+        at += 2 if text[at : at + 2] == "\n\n" else 1
+    assert text[at:] == found[-1]
+    assert len(found) == 1 or len(text) > piece
 
 
 @given(st.lists(st.integers(0, 40), max_size=8), st.integers(1, 12))

@@ -22,6 +22,7 @@ import numpy as np
 from sae_jax.errors import Refused
 from sae_jax.runtime.optional import module, package
 
+PIECE = 2**20  # characters of a text that are read at a time: a corpus may be larger than memory
 MIN_DOCSTRING = 200  # characters: shorter ones are labels, not prose
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 CODONS = {
@@ -66,7 +67,7 @@ def read(kind: str, source: str) -> Iterator[Any]:
         else:
             for sequence in _antibodies(np.random.default_rng(0)):
                 yield sequence if kind == "proteins" else "".join(map(CODONS.__getitem__, sequence))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise Refused(f"data.model.{kind}", source, f"{kind} that can be read ({error})") from error
 
 
@@ -80,7 +81,8 @@ def identity(kind: str, source: str) -> str:
             listing = [(str(file.relative_to(path)), file.stat().st_size) for file in _image_files(path)]
             return "files " + hashlib.sha256(repr(listing).encode()).hexdigest()
         if source:
-            return "sha256 " + hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:
+                return "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise Refused(f"data.model.{kind}", source, f"{kind} that can be read ({error})") from error
     if kind == "text":
@@ -95,23 +97,41 @@ def identity(kind: str, source: str) -> str:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
+    """A text, a long one in pieces. They are cut at blank lines, which come back between documents, or at line ends."""
+    with path.open(encoding="utf-8") as file:
+        held = file.read(PIECE)
+        while more := file.read(PIECE):
+            blank = held.rfind("\n\n")
+            at, seam = (blank, 2) if blank > 0 else (held.rfind("\n", 0, -1), 1)
+            if at > 0:
+                yield held[:at]
+                held = held[at + seam :]
+            held += more
+        yield held
 
 
 def _fasta(path: Path) -> Iterator[str]:
     """Sequences of a FASTA file (or of one without headers, one a line)."""
     held: list[str] = []
-    lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines() if line.strip()]
-    if not any(line.startswith(">") for line in lines):
-        yield from lines
-        return
-    for line in [*lines, ">"]:
-        if line.startswith(">"):
-            if held:
+    headed: bool | None = None
+    with path.open(encoding="ascii") as file:
+        for number, line in enumerate(map(str.strip, file), 1):
+            header = line.startswith(">")
+            if not line:
+                continue
+            if headed is None:
+                headed = header
+            if header and not headed:
+                raise ValueError(f"line {number} is a header, and the first line is none")
+            if not headed:
+                yield line
+            elif not header:
+                held.append(line)
+            elif held:
                 yield "".join(held)
-            held = []
-        else:
-            held.append(line)
+                held = []
+    if held:
+        yield "".join(held)
 
 
 def _image_files(folder: Path) -> list[Path]:
