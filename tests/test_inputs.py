@@ -64,6 +64,8 @@ def test_files_are_read_as_what_they_are(tmp_path):
     assert list(inputs.read("proteins", str(tmp_path / "a.fasta"))) == ["MKTAYI", "GSHM"]
     assert list(inputs.read("dna", str(tmp_path / "plain.txt"))) == ["MKT", "GSHM"]
     assert inputs.identity("dna", str(tmp_path / "plain.txt")) != inputs.identity("dna", str(tmp_path / "a.fasta"))
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert list(inputs.read("text", str(tmp_path / "marked.txt"))) == ["one\ntwo"]
     (tmp_path / "mixed.txt").write_text("MKT\n\n>two\nGSHM\n")
     with pytest.raises(Refused, match="data.model.dna = .*: dna that can be read .line 3 is a header, and the first"):
         list(inputs.read("dna", str(tmp_path / "mixed.txt")))

@@ -98,7 +98,7 @@ def identity(kind: str, source: str) -> str:
 
 def _documents(path: Path) -> Iterator[str]:
     """A text, a long one in pieces. They are cut at blank lines, which come back between documents, or at line ends."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:  # a mark of the byte order, as editors leave one, is no text
         held = file.read(PIECE)
         while more := file.read(PIECE):
             blank = held.rfind("\n\n")
