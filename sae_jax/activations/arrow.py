@@ -4,7 +4,8 @@ A row of a table is a token, (d_model,), or a sequence, (length, d_model), whose
 token ids, or a mask. Arrow files are memory-mapped; of Parquet a few row groups are decoded at a time.
 """
 
-import functools
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from sae_jax.runtime.disk import read_json
 STATE, DICTIONARY = "state.json", "dataset_dict.json"
 TOKEN_IDS = ("token_ids", "token_id", "input_ids", "tokens", "ids")
 MASKS = ("attention_mask", "mask")
-GROUPS = 4  # row groups of Parquet kept decoded
+GROUPS, DECODED = 4, 2**28  # row groups of Parquet kept decoded, of all files together, and their bytes; one at least
 
 
 class Column(NamedTuple):
@@ -76,6 +77,33 @@ def _column(column: Any, matrix: bool) -> Column:
     return Column(column.to_numpy(zero_copy_only=True).reshape(n_rows, int(widths[0])), lengths)
 
 
+class Decoded:
+    """The latest matrices that were asked for: `GROUPS` of them, and fewer where they are large."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[Any, np.ndarray] = OrderedDict()
+        self._alone = threading.Lock()
+
+    def get(self, key: Any, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The matrix of that name, made if it is not held."""
+        with self._alone:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        found = make()
+        with self._alone:
+            self._held[key] = found
+            while len(self._held) > GROUPS or len(self._held) > 1 and self._bytes() > DECODED:
+                self._held.popitem(last=False)
+        return found
+
+    def _bytes(self) -> int:
+        return sum(matrix.nbytes for matrix in self._held.values())
+
+
+_decoded = Decoded()
+
+
 class Blocks(tokens.Rows):
     """Record batches or row groups end to end; `read` makes the matrix of one of them."""
 
@@ -88,6 +116,7 @@ class Blocks(tokens.Rows):
         self._read, self._starts = read, np.cumsum([0, *counts])
         context = {} if lengths is None or lengths.min() != lengths.max() else {"context": int(lengths[0])}
         self.facts = {"hook": hook, **context}
+        self.unpacked = 0
 
     def take(self, start: int, stop: int) -> np.ndarray:
         if start >= stop:
@@ -151,13 +180,16 @@ def _open(batches: Sequence[Any], schema: Any, wanted: str, load: Callable[[int,
     if not sum(counts):
         raise tokens.Unfit("rows")
 
-    @functools.lru_cache(GROUPS)
+    own = object()  # as the name of this opening: the file may be another one the next time
+
     def decoded(number: int) -> np.ndarray:
-        return _column(load(batches[number], [name]).column(name), matrix=True).values
+        made = lambda: _column(load(batches[number], [name]).column(name), matrix=True).values  # noqa: E731
+        return _decoded.get((own, number), made)
 
     read: Any = kept.__getitem__ if keep else decoded
     ids, mask = (np.concatenate(parts) if parts else None for parts in (found["ids"], found["mask"]))
     array: Any = Blocks(read, counts, width, dtype, None if flat else np.concatenate(lengths), ids, name)
+    array.unpacked = 0 if keep else array.nbytes
     if mask is not None:
         if len(mask) != len(array):
             raise tokens.Unfit(f"a mask for each of {len(array)} tokens, not {len(mask)}")

@@ -97,17 +97,23 @@ def identity(kind: str, source: str) -> str:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    """A text, a long one in pieces. They are cut at blank lines, which come back between documents, or at line ends."""
+    """A text, a long one in pieces. They are cut at blank lines, which come back between documents; where
+    a piece has none, at the end of a line, of a word, or of the piece."""
     with path.open(encoding="utf-8-sig") as file:  # a mark of the byte order, as editors leave one, is no text
         held = file.read(PIECE)
         while more := file.read(PIECE):
-            blank = held.rfind("\n\n")
-            at, seam = (blank, 2) if blank > 0 else (held.rfind("\n", 0, -1), 1)
-            if at > 0:
-                yield held[:at]
-                held = held[at + seam :]
-            held += more
+            at, seam = _seam(held)
+            yield held[:at]
+            held = held[at + seam :] + more
         yield held
+
+
+def _seam(text: str) -> tuple[int, int]:
+    """Where to cut, and how many characters fall between: of a blank line, the end of a line, a space, or nothing."""
+    for mark in ("\n\n", "\n", " "):
+        if (at := text.rfind(mark, 1, len(text) + len(mark) - 2)) > 0:  # the last line's end may be half a blank line
+            return at, len(mark)
+    return len(text), 0
 
 
 def _fasta(path: Path) -> Iterator[str]:

@@ -39,11 +39,13 @@ class StreamedChunks:
         self.devices = list(devices) or jax.local_devices()
         self._batches: list[adapters.Batch] = []
         lengths: list[int] = []
+        done = 0
         for batch in self._network.batches():
-            if sum(lengths) >= model.n_tokens:
+            if done >= model.n_tokens:
                 break
             self._batches.append(batch)
             lengths.append(int(extraction.kept(model, batch).sum()))
+            done += lengths[-1]
         if len(lengths) > 1 and lengths[-1] < min(lengths[:-1]):  # the end of the text
             lengths.pop()
         if min(lengths, default=0) == 0:
