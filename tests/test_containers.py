@@ -1,5 +1,6 @@
 """Activations as people have them: every container gives the rows that NumPy counts, and where each comes from."""
 
+import gc
 import hashlib
 import itertools
 import json
@@ -215,7 +216,8 @@ def test_of_a_parquet_file_no_more_is_held_than_is_being_read(tmp_path):
     assert most < x.nbytes / 5
 
 
-def test_of_a_folder_of_parquet_files_no_more_is_held_than_of_one(tmp_path):
+def test_of_a_folder_of_parquet_files_no_more_is_held_than_there_is_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrow, "DECODED", 250_000)
     x = np.random.default_rng(0).normal(size=(16_000, 16))
     for number, part in enumerate(np.split(x, 16)):
         table = pyarrow.table({"acts": pyarrow.FixedSizeListArray.from_arrays(part.ravel(), 16)})
@@ -226,6 +228,20 @@ def test_of_a_folder_of_parquet_files_no_more_is_held_than_of_one(tmp_path):
         np.testing.assert_array_equal(array[start : start + 100], x[start : start + 100])
         most = max(most, pyarrow.total_allocated_bytes() - held)
     assert most < x.nbytes / 5
+    del array
+    gc.collect()
+    assert pyarrow.total_allocated_bytes() == held
+
+
+def test_small_parquet_files_are_each_unpacked_once(tmp_path, monkeypatch):
+    for number in range(12):
+        parquet(tmp_path / f"{number}.parquet", {"acts": list(np.full((50, 4), float(number)))})
+    array, made = files.open_array(str(tmp_path)), []
+    column = arrow._column
+    monkeypatch.setattr(arrow, "_column", lambda *given, **named: made.append(1) or column(*given, **named))
+    for start in np.random.default_rng(0).integers(0, 590, 100):
+        np.testing.assert_array_equal(array[start : start + 10][:, 0], np.arange(start, start + 10) // 50)
+    assert len(made) <= 12
 
 
 def test_training_on_what_is_unpacked_whole_says_what_is_faster(tmp_path, monkeypatch, capsys):
@@ -288,6 +304,7 @@ def test_more_shards_than_a_shell_lets_one_open(tmp_path):
     x = np.random.default_rng(0).normal(size=(200, 3, 4)).astype(np.float32)
     for number, part in enumerate(x):
         np.save(tmp_path / f"{number}.npy", part)
+        np.save(tmp_path / f"{number}.token_ids.npy", np.arange(3))
     code = (
         f"import numpy as np; from sae_jax.activations import files; a = files.open_array({str(tmp_path)!r}); "
         "print(a.shape, float(np.abs(a[:]).sum()))"
@@ -296,7 +313,7 @@ def test_more_shards_than_a_shell_lets_one_open(tmp_path):
     soft = run(["bash", "-c", f'ulimit -Sn 128; {sys.executable} -c "{code}"'])
     assert soft.stdout == f"(600, 4) {float(np.abs(x.reshape(-1, 4)).sum())}\n", soft.stderr
     hard = run(["bash", "-c", f'ulimit -n 128; {sys.executable} -c "{code}"'])
-    assert "fewer shards than 200" in hard.stderr
+    assert "of 200 could be opened, under the limit of open files" in hard.stderr
 
 
 @pytest.mark.parametrize(("columns", "said"), [

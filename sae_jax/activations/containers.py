@@ -141,9 +141,10 @@ class ZarrArray:
             }, read=True, open=True).result()  # fmt: skip
 
         self._folder, self._array = str(folder), opened(CACHE_BYTES)
-        chunk = int(np.prod(self._array.chunk_layout.read_chunk.shape)) * self._array.dtype.numpy_dtype.itemsize
-        if 2 * chunk > CACHE_BYTES:  # what the cache has no room for is unpacked again for every slice
-            self._array = opened(2 * chunk)
+        layout, itemsize = self._array.chunk_layout.read_chunk.shape, self._array.dtype.numpy_dtype.itemsize
+        across = int(np.prod(layout[:-1])) * -(-self._array.shape[-1] // layout[-1]) * layout[-1] * itemsize
+        if 2 * across > CACHE_BYTES:  # what the cache has no room for is unpacked again for every slice
+            self._array = opened(2 * across)
         self.shape: tuple[int, ...] = tuple(self._array.shape)
         self.ndim, self.dtype = len(self.shape), self._array.dtype.numpy_dtype
         if not self._array.storage_statistics(query_fully_stored=True).result().fully_stored:

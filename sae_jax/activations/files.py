@@ -236,7 +236,7 @@ def _joined(paths: list[Path], name: str) -> Any:
     kinds = sorted({path.suffix for path in paths})
     if len(kinds) != 1:
         raise tokens.Unfit(f"shards of one kind, not {', '.join(kinds) or 'none'}")
-    disk.open_files(len(paths))
+    disk.open_files(2 * len(paths))  # token ids may lie beside each
     parts = []
     for path in paths:
         try:
@@ -246,7 +246,8 @@ def _joined(paths: list[Path], name: str) -> Any:
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
-            raise tokens.Unfit(f"fewer shards than {len(paths)}: {len(parts)} files may be open here") from error
+            most = f"{len(parts)} of {len(paths)} could be opened, under the limit of open files that ulimit -n tells"
+            raise tokens.Unfit(f"fewer shards: {most}") from error
     return parts[0] if len(parts) == 1 else tokens.Joined(parts)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from sae_jax.outliers import giants
 
-GAP = 256  # rows that are left out in a row before they are passed over in reading
+GAP = 256  # more unwanted rows in a row than this are skipped in reading
 UNKNOWN = -1  # token_id and sequence_id where nobody wrote them down
 
 
@@ -110,7 +110,7 @@ class Flat(Rows):
                 begin = number * self._context
                 rows = slice(max(start - begin, 0), min(stop - begin, self._context))
                 parts.append(np.asarray(self._array[number : number + 1, rows])[0])
-            return parts[1] if len(parts) == 2 else np.concatenate(parts)
+            return parts[1] if len(parts) == 2 else np.concatenate(parts, dtype=self.dtype)  # of its own byte order
         block = np.asarray(self._array[first:last]).reshape(-1, self.shape[1])
         return block[start - first * self._context : stop - first * self._context]
 
@@ -202,7 +202,7 @@ class Selected(Rows):
         if not len(rows):
             return np.zeros((0, self.shape[1]), self.dtype)
         parts = [np.asarray(self._array[int(part[0]) : int(part[-1]) + 1])[part - part[0]] for part in _near(rows)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, dtype=self.dtype)
 
     def places(self, start: int, stop: int) -> Places:
         rows = self._rows[start:stop]

@@ -8,6 +8,7 @@ tests; sequences and crops never end.
 """
 
 import ast
+import codecs
 import hashlib
 import importlib.metadata
 import platform
@@ -67,12 +68,14 @@ def read(kind: str, source: str) -> Iterator[Any]:
         else:
             for sequence in _antibodies(np.random.default_rng(0)):
                 yield sequence if kind == "proteins" else "".join(map(CODONS.__getitem__, sequence))
+    except Refused:
+        raise
     except (OSError, ValueError) as error:
         raise Refused(f"data.model.{kind}", source, f"{kind} that can be read ({error})") from error
 
 
 def identity(kind: str, source: str) -> str:
-    """What `read` yields, without reading it all."""
+    """What `read` yields. A file is gone through, so that what cannot be read is refused before there is a result."""
     path = Path(source)
     try:
         if source.startswith(HUB):
@@ -81,8 +84,12 @@ def identity(kind: str, source: str) -> str:
             listing = [(str(file.relative_to(path)), file.stat().st_size) for file in _image_files(path)]
             return "files " + hashlib.sha256(repr(listing).encode()).hexdigest()
         if source:
+            pieces = sum(1 for _ in read(kind, source)) if kind != "images" else 0
             with path.open("rb") as file:
-                return "sha256 " + hashlib.file_digest(file, "sha256").hexdigest()
+                marked = kind == "text" and file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+                file.seek(0)
+                how = " in pieces" if kind == "text" and pieces > 1 else " without its mark" if marked else ""
+                return "sha256 " + hashlib.file_digest(file, "sha256").hexdigest() + how
     except OSError as error:
         raise Refused(f"data.model.{kind}", source, f"{kind} that can be read ({error})") from error
     if kind == "text":
@@ -120,15 +127,17 @@ def _fasta(path: Path) -> Iterator[str]:
     """Sequences of a FASTA file (or of one without headers, one a line)."""
     held: list[str] = []
     headed: bool | None = None
-    with path.open(encoding="ascii") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(map(str.strip, file), 1):
             header = line.startswith(">")
+            if not header and not line.isascii():
+                raise ValueError(f"line {number} is not ASCII")
             if not line:
                 continue
             if headed is None:
                 headed = header
             if header and not headed:
-                raise ValueError(f"line {number} is a header, and the first line is none")
+                raise ValueError(f"line {number} is a header, and the first line is not one")
             if not headed:
                 yield line
             elif not header:

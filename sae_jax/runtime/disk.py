@@ -15,7 +15,7 @@ from etils import epath
 from sae_jax.errors import Refused, first_line
 
 LOCK = ".lock"
-MANY = 64  # files that are opened together, from which a process needs leave
+MANY = 64  # files that are opened together, from which on the limit is raised
 HELD_OUT = "held_out"  # in a run's data: how held-out chunks are chosen; runs of before, evenly spaced, do not have it
 SAMPLED = "sampled_sha256"  # key of the checksum by which a file of activations is known again
 
@@ -73,7 +73,8 @@ def open_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if count >= MANY and soft != resource.RLIM_INFINITY:
         wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        with contextlib.suppress(ValueError, OSError):  # some systems have a limit below the one that they tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager
