@@ -3,12 +3,13 @@
     pip install -e ".[bundled]"
     python -m experiments.paper.figS7_real_dynamics --workdir=runs/real_dynamics --scale=cpu --on=9
 
-n 2048, k 16, 20,000 steps of 256 at 3e-4 without decay; 1.2M tokens of a layer, 100,000 of them held out; models of text
-are shown the docstrings of the packages that this one needs. A number is a block of Gemma 3 270M, MODEL-NUMBER one of
-another model; `--activations=9=PATH` takes one from a file. Death by pathway, bias and FVE (with LayerNorm of what it
-leaves) at steps even in log. A layer takes some two hours of one core, half of them with AuxK. Every condition is a run of its own under the workdir (`--conditions` names some): what is
-stopped goes on, what has ended is read. Writes figS7_real_dynamics.csv, where rows of other layers and conditions stay,
-and .png; `fig6_centering.py` draws layer 9. `smoke` uses synthetic activations.
+n 2048, k 16, 20,000 steps of 256 at 3e-4 without decay; 1.2M tokens of a layer, 100,000 of them held out; models of
+text are shown the docstrings of the packages that this one needs. A number is a block of Gemma 3 270M, MODEL-NUMBER one
+of another model; `--activations=9=PATH` takes one from a file. Death by pathway, bias and FVE (with LayerNorm of what
+it leaves) at steps even in log. A layer takes some two hours of one core, half of them with AuxK. Every condition is a
+run of its own under the workdir (`--conditions` names some): what is stopped goes on, what has ended is read. Writes
+figS7_real_dynamics.csv, where rows of other layers and conditions stay, and .png; `fig6_centering.py` draws layer 9.
+`smoke` uses synthetic activations.
 """
 
 import csv
