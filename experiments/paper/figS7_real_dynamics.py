@@ -1,7 +1,7 @@
 """Figure S7: the two phases on real layers, six conditions, bands over three seeds.
 
     pip install -e ".[bundled]"
-    python -m experiments.paper.figS7_real_dynamics --workdir=runs/real_dynamics --scale=cpu --on=9
+    python -m experiments.paper.figS7_real_dynamics --workdir=runs/real_dynamics --scale=cpu --layers=9
 
 n 2048, k 16, 20,000 steps of 256 at 3e-4 without decay; 1.2M tokens of a layer, 100,000 of them held out; models of
 text are shown the docstrings of the packages that this one needs. A number is a block of Gemma 3 270M, MODEL-NUMBER one
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import command
-from experiments.death.race import GIVEN, documentation, said
+from experiments.death.race import GIVEN, LAYERS, documentation, said
 from sae_jax import config as config_lib
 from sae_jax.models import facts
 from sae_jax.reports import figures, tables
@@ -52,7 +52,6 @@ LOOKS: dict[str, dict[str, Any]] = {
     "centred, balanced": {"color": figures.MEMBER_COLOURS[5], "lw": 1.6},
 }  # fmt: skip
 KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "bias_projection", "fve")
-ON = flags.DEFINE_list("on", ["9"], "blocks of Gemma 3 270M, or MODEL-BLOCK")
 CHOSEN = flags.DEFINE_list("conditions", [], "which of them, with + for a comma; all, if none is named")
 
 
@@ -142,7 +141,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def main(workdir: Path, scale: str) -> None:
     """Trains, writes the table, in which other layers and conditions stay, and the picture of all that it has."""
     path = workdir / "figS7_real_dynamics.csv"
-    for on in said(ON):
+    for on in said(LAYERS):
         for condition in [name.replace("+", ", ") for name in said(CHOSEN)] or CONDITIONS:
             found = train(workdir, scale, on, [condition])
             others = [row for row in read(path) if (row["on"], row["condition"]) != (on, condition)]
