@@ -117,7 +117,9 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
             across[0].set_ylabel(f"{model or facts.GEMMA}\nblock {block}")
         for axis in axes[-1]:
             axis.set_xlabel("step (0 at the left edge)")
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        shown = {line.get_label(): line for across in axes for line in across[0].get_lines()}
+        figure.legend([shown[name] for name in LOOKS if name in shown], [name for name in LOOKS if name in shown],
+                      loc="outside lower center", ncols=6)  # fmt: skip
     return figure
 
 
