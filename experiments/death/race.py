@@ -87,6 +87,16 @@ def documentation(folder: Path) -> str:
     return str(path)
 
 
+def point(c: ConfigDict, layer: str, folder: Path) -> None:
+    """Points a run at the activations that are given for its layer; else a model of text at `documentation`."""
+    for given in said(GIVEN):
+        name, _, path = given.partition("=")
+        if name == layer:
+            c.data.path = path
+    if c.data.model.id and not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
+        c.data.model.text = documentation(folder)
+
+
 def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> ConfigDict:
     """Members that differ in the seed alone."""
     n, k, steps = map(int, said(SIZE))
@@ -107,12 +117,7 @@ def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> Confi
         c.data.model.id, c.data.signal, c.data.d_model, c.data.statistics_tokens = "", "sparse", 16, 1000
         c.sae.n_features, c.train.steps, c.eval.n_tokens, c.eval.batch_size = 64, 20, 1000, 500
         c.checkpoint.every, c.auxk.dead_after_tokens = 20, 256
-    for given in said(GIVEN):
-        name, _, path = given.partition("=")
-        if name == layer:
-            c.data.path = path
-    if c.data.model.id and not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
-        c.data.model.text = documentation(folder)
+    point(c, layer, folder)
     c.update_from_flattened_dict({key: value for key, value in arm.items() if key != "step"})
     c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
     return pilot.shortened(c, said(SHORTER)) if said(SHORTER) > 1 else c

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import command
-from experiments.death.race import GIVEN, LAYERS, documentation, said
+from experiments.death.race import LAYERS, point, said
 from sae_jax import config as config_lib
 from sae_jax.models import facts
 from sae_jax.reports import figures, tables
@@ -70,12 +70,7 @@ def settings(on: str, scale: str, condition: str, folder: Path) -> ConfigDict:
         model, _, block = on.rpartition("-")
         c.data.model.update(id=model or facts.GEMMA, layer=int(block), n_tokens=N_TOKENS[scale])
         facts.check(c.data.model, [c.data.model.layer])
-        for given in said(GIVEN):
-            name, _, path = given.partition("=")
-            if name == on:
-                c.data.path = path
-        if not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
-            c.data.model.text = documentation(folder)
+        point(c, on, folder)
     c.update_from_flattened_dict(CONDITIONS[condition])
     c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
     return c

@@ -14,8 +14,6 @@ from scipy.sparse import csr_array
 
 BLOCK = 1024  # true features looked at together
 THRESHOLDS = (0.0, 0.15, 0.5, 0.6, 0.8)  # InterPLM's, of a feature's largest value
-
-
 Rows = Array | np.ndarray
 
 
