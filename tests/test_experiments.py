@@ -52,7 +52,8 @@ def rows(path):
     pytest.param("paper.figS7_real_dynamics", ["figS7_real_dynamics"], ["figS7_real_dynamics"], marks=pytest.mark.long),
     pytest.param("paper.lr_sensitivity", ["lr_sensitivity"], ["lr_sensitivity"],
                  marks=[pytest.mark.drawn, pytest.mark.long]),
-    pytest.param("paper.regimes", ["regimes"], ["regimes"], marks=pytest.mark.long),
+    pytest.param("paper.auxk_when", ["auxk_when"], [], marks=pytest.mark.long),
+    pytest.param("paper.regimes", ["regimes", "regimes_auxk"], ["regimes"], marks=pytest.mark.long),
     pytest.param("death.remedies_compared", ["remedies_compared"], [], marks=pytest.mark.long),
     pytest.param("death.bias_timescales", ["bias_timescales", "bias_interventions"], [], marks=pytest.mark.long),
     ("death.auxk_idle", ["auxk_idle"], []),
@@ -293,6 +294,22 @@ def test_a_row_of_regimes_is_the_mean_of_its_seeds_and_when_what_came():
     assert row["relu_at_b_0.6"] == pytest.approx((0.1 + 0.2) / 2)
     assert row.get("relu_at_b_0.7", "") == ""  # one of them never comes there
     assert regimes.half([0.5, 0.45, 0.44]) is None
+
+
+def test_what_auxk_does_is_told_by_the_fve_of_its_own_baseline():
+    members = [toys.Member(gamma, condition=condition) for gamma in (5.0, 20.0) for condition in ("AuxK", "baseline")]
+    nobodys = toys.Member(40.0)  # a baseline without AuxK beside it
+    found = {
+        "fve": (0.0, 0.65, 0.0, 0.25, 0.65), "mmcs": (0.9, 0.8, 0.5, 0.6, 0),
+        "dead_by_relu": (0.3, 0.1, 0.5, 0.4, 1), "dead_by_topk": (0.1, 0.5, 0.25, 0.3, 1),
+    }  # fmt: skip
+    history = [{"step": step, **{key: list(values) for key, values in found.items()}} for step in (10, 11, 20)]
+    low, high = regimes.by_fve([([*members, nobodys], history)], wakes=10)
+    assert (low["fve_from"], low["fve_to"], high["fve_from"], high["fve_to"]) == (0.2, 0.3, 0.6, 0.7)
+    assert (low["pairs"], low["evaluations"], high["evaluations"]) == (1, 2, 2)
+    assert (low["fewer"], low["more"], low["dead_total"], low["dead_by_relu"]) == ("0", "100", "5.0", "10.0")
+    assert (high["fewer"], high["more"], high["dead_total"], high["dead_by_relu"]) == ("100", "0", "-20.0", "20.0")
+    assert (low["mmcs"], high["mmcs"]) == ("-0.100", "0.100")
 
 
 def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):

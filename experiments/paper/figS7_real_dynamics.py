@@ -77,17 +77,24 @@ def settings(on: str, scale: str, condition: str, folder: Path) -> ConfigDict:
 
 
 def train(workdir: Path, scale: str, on: str, conditions: list[str]) -> list[dict[str, Any]]:
-    """What is left of the runs of a layer; a row for each condition and evaluation: mean over seeds, least and most."""
+    """What is left of the runs of a layer; their rows."""
     rows = []
     for condition in conditions:
         folder = workdir / f"{on}_{condition.replace(', ', '_')}"
         run_lib.train(settings(on, scale, condition, workdir), str(folder))
-        for entry in checkpoint.history(str(folder)):
-            row: dict[str, Any] = {"on": on, "condition": condition, "step": entry["step"], "seeds": len(SEEDS)}
-            for key in KEYS:
-                values = [float(entry["members"][f"seed{seed}"][key]) for seed in SEEDS]
-                row |= {key: float(np.mean(values)), f"{key}_low": min(values), f"{key}_high": max(values)}
-            rows.append(row)
+        rows += told(on, condition, folder)
+    return rows
+
+
+def told(on: str, condition: str, folder: Path) -> list[dict[str, Any]]:
+    """A row for each evaluation of a run: mean over seeds, least and most."""
+    rows = []
+    for entry in checkpoint.history(str(folder)):
+        row: dict[str, Any] = {"on": on, "condition": condition, "step": entry["step"], "seeds": len(SEEDS)}
+        for key in KEYS:
+            values = [float(entry["members"][f"seed{seed}"][key]) for seed in SEEDS]
+            row |= {key: float(np.mean(values)), f"{key}_low": min(values), f"{key}_high": max(values)}
+        rows.append(row)
     return rows
 
 

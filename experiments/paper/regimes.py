@@ -9,7 +9,8 @@ which a bias has a quarter of the way). Parts: `base`, mean in one dimension; `d
 `clip`, without clipping; `k_aux`, an AuxK of few features a token; `spread`, mean in all dimensions; `frozen`, AuxK
 with the bias frozen; `long_20` and `long_40`, trained only where named, ten times as many steps for biases that have
 not arrived. Each part writes what it has found after every evaluation; killed, it goes on from there. Writes
-regimes.csv and regimes.png of the parts there are. The first five took six and a half minutes on an H200.
+regimes.csv and regimes.png of the parts there are, and regimes_auxk.csv: what AuxK does to its baseline by how much of
+the variance that explains. The first five took six and a half minutes on an H200.
 """
 
 import itertools
@@ -36,6 +37,8 @@ OTHER: dict[str, Any] = {"decoder": {"unit": False}, "clip": {"clip": toys.FREE}
 STEPS = {"smoke": 200, "cpu": 200_000, "paper": 2_000_000}
 CURVES = ("dead_by_relu", "dead_by_topk", "bias_projection")  # what the table has of the start and on the way too
 BIAS = (0.5, 0.6, 0.7)  # where the paper's bias is when it has features stuck
+DIFFERENCES = ("dead_by_relu", "dead_by_topk", "mmcs")
+EDGES = (-np.inf, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # of the baseline's FVE
 PANELS = (
     (("baseline, mean in one dimension", "base", "baseline"), ("AuxK", "base", "AuxK"),
      ("frozen bias (√d alone)", "base", "frozen bias")),
@@ -94,6 +97,37 @@ def rows(part: str, of: list[Member], history: list[dict[str, Any]]) -> list[dic
     return found
 
 
+def by_fve(parts: list[tuple[list[Member], list[dict[str, Any]]]], wakes: int) -> list[dict[str, Any]]:
+    """What AuxK has more than its baseline, in points, by the baseline's FVE: at evaluations later than step `wakes`.
+
+    `fewer`, `more`: percent of the evaluations at which it has fewer, and more, dead in total by a point and over.
+    """
+    seen: list[tuple[Any, ...]] = []
+    for part, (of, history) in enumerate(parts):
+        place = {member: i for i, member in enumerate(of)}
+        for member, i in place.items():
+            j = place.get(member._replace(condition="AuxK"))
+            if member.condition != "baseline" or j is None:
+                continue
+            for entry in history:
+                if entry["step"] > wakes:
+                    relu, by_topk, mmcs = (entry[key][j] - entry[key][i] for key in DIFFERENCES)
+                    seen.append(((part, member), entry["fve"][i], 100 * (relu + by_topk), 100 * relu, mmcs))
+    rows = []
+    for low, high in itertools.pairwise(EDGES):
+        mine = [row for row in seen if low <= row[1] < high]
+        if mine:
+            more = np.array([row[2] for row in mine])
+            rows.append({
+                "fve_from": max(low, -1.0), "fve_to": high, "pairs": len({row[0] for row in mine}),
+                "evaluations": len(mine), "fewer": f"{100 * np.mean(more <= -1):.0f}",
+                "more": f"{100 * np.mean(more >= 1):.0f}", "dead_total": f"{more.mean():.1f}",
+                "dead_by_relu": f"{np.mean([row[3] for row in mine]):.1f}",
+                "mmcs": f"{np.mean([row[4] for row in mine]):.3f}",
+            })  # fmt: skip
+    return rows
+
+
 def mean(entry: dict[str, Any], key: str, which: list[int]) -> float:
     """Of a measure over some members."""
     return round(float(np.mean([entry[key][i] for i in which])), 4)
@@ -149,15 +183,18 @@ def main(workdir: Path, scale: str, part: str = "") -> None:
         steps = STEPS[scale] * (10 if name.startswith("long") else 1)
         toy = Toy(steps=steps, held_out=1000 if scale == "smoke" else 20_000)
         toys.train(toy, members(name, scale), workdir / name)
-    summarise(workdir)
+    summarise(workdir, scale)
 
 
-def summarise(workdir: Path) -> None:
+def summarise(workdir: Path, scale: str) -> None:
     """The table of what is trained so far."""
-    found = []
+    found, told = [], []
     for name in PARTS:
         if (workdir / f"{name}.json").exists():
-            found += rows(name, *toys.read(workdir / name))
+            of, history = toys.read(workdir / name)
+            found += rows(name, of, history)
+            told.append((of, history))
+    tables.write_csv(workdir / "regimes_auxk.csv", by_fve(told, Toy(steps=STEPS[scale]).wakes))
     columns = list(dict.fromkeys(key for row in found for key in row))
     tables.write_csv(workdir / "regimes.csv", [{key: row.get(key, "") for key in columns} for row in found])
     figures.save(picture(found), epath.Path(workdir) / "regimes.png")

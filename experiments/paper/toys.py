@@ -50,6 +50,11 @@ class Toy(NamedTuple):
     steps: int = 200_000
     held_out: int = 20_000
 
+    @property
+    def wakes(self) -> int:
+        """For how many steps a feature has to be silent before AuxK takes it up: as 10M tokens at a batch of 2,048."""
+        return min(5000, max(1, self.steps // 10))
+
 
 class Member(NamedTuple):
     """One SAE. `size`: that of the data, ‖sigma‖ = size·√d."""
@@ -78,7 +83,7 @@ def config(toy: Toy, member: Member) -> ConfigDict:
         c.auxk.preset, c.auxk.weight = "of 5", OWN_PRESETS["of 5"].weight
     elif "AuxK" not in member.condition and jax.default_backend() == "cpu":
         c.auxk.preset = "none"  # a program of its own: there AuxK costs by the member, on a GPU next to nothing
-    c.auxk.dead_after_tokens = toy.batch * min(5000, max(1, toy.steps // 10))  # as 10M tokens are at a batch of 2,048
+    c.auxk.dead_after_tokens = toy.batch * toy.wakes
     return c
 
 

@@ -1,0 +1,71 @@
+"""When AuxK helps and when it kills: woken before the SAE explains half of the variance, and after.
+
+    pip install -e ".[bundled]"
+    python -m experiments.paper.auxk_when --workdir=runs/auxk_when --scale=cpu --layers=13,9
+
+The runs of figure S7, 3,000 steps of them: without AuxK, and with that of dictionary_learning, which takes up features
+that were silent for 50 steps, or for 1,000; three seeds. The rule was found on synthetic data (regimes_auxk.csv): where
+the baseline's FVE is below a half, AuxK has more dead than it; above, fewer. A layer takes some 15 minutes of one core;
+what is stopped goes on, what has ended is read. Writes auxk_when.csv: of each evaluation after waking the baseline's
+FVE, and what is dead without and with AuxK.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from experiments import command
+from experiments.death.race import LAYERS, said
+from experiments.paper import figS7_real_dynamics
+from sae_jax.reports import tables
+from sae_jax.training import run as run_lib
+
+STEPS = {"smoke": 20, "cpu": 3000, "paper": 20_000}
+WAKES = {"smoke": (2, 10), "cpu": (50, 1000), "paper": (50, 1000)}  # steps of silence
+HALF = 0.5
+
+
+def train(workdir: Path, scale: str, on: str, wake: int) -> list[dict[str, Any]]:
+    """The run of one layer with AuxK that wakes so late; 0: without it."""
+    condition = "AuxK" if wake else "baseline"
+    c = figS7_real_dynamics.settings(on, scale, condition, workdir)
+    c.train.steps, c.checkpoint.every = STEPS[scale], STEPS[scale] // 2
+    c.auxk.dead_after_tokens = c.train.batch_size * max(1, wake)
+    folder = workdir / (f"{on}_{condition}_{wake}" if wake else f"{on}_{condition}")
+    run_lib.train(c, str(folder))
+    return figS7_real_dynamics.told(on, condition, folder)
+
+
+def compared(wake: int, base: list[dict[str, Any]], auxk: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each evaluation after waking: the baseline's FVE, and percent dead without and with AuxK."""
+    rows = []
+    for without, with_it in zip(base, auxk, strict=True):
+        if without["step"] <= wake:
+            continue
+        more = 100 * (with_it["dead_total"] - without["dead_total"])
+        rows.append({
+            "on": without["on"], "wakes": wake, "step": without["step"], "fve": f"{without['fve']:.3f}",
+            **{f"{key}{end}": f"{100 * row[key]:.1f}" for key in ("dead_total", "dead_by_relu")
+               for end, row in (("", without), ("_auxk", with_it))},
+            "more": f"{more:.1f}", "rule": "more" if without["fve"] < HALF else "fewer",
+            "apart": int(bool(  # no seed of one is within the range of the other
+                with_it["dead_total_low"] > without["dead_total_high"]
+                or with_it["dead_total_high"] < without["dead_total_low"]
+            )),
+        })  # fmt: skip
+    return rows
+
+
+def main(workdir: Path, scale: str) -> None:
+    """Trains, prints and writes the table."""
+    rows: list[dict[str, Any]] = []
+    for on in said(LAYERS):
+        base = train(workdir, scale, on, 0)
+        for wake in WAKES[scale]:
+            rows += compared(wake, base, train(workdir, scale, on, wake))
+            tables.write_csv(workdir / "auxk_when.csv", rows)
+    for row in rows:
+        print(tables.one_line(row))
+
+
+if __name__ == "__main__":
+    command.start(main, "auxk_when")
