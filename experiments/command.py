@@ -1,4 +1,4 @@
-"""The command line that the figures share: --workdir for runs, table and picture, --scale for size and length."""
+"""The command line of the scripts: flags alone; what the package refuses is said in one line, as the verbs say it."""
 
 import sys
 from collections.abc import Callable
@@ -11,18 +11,34 @@ from sae_jax.errors import Preempted, Refused, RunFailed
 SCALES = ("smoke", "cpu", "paper")
 
 
+def run(main: Callable[[], None]) -> None:
+    """Calls main once the flags are read; `start` does it for scripts that have a workdir and a scale."""
+
+    def parsed(words: list[str]) -> None:
+        logging.set_verbosity(logging.ERROR)
+        try:
+            if words[1:]:
+                raise Refused("words", words[1], "flags alone, as --workdir=PATH (--help lists them)")
+            main()
+        except (Refused, RunFailed, Preempted) as error:
+            print(f"sae_jax: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
+
+    app.run(parsed, flags_parser=read)
+
+
+def read(argv: list[str]) -> list[str]:
+    """The words that are left when the flags are taken; a flag that is wrong ends it, with exit code 2."""
+    try:
+        return list(flags.FLAGS(argv))
+    except flags.Error as error:
+        print(f"sae_jax: {error} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
 def start(main: Callable[..., None], name: str, **choices: tuple[str, ...]) -> None:
     """Calls main(workdir, scale) with what the command line says, and with any of the further choices that it names."""
     workdir = flags.DEFINE_string("workdir", f"runs/{name}", "folder for the runs, the table and the picture")
     scale = flags.DEFINE_enum("scale", "cpu", SCALES, "smoke: seconds; cpu: as in the READMEs; paper: an accelerator")
     more = {key: flags.DEFINE_enum(key, None, values, "this part alone") for key, values in choices.items()}
-
-    def parsed(_: list[str]) -> None:
-        logging.set_verbosity(logging.ERROR)
-        try:
-            main(Path(workdir.value), scale.value, **{key: flag.value for key, flag in more.items() if flag.value})
-        except (Refused, RunFailed, Preempted) as error:  # as the verbs say them: in one line
-            print(f"sae_jax: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
-
-    app.run(parsed)
+    run(lambda: main(Path(workdir.value), scale.value, **{key: flag.value for key, flag in more.items() if flag.value}))

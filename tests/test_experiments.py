@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -20,6 +21,7 @@ from sae_jax.activations import synthetic
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.errors import Refused
 from sae_jax.models.facts import MODELS, PAPER
+from sae_jax.sweeps import jobs
 from sae_jax.training import step as step_lib
 
 ROOT = Path(__file__).parents[1]
@@ -75,12 +77,50 @@ def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_script_refuses_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "experiments.death.race", f"--workdir={tmp_path}/w", "--layers=99"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2
-    assert done.stderr == "sae_jax: data.model.layer = 99: 0 to 18 for gemma-3-270m\n"
-    assert not (tmp_path / "w").exists()
+@pytest.mark.parametrize(("words", "said"), [
+    ("death.race --layers=99", "data.model.layer = 99: 0 to 18 for gemma-3-270m"),
+    ("death.race {there}", "words = '{there}': flags alone, as --workdir=PATH (--help lists them)"),
+    ("paper.fig2a_death_by_model --tabel=x",
+     "Unknown command line flag 'tabel'. Did you mean: table ? (--help lists the flags)"),
+    ("paper.fig2a_death_by_model --table={there}",
+     "--table = '{there}': a table (CSV) of this kind, with a line or more"),
+])  # fmt: skip
+def test_a_script_refuses_in_one_line(tmp_path, words, said):
+    there = tmp_path / "there.csv"
+    there.write_text(",".join(jobs.COLUMNS) + "\n")
+    name, *rest = words.format(there=there).split()
+    command = [sys.executable, "-m", f"experiments.{name}", f"--workdir={tmp_path}/w"][: 4 if "race" in name else 3]
+    done = subprocess.run(
+        command + rest, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stderr) == (2, f"sae_jax: {said.format(there=there)}\n")
+    assert os.listdir(tmp_path) == ["there.csv"]
+
+
+def test_every_script_with_flags_starts_through_command():
+    for path in (ROOT / "experiments").glob("*/*.py"):
+        assert "app.run" not in path.read_text(), path
+
+
+COLUMNS = ",".join(jobs.COLUMNS)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (None, "that can be read"),
+    ("", f"of this kind, with the columns {', '.join((*jobs.TEXT, *jobs.NUMBERS))}"),
+    (COLUMNS.replace(",gamma,", ",gama,") + "\n", "of this kind, with the columns gamma"),
+    (COLUMNS + "\n", "of this kind, with a line or more"),
+    (COLUMNS + "\n1,2\n", "another number of columns"),
+    (COLUMNS + "\n" + "," * len(jobs.COLUMNS) + "\n", "another number of columns"),
+    (COLUMNS + "\n" + ",".join("x" for _ in jobs.COLUMNS) + "\n", "could not convert"),
+    ("\udcff", "that can be read"),
+])  # fmt: skip
+def test_a_table_that_is_none_of_a_sweep_is_refused(tmp_path, text, said):
+    path = tmp_path / "results.csv"
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(Refused, match=re.escape(said)):
+        jobs.read_table(path)
 
 
 @pytest.mark.long

@@ -14,9 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
 
+from experiments import command
 from sae_jax.diagnosis import diagnosis, remedies, survey
 from sae_jax.models import extraction, sources
 from sae_jax.outliers.preprocess import Preprocessing
@@ -74,7 +75,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Goes through the layers; writes the table and the figure."""
     rows = [row for model, layer in LAYERS for row in layer_rows(model, layer)]
     folder = Path(WORKDIR.value)
@@ -83,4 +84,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

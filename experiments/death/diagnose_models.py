@@ -15,10 +15,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from experiments import command
 from sae_jax.diagnosis import diagnosis, remedies
 from sae_jax.models import extraction
 from sae_jax.reports import figures, tables
@@ -47,7 +48,7 @@ def reports() -> list[dict[str, Any]]:
     return found
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Makes all reports, then the table, the figure and the summary."""
     found = reports()
     rows = []
@@ -143,4 +144,4 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import command
 from sae_jax import config as config_lib
 from sae_jax.diagnosis import diagnosis, remedies, survey
 from sae_jax.models import sources
@@ -48,7 +49,7 @@ def cell(signal: np.ndarray, mu: np.ndarray, seed: int) -> dict[str, Any]:
             "measured_relu": found["dead_by_relu"]}  # fmt: skip
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Goes through the grid and writes the table."""
     rows = []
     for rank in RANKS:
@@ -91,4 +92,4 @@ def errors(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -13,11 +13,12 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from sae_jax.errors import Refused
+from experiments import command
 from sae_jax.outliers import theory
 from sae_jax.outliers.statistics import interval, spearman
+from sae_jax.runtime import disk
 
 TABLE = flags.DEFINE_string("table", None, "path of the table", required=True)
 OUT = flags.DEFINE_string("out", None, "where to write the predictions, as a .csv")
@@ -50,13 +51,9 @@ def _column(found: list[theory.Deaths], key: str) -> np.ndarray:
     return np.array([deaths[key] for deaths in found])
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Reads the table, prints the comparison."""
-    with Path(TABLE.value).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    missing = [name for name in ("model", *COLUMNS) if not rows or name not in rows[0]]
-    if missing:
-        raise Refused("--table", TABLE.value, f"a table with the columns {', '.join(missing)}")
+    rows = disk.read_csv("--table", TABLE.value, ("model", "layer"), COLUMNS)
     rows = [row for row in rows if all(row[name] not in ("", "nan") for name in COLUMNS)]
     models = np.array([row["model"] for row in rows])
     column = {name: np.array([float(row[name]) for row in rows]) for name in COLUMNS}
@@ -83,4 +80,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -8,22 +8,24 @@ left out in turn. --authors=PATH lays the table that the authors of arXiv:2605.3
 layer, domain, gamma, dead_pct_init_topk, dead_pct_init_relu; theirs is at N 100,000, n 8192, k 64). Seconds.
 """
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
 
+from experiments import command
 from sae_jax.models.facts import DOMAINS
 from sae_jax.outliers import statistics, theory
 from sae_jax.reports import figures
+from sae_jax.runtime import disk
 from sae_jax.sweeps import jobs as jobs_lib
 
 TABLE = flags.DEFINE_string("table", None, "results.csv of a sweep", required=True)
 AUTHORS = flags.DEFINE_string("authors", None, "the authors' table, to lay over it")
+AUTHORS_NUMBERS = ("gamma", "dead_pct_init_topk", "dead_pct_init_relu")
 MARKERS = dict(zip(DOMAINS, "os^", strict=True))
 
 
@@ -34,13 +36,12 @@ def plain_rows(path: str) -> list[dict[str, Any]]:
 
 def authors_rows(path: str) -> list[dict[str, Any]]:
     """The authors' table in the same columns."""
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = disk.read_csv("--authors", path, ("model", "domain"), ("layer", *AUTHORS_NUMBERS))
     return [
         {
             "model": r["model"], "layer": int(r["layer"]), "domain": r["domain"], "gamma": float(r["gamma"]),
             "dead_total": float(r["dead_pct_init_topk"]) / 100, "dead_by_relu": float(r["dead_pct_init_relu"]) / 100,
-        } for r in rows if r["gamma"] and r["dead_pct_init_topk"] and r["dead_pct_init_relu"]
+        } for r in rows if all(r[name] for name in AUTHORS_NUMBERS)
     ]  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def picture(rows: list[dict[str, Any]], authors: list[dict[str, Any]]) -> Figure
     return figure
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Statistics, then the figure."""
     rows, authors = plain_rows(TABLE.value), authors_rows(AUTHORS.value) if AUTHORS.value else []
     print_statistics(str(TABLE.value), rows)
@@ -108,4 +109,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

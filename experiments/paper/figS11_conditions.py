@@ -11,9 +11,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
 
+from experiments import command
 from sae_jax.reports import figures
 from sae_jax.sweeps import jobs as jobs_lib
 
@@ -67,7 +68,7 @@ def picture(found: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """The table, then the figure."""
     found = layers(TABLE.value)
     for name, rows in found.items():
@@ -78,4 +79,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

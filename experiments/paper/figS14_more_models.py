@@ -12,9 +12,10 @@ from typing import Any
 import matplotlib
 import matplotlib.ticker
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
 
+from experiments import command
 from sae_jax.reports import figures
 from sae_jax.sweeps import jobs as jobs_lib
 
@@ -56,11 +57,11 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """The figure."""
     rows = [r for r in jobs_lib.read_table(TABLE.value) if r["condition"] in LOOK and r["steps"] == 0]
     (Path(TABLE.value).parent / "figS14_more_models.png").write_bytes(figures.png(picture(rows)))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

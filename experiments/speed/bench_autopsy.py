@@ -17,9 +17,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import sae_jax
+from experiments import command
 from sae_jax.exchange.encoders import Encoder, Opened
 from sae_jax.models.sources import BATCH
 
@@ -64,7 +65,7 @@ def timed(fn: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """A line for each rule."""
     x = activations()
     product = jax.jit(lambda x, W: x @ W.T)
@@ -97,4 +98,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

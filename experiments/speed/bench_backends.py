@@ -16,8 +16,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import command
 from sae_jax import config as config_lib
 from sae_jax.activations import store
 from sae_jax.autoencoder import death
@@ -89,7 +90,7 @@ def compared(name: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """All of them."""
     found = []
     for name in MODELS:
@@ -99,4 +100,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

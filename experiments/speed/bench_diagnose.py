@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import command
 from sae_jax.diagnosis import remedies, survey
 from sae_jax.models import sources
 from sae_jax.outliers import moments as moments_lib
@@ -53,7 +54,7 @@ def write(path: Path) -> None:
     out.flush()
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Makes the file, times the passes, prints the comparison."""
     path = Path(WORKDIR.value) / "x.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,4 +101,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -24,9 +24,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from array_record.python import array_record_data_source, array_record_module
 
+from experiments import command
 from sae_jax import config as config_lib
 from sae_jax.activations import pipeline, store, stored
 from sae_jax.activations.chunks import CHUNK
@@ -117,7 +118,7 @@ def trained() -> Callable[[], int]:
     return run
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Writes, warms up, measures in turns, prints."""
     root = Path(WORKDIR.value)
     root.mkdir(parents=True, exist_ok=True)
@@ -150,4 +151,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

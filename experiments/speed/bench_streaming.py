@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import command
 from sae_jax import config as config_lib
 from sae_jax.models import adapters, extraction, inputs, sources
 from sae_jax.reports import tables
@@ -118,7 +119,7 @@ def measured(id: str, backend: str) -> dict[str, Any]:
 ours: dict[str, np.ndarray] = {}
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Both backends."""
     folder = Path(WORKDIR.value)
     id, found = made(folder / "model"), []
@@ -133,4 +134,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from experiments import command
 from sae_jax.config import base
 from sae_jax.runtime import devices as devices_lib
 from sae_jax.training import step as step_lib
@@ -187,7 +188,7 @@ def measured(case: Case) -> str:
     )
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """One line a case, as it comes; every one compiled anew, as rows of an older step would look the same."""
     rows = [",".join((*Case._fields, *COLUMNS))]
     for case in cases():
@@ -198,4 +199,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

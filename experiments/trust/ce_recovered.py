@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
+from experiments import command
 from sae_jax import config as config_lib
 from sae_jax.activations.chunks import CHUNK
 from sae_jax.autoencoder import sae as sae_lib
@@ -54,9 +55,8 @@ def unseen(network: Network, model: ConfigDict, start: int, count: int) -> list[
     return [left[i] for i in np.linspace(0, len(left) - 1, min(count, len(left))).astype(int)]
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Loads, splices, counts."""
-    logging.set_verbosity(logging.ERROR)
     config = config_lib.from_identity(checkpoint.saved(RUN.value).identity)
     packed = {name: sharing.packed_of(RUN.value, name) for name in config_lib.members(config)}
     model = config.data.model
@@ -93,4 +93,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

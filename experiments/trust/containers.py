@@ -20,10 +20,11 @@ import ml_dtypes
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from absl import app, flags, logging
+from absl import flags, logging
 from safetensors.flax import save_file
 
 import sae_jax
+from experiments import command
 from sae_jax.activations import files, store
 from sae_jax.activations.chunks import split_chunks
 from sae_jax.autoencoder import sae as sae_lib
@@ -472,7 +473,7 @@ def row(name, folder, verbs=("extract", "diagnose", "train")):
     return {"container": name, "tokens": len(wanted), **done}
 
 
-def main(_):
+def main():
     """Every container through every verb."""
     run_lib.Run._draw = lambda *_: None
     logging.set_verbosity(logging.FATAL)
@@ -492,4 +493,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

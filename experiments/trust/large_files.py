@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
+
+from experiments import command
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/large_files", "folder for the file, and for what is made of it")
 GIGABYTES = flags.DEFINE_float("gigabytes", 3.0, "size of the file")
@@ -48,7 +50,7 @@ def run(words: list[str]) -> tuple[int, float, float]:
     return process.returncode, largest, time.perf_counter() - started
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Every verb once."""
     root = Path(WORKDIR.value)
     root.mkdir(parents=True, exist_ok=True)
@@ -83,4 +85,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

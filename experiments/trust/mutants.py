@@ -35,9 +35,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 from etils import epath
 
+from experiments import command
+from sae_jax.errors import Refused
 from sae_jax.reports import tables
 from sae_jax.runtime import disk
 
@@ -159,20 +161,14 @@ def drawn(seed: int) -> list[Fault]:
 
 def named(path: str) -> Iterator[Fault]:
     """The faults of a table, whose `was` stands once in its module."""
-    if not Path(path).is_file():
-        raise SystemExit(f"--named = {path!r}: a table, as experiments/trust/named_faults.csv")
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-        if not rows or not {"module", "was", "is"} <= rows[0].keys():
-            raise SystemExit(f"--named = {path!r}: a table with the columns module, was and is, and a line a fault")
-        for row in rows:
-            if not row["was"] or not (ROOT / (row["module"] or "/")).is_file():
-                raise SystemExit(f"--named = {path!r}: modules that are there, and what stands in them; not {row}")
-            before, was, after = (ROOT / row["module"]).read_text().partition(row["was"])
-            if not was or was in after:
-                raise SystemExit(f"{row['module']}: {row['was']!r} does not stand there once")
-            line, start, stop = before.count("\n") + 1, len(before.encode()), len((before + was).encode())
-            yield Fault(row["module"], line, start, stop, "named", was, row["is"])
+    for row in disk.read_csv("--named", path, ("module", "was", "is"), ()):
+        if not row["was"] or not (ROOT / (row["module"] or "/")).is_file():
+            raise Refused("--named", path, f"modules that are there, and what stands in them; not {row}")
+        before, was, after = (ROOT / row["module"]).read_text().partition(row["was"])
+        if not was or was in after:
+            raise Refused("--named", path, f"what stands in a module once; in {row['module']} not {row['was']!r}")
+        line, start, stop = before.count("\n") + 1, len(before.encode()), len((before + was).encode())
+        yield Fault(row["module"], line, start, stop, "named", was, row["is"])
 
 
 def wanted(fault: Fault) -> set[int]:
@@ -356,13 +352,11 @@ def _told(fault: Fault) -> tuple[str, ...]:
     return fault.module, str(fault.line), fault.kind, fault.was.strip(), fault.new.strip()
 
 
-def main(words: list[str]) -> None:
+def main() -> None:
     """Draws, covers, tries, and prints the score."""
     workdir = Path(WORKDIR.value).resolve()
-    if words[1:]:
-        raise SystemExit(f"{words[1]!r}: flags alone, as --seed=1")
     if workdir.exists() and not workdir.is_dir():
-        raise SystemExit(f"--workdir = {WORKDIR.value!r}: a folder")
+        raise Refused("--workdir", WORKDIR.value, "a folder")
     chosen: dict[tuple[str, ...], Fault] = {}
     for fault in named(NAMED.value) if NAMED.value else filter(stands, drawn(SEED.value)):
         chosen.setdefault(_told(fault), fault)  # the first of those that read alike
@@ -406,4 +400,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -24,8 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import command
 from sae_jax.activations import files, pipeline, store
 from sae_jax.errors import RunFailed
 
@@ -166,7 +167,7 @@ def read(path: str) -> None:
           f"{largest / 1e6:.0f} MB, {(largest - before) / 1e6:.0f} MB of it for reading")  # fmt: skip
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """All three, one after the other."""
     if READ.value:
         read(READ.value)
@@ -189,4 +190,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

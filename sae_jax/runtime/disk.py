@@ -1,12 +1,13 @@
 """Files that nobody sees half written, JSON that may have been damaged, folders that one process at a time works in."""
 
 import contextlib
+import csv
 import fcntl
 import json
 import os
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +47,30 @@ def read_json(field: str, path: epath.Path, keys: tuple[str, ...] = ()) -> dict[
         return found
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Refused(field, str(path), f"a whole file, as it was written; this one is damaged ({error})") from error
+
+
+def read_csv(field: str, path: str | Path, texts: Iterable[str], numbers: Iterable[str]) -> list[dict[str, str]]:
+    """The lines of a table that has at least these columns; those of `numbers` are numbers or empty.
+
+    Raises:
+      Refused: it is not there, is no such table, or has no line; `field` is how the user named it.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows, names = list(reader), reader.fieldnames or ()
+        missing = [name for name in (*texts, *numbers) if name not in names]
+        for row in rows if not missing else ():
+            if None in row or None in row.values():
+                raise ValueError("a line has another number of columns than the first")
+            for name in numbers:
+                float(row[name] or 0)
+    except (OSError, ValueError, csv.Error) as error:
+        raise Refused(field, str(path), f"a table (CSV) that can be read ({first_line(error)})") from error
+    if missing or not rows:
+        lacks = f"the columns {', '.join(missing)}" if missing else "a line or more"
+        raise Refused(field, str(path), f"a table (CSV) of this kind, with {lacks}")
+    return rows
 
 
 def check_reachable(field: str, path: str) -> None:

@@ -36,6 +36,8 @@ COLUMNS = (
     "gamma_direction", "effective_rank", "condition", "steps", "dead_by_relu", "dead_by_topk", "dead_total",
     "forecast_total", "fve", "l0", "bias_projection", "status", "error", "data", "config_hash", "versions",
 )  # fmt: skip
+TEXT = ("name", "model", "domain", "hook", "condition", "status", "error", "data", "config_hash", "versions")
+NUMBERS = tuple(name for name in COLUMNS if name not in TEXT)
 Launcher = Callable[[str, list[list[Job]]], None]  # of a workdir and of groups that share a forward pass
 JOBS, IDENTITY, RESULTS = "jobs", "sweep.json", "results.csv"
 
@@ -260,12 +262,13 @@ def summary(workdir: str, found: list[Job]) -> str:
 
 
 def read_table(path: str | Path) -> list[dict[str, Any]]:
-    """results.csv as rows, numbers as numbers, what is empty as None."""
-    with Path(path).open(newline="") as file:
-        return [{key: _value(key, text) for key, text in line.items()} for line in csv.DictReader(file)]
+    """results.csv as rows, numbers as numbers, what is empty as None.
 
-
-TEXT = ("name", "model", "domain", "hook", "condition", "status", "error", "data", "config_hash", "versions")
+    Raises:
+      Refused: it is no such table.
+    """
+    rows = disk.read_csv("--table", path, TEXT, NUMBERS)
+    return [{key: _value(key, text) for key, text in row.items()} for row in rows]
 
 
 def _value(key: str, text: str) -> Any:
