@@ -88,16 +88,16 @@ def diagnose(words: list[str]) -> int:
         given.refuse("--sae=RUN beside it", "member")
         given.refuse("--sae=TRANSCODER beside it", "target")
     else:
-        given.refuse("left out: the SAE has its own", "n_features", "k", "selection", "threshold")
-        given.refuse("left out: of an SAE that is there, deaths are always counted", "measure")
-        given.refuse("left out: an SAE that is there has been trained", "pilot")
+        given.refuse("leave it out: the SAE has its own", "n_features", "k", "selection", "threshold")
+        given.refuse("leave it out: of an SAE that is there, deaths are always counted", "measure")
+        given.refuse("leave it out: an SAE that is there has been trained", "pilot")
     if given["pilot"]:
-        given.refuse("left out with --pilot: settings of the configuration, --config.sae", "n_features", "k")
-        given.refuse("left out with --pilot, which trains TopK SAEs", "selection", "threshold")
+        given.refuse("leave it out with --pilot: settings of the configuration, --config.sae", "n_features", "k")
+        given.refuse("leave it out with --pilot, which trains TopK SAEs", "selection", "threshold")
     config = flags_lib.configuration(given)
     selection = given["selection"] or ("topk" if config is None else config.sae.activation)
     if selection in ("jumprelu", "relu"):
-        given.refuse("left out: topk and batch_topk keep k", "k")
+        given.refuse("leave it out: topk and batch_topk keep k", "k")
     activations = given["activations"] if config is None else config
     names = ("n_features", "k", "threshold", "n_probes", "seed", "target", "pilot")
     typed: dict[str, str] = {name: f"--{name}" for name in names}
@@ -146,7 +146,7 @@ def export(words: list[str]) -> int:
     _quiet()
     local = not given[source].startswith((hub.HUB, saelens.HUB))
     if given["member"] is not None and local and not (epath.Path(given[source]) / checkpoint.FOLDER).is_dir():
-        raise Refused("--member", given["member"], f"left out: {given[source]} is no run, and has no members")
+        raise Refused("--member", given["member"], f"leave it out: {given[source]} is no run, and has no members")
     out = epath.Path(given["out"])
     held = out.is_dir() and any(out.iterdir())
     with _named({"--sae": f"--{source}"}):
@@ -162,7 +162,7 @@ def extract(words: list[str]) -> int:
     given = _read("extract", words, "out")
     _one_of(given, "from", "config", "a file")
     if given["from"] is not None:
-        given.refuse("left out: a file has one layer", "layers")
+        given.refuse("leave it out: a file has one layer", "layers")
     config = flags_lib.configuration(given)
     if config is None:
         from sae_jax.activations import store
@@ -193,9 +193,9 @@ def sweep(words: list[str]) -> int:
     """sae_jax sweep --config --workdir; exit code 4 where some jobs failed"""
     given = _read("sweep", words, "workdir")
     if given["launcher"] != "ray":
-        given.refuse("left out, or --launcher=ray beside it", "address", "cpus", "gpus")
+        given.refuse("leave it out, or give --launcher=ray beside it", "address", "cpus", "gpus")
     if given["merge"]:
-        given.refuse("left out with --merge, which does no job", "shard", "dry_run")
+        given.refuse("leave it out with --merge, which does no job", "shard", "dry_run")
     config = flags_lib.configuration(given)
     if config is None:
         raise Refused("--config", None, "a configuration file with sweep(add), as configs/sweep.py")
@@ -214,7 +214,7 @@ def sweep(words: list[str]) -> int:
     launch = cluster.launcher(given["address"], given["cpus"], given["gpus"]) if ray else jobs_lib.local
     if not (ray or given["merge"]):
         jobs_lib.check_memory(given["workdir"], chosen)
-    jobs_lib.check_workdir(given["workdir"], every)
+    jobs_lib.check_workdir(given["workdir"], every, begun=given["merge"])
     if not given["merge"]:
         jobs_lib.run(given["workdir"], chosen, launch, given["shard"].replace("/", "-of-") or "all")
     if not given["shard"]:
@@ -237,11 +237,15 @@ def _read(verb: str, words: list[str], folder: str) -> Given:
     given = flags_lib.read(verb, words)
     if not given[folder]:
         raise Refused(f"--{folder}", given[folder], "a folder to write to")
+    from etils import epath
+
     from sae_jax.runtime import disk
 
     for name in ("workdir", "out", "activations", "target", "from"):
         if given.values.get(name):
             disk.check_reachable(f"--{name}", given[name])
+    if (path := epath.Path(given[folder])).exists() and not path.is_dir():
+        raise Refused(f"--{folder}", given[folder], "a folder to write to; this is a file")
     return given
 
 

@@ -201,7 +201,7 @@ def read(name: str, words: list[str]) -> Given:
 def _meant(name: str, flag: str) -> str:
     others = [other for other, verb in VERBS.items() if flag in verb.flags]
     if others:
-        return f"left out: a flag of {' and '.join(others)}, not of {name}"
+        return f"leave it out: a flag of {' and '.join(others)}, not of {name}"
     near = difflib.get_close_matches(flag, VERBS[name].flags, n=1)
     if near:
         return f"a flag of {name}; the nearest is --{near[0]}"

@@ -263,7 +263,7 @@ NOISE = np.random.default_rng(0).normal(size=(6000, 4))
     (np.full((300, 4), 7.0), "the same on every token", 2),
     (NOISE.astype(int), "floating point", 2),
     (np.where(np.arange(6000)[:, None] // 7 == 700, np.nan, NOISE),
-     "28 values are not finite; the first: row 4900, dimension 0 is nan", 2),
+     "values that are not finite: 28; the first: row 4900, dimension 0 is nan", 2),
 ])  # fmt: skip
 def test_what_cannot_be_diagnosed_is_one_line(capsys, tmp_path, array, said, code):
     np.save(tmp_path / "x.npy", array)
@@ -330,7 +330,7 @@ def test_untrained_saes_that_memory_cannot_hold_are_refused(activations):
 
 def test_values_that_are_not_finite_in_made_activations_fail_the_run(monkeypatch, tiny: ConfigDict):
     monkeypatch.setattr(sources.SyntheticSource, "statistics", lambda self: iter([np.full((300, 16), np.inf)]))
-    with pytest.raises(RunFailed, match="4800 values are not finite"):
+    with pytest.raises(RunFailed, match="values that are not finite: 4800;"):
         sae_jax.diagnose(tiny)
 
 

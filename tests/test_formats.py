@@ -491,7 +491,7 @@ def test_another_width_than_the_activations(rng, x, tmp_path, capsys):
     (["export", "--workdir=RUN", "--out=o", "--member=wide", "--push=a/b"], "--push = 'a/b': a repository on the hub"),
     (["export", "--from=hf://a/b/c", "--out=o"], "--from = 'hf://a/b/c': a repository on the hub"),
     (["export", "--from=hf://a/b/../../full", "--out=o"], "a folder inside the repository"),
-    (["diagnose", "--sae=full", "--activations=x.npy", "--workdir=o", "--k=3"], "--k = 3: left out"),
+    (["diagnose", "--sae=full", "--activations=x.npy", "--workdir=o", "--k=3"], "--k = 3: leave it out"),
 ])  # fmt: skip
 def test_wrong_flags_write_nothing(run, tmp_path, capsys, monkeypatch, argv, said):
     monkeypatch.chdir(tmp_path)

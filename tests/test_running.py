@@ -102,6 +102,13 @@ def test_of_many_members_the_first_are_drawn(tiny, tmp_path, monkeypatch):
     assert len(narrow) == len(set(narrow)) == 12  # for a wide page, and for a narrow one
 
 
+def test_a_model_beside_a_file_is_said_not_to_be_run(tiny, tmp_path, rng, capsys):
+    np.save(tmp_path / "x.npy", rng.normal(size=(2000, 16)).astype(np.float32))
+    tiny.data.path, tiny.data.model.id, tiny.train.steps = str(tmp_path / "x.npy"), "gpt2", 0
+    run_lib.train(tiny, str(tmp_path / "w"))
+    assert "beware: data.path is read; data.model.id = 'gpt2' is not run\n" in capsys.readouterr().err
+
+
 def test_no_steps_is_an_evaluation_at_init(tiny, tmp_path):
     tiny.train.steps = 0
     result = sae_jax.train(tiny, str(tmp_path))

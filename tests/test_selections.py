@@ -203,10 +203,10 @@ def test_a_threshold_is_in_the_units_of_the_activations(factor):
     (["--selection=jumprelu"], "--threshold = None: a finite number > 0"),
     (["--selection=jumprelu", "--threshold=-1"], "--threshold = -1.0: a finite number > 0"),
     (["--selection=jumprelu", "--threshold=nan"], "--threshold = nan: a finite number > 0"),
-    (["--threshold=1"], "--threshold = 1.0: left out: topk has none"),
-    (["--selection=relu", "--k=3"], "--k = 3: left out: topk and batch_topk keep k"),
+    (["--threshold=1"], "--threshold = 1.0: leave it out: topk has none"),
+    (["--selection=relu", "--k=3"], "--k = 3: leave it out: topk and batch_topk keep k"),
     (["--selection=gated"], "--selection = 'gated': one of topk, batch_topk, jumprelu, relu"),
-    (["--sae=run", "--selection=relu"], "--selection = 'relu': left out: the SAE has its own"),
+    (["--sae=run", "--selection=relu"], "--selection = 'relu': leave it out: the SAE has its own"),
 ])  # fmt: skip
 def test_flags_of_another_selection_are_refused(tmp_path, capsys, flags, said):
     np.save(tmp_path / "x.npy", activations("alike", 1, 0)[:100])

@@ -9,12 +9,14 @@ the tests themselves, of files that import the module and then of the others, th
 then the whole of the files that import it, as a program that one test has traced another may use, and of all files
 where it is in no test's own lines, as a constant is. A fault that nothing notices within `LIMIT` seconds each time
 survives, so the score is a lower bound; one whose statement no test runs does so untried. Writes covered.json, and
-seed0.csv, a line a fault: run again to go on. Some one and a half hours for 150 on 2 CPU cores with nothing beside it.
-Tests marked `long` are left out. `--named=experiments/trust/named_faults.csv` tries, in place of drawn ones, faults
-that once went unnoticed (named.csv), with four times the limit.
+seed0.csv, a line a fault: run again to go on. A draw hangs on the sources: another commit draws others, and what was
+tried of an earlier one is not counted. Some one and a half hours for 150 on 2 CPU cores with nothing beside it, as it
+pins tests to cores. Those marked `long` are left out. `--named=experiments/trust/named_faults.csv` tries, in place of
+drawn faults, some that once went unnoticed (named.csv), with four times the limit.
 """
 
 import ast
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -38,15 +40,16 @@ from absl import app, flags
 
 ROOT = Path(__file__).parents[2]
 WORKDIR = flags.DEFINE_string("workdir", "runs/mutants", "folder for the copies and the tables")
-N = flags.DEFINE_integer("n", 150, "faults to draw")
+N = flags.DEFINE_integer("n", 150, "faults to draw", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the draw")
 NAMED = flags.DEFINE_string("named", "", "a table of faults to try in place of drawn ones: module, was, is")
-WORKERS = flags.DEFINE_integer("workers", 2, "faults tried side by side")
+WORKERS = flags.DEFINE_integer("workers", 2, "faults tried side by side", lower_bound=1)
 ROOMS = ("autoencoder", "outliers", "activations", "training", "runtime", "diagnosis", "exchange", "sweeps")
 TREE = ("sae_jax", "tests", "configs", "experiments", "colab", "README.md", "CONTRIBUTING.md", "pyproject.toml",
         "setup.cfg", ".ci", "CHANGELOG.md", "CITATION.cff", "LICENSE")  # fmt: skip
 LIMIT = 150  # seconds of tests for one fault, and again of whole files
 HANGS = 100  # seconds that no test takes by itself; less than LIMIT, or what hangs would go unnoticed
+RUNNING: set[int] = set()  # process groups of tests
 FIELDS = ("module", "line", "kind", "was", "is", "caught_by", "seconds")
 
 COMPARISONS = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "=="}
@@ -153,8 +156,12 @@ def drawn(seed: int) -> list[Fault]:
 
 def named(path: str) -> Iterator[Fault]:
     """The faults of a table, whose `was` stands once in its module."""
+    if not Path(path).is_file():
+        raise SystemExit(f"--named = {path!r}: a table, as experiments/trust/named_faults.csv")
     with Path(path).open(newline="") as file:
         for row in csv.DictReader(file):
+            if not {"module", "was", "is"} <= row.keys() or not (ROOT / (row["module"] or "/")).is_file():
+                raise SystemExit(f"--named = {path!r}: a table with the columns module, was and is")
             before, was, after = (ROOT / row["module"]).read_text().partition(row["was"])
             if not was or was in after:
                 raise SystemExit(f"{row['module']}: {row['was']!r} does not stand there once")
@@ -209,14 +216,26 @@ def run(copy: Path, words: list[str], seconds: float, core: int, under: Path | N
         ["taskset", "-c", str(core), sys.executable, *wanted], cwd=copy, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+    RUNNING.add(begun.pid)
     try:
         said, _ = begun.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(begun.pid, signal.SIGKILL)
         begun.communicate()
         return -1, ""
+    finally:
+        RUNNING.discard(begun.pid)
     failed = re.search(r"^(?:FAILED|ERROR) tests/([\w.]+)", said, re.MULTILINE)
     return begun.returncode, failed[1] if failed else "(hangs)"
+
+
+def stop(number: int, _: object) -> None:
+    """Takes along the tests that run, which are groups of their own."""
+    for group in list(RUNNING):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    print("stopped; run again to go on", file=sys.stderr, flush=True)
+    os._exit(128 + number)
 
 
 def copied(folder: Path) -> Path:
@@ -330,9 +349,17 @@ def _told(fault: Fault) -> tuple[str, ...]:
     return fault.module, str(fault.line), fault.kind, fault.was.strip(), fault.new.strip()
 
 
-def main(_: list[str]) -> None:
-    """Covers, draws, tries, and prints the score."""
+def main(words: list[str]) -> None:
+    """Draws, covers, tries, and prints the score."""
     workdir = Path(WORKDIR.value).resolve()
+    if words[1:]:
+        raise SystemExit(f"{words[1]!r}: flags alone, as --seed=1")
+    if workdir.exists() and not workdir.is_dir():
+        raise SystemExit(f"--workdir = {WORKDIR.value!r}: a folder")
+    chosen = list(named(NAMED.value) if NAMED.value
+                  else itertools.islice(filter(stands, drawn(SEED.value)), N.value))  # fmt: skip
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     workdir.mkdir(parents=True, exist_ok=True)
     cover = covered(workdir)
     taken = branches(cover)
@@ -343,8 +370,6 @@ def main(_: list[str]) -> None:
     table = workdir / ("named.csv" if NAMED.value else f"seed{SEED.value}.csv")
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     done = {tuple(row[field] for field in FIELDS[:5]) for row in rows}
-    chosen = list(named(NAMED.value) if NAMED.value
-                  else itertools.islice(filter(stands, drawn(SEED.value)), N.value))  # fmt: skip
     left = [fault for fault in chosen if _told(fault) not in done]
     lock, free = threading.Lock(), [(copied(workdir / f"copy{i}"), i) for i in range(WORKERS.value)]
 
@@ -359,14 +384,17 @@ def main(_: list[str]) -> None:
                 writer = csv.DictWriter(file, FIELDS)
                 writer.writeheader()
                 writer.writerows(rows)
-            print(f"{len(rows)}/{len(chosen)}  {row['module']}:{row['line']}  {row['was']} → {row['is']}  "
+            number = len(chosen) - len(left) + len(rows) - len(done)
+            print(f"{number}/{len(chosen)}  {row['module']}:{row['line']}  {row['was']} → {row['is']}  "
                   f"{row['caught_by'] or 'SURVIVES'}", flush=True)  # fmt: skip
 
     with ThreadPoolExecutor(WORKERS.value) as pool:
         list(pool.map(one, left))
-    caught = sum(bool(row["caught_by"]) for row in rows)
-    print(f"{caught} of {len(rows)} caught ({caught / len(rows):.0%}), in {len({r['module'] for r in rows})} modules")
-    for row in rows:
+    told = set(map(_told, chosen))
+    counted = [row for row in rows if tuple(row[field] for field in FIELDS[:5]) in told]
+    caught, modules = sum(bool(row["caught_by"]) for row in counted), len({row["module"] for row in counted})
+    print(f"{caught} of {len(counted)} caught ({caught / len(counted):.0%}), in {modules} modules")
+    for row in counted:
         if not row["caught_by"]:
             print(f"survives: {row['module']}:{row['line']}  {row['was']} → {row['is']}")
 

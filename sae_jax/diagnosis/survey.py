@@ -76,7 +76,7 @@ def first_pass(tokens: Tokens, of_directions: bool = True) -> tuple[Severity, np
         severity = None
     name = tokens.identity.get("path", "activations")
     if n_bad:
-        message = f"{n_bad} values are not finite; the first: {first_bad}"
+        message = f"values that are not finite: {n_bad}; the first: {first_bad}"
         raise Refused("activations", name, message) if tokens.given else RunFailed(message)
     if severity is None or severity.raw.n_tokens < FEWEST:
         raise Refused("activations", name, f"at least {FEWEST} tokens, not {seen}")

@@ -52,7 +52,7 @@ def check(target: Any, activations: Any, encoder: Encoder, name: str) -> None:
     """Refuses a target where there can be none."""
     said = target if isinstance(target, str) else "array"
     if not encoder.transcodes:
-        raise Refused("target", said, f"left out: {name} is no transcoder, it reconstructs what it reads")
+        raise Refused("target", said, f"leave it out: {name} is no transcoder, it reconstructs what it reads")
     if isinstance(activations, ConfigDict):
         raise Refused("target", said, "--activations beside it: a configuration chooses among its tokens")
 

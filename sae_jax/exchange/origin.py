@@ -94,7 +94,7 @@ def described(metadata: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
             raise Refused(f"--{key}", said[key], f"a number ≥ {least}")
     for key in ("model_name", "hook_name"):
         if said.get(key) == "":
-            raise Refused(f"--{key}", "", "a name, or left out")
+            raise Refused(f"--{key}", "", "a name, or leave it out")
     found = public(metadata) | said
     hook = canonical(str(found.get("hook_name") or ""))
     if hook:

@@ -5,6 +5,7 @@ Nothing but weights is read (safetensors, GGUF, torch's weights_only); no code o
 
 import contextlib
 import io
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ def load(model: ConfigDict, head: bool = False, devices: Sequence[Any] = ()) -> 
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt without a network
     try:
         # Conversions draw their bars whether or not anybody can see them.
         with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):

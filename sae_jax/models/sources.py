@@ -1,5 +1,6 @@
 """Where batches come from: made on the device, or read from stored activations. Both answer the same questions."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from math import gcd
@@ -62,6 +63,9 @@ def open_source(
     if config.data.path:
         chunks = files.open_chunks(config.data.path)
         fits(chunks.d_model)
+        model = config.data.model.id
+        if model and chunks.identity.get("id") != model and jax.process_index() == 0:
+            print(f"sae_jax: beware: data.path is read; data.model.id = {model!r} is not run", file=sys.stderr)
         if isinstance(chunks, ArrayChunks):  # what we wrote ourselves has been looked at
             chunks.check()
         return StoredSource(config, chunks, evenly=evenly, part=part)

@@ -114,7 +114,7 @@ def named(rule: str, threshold: float | None) -> Selection:
     if rule not in NAMES:
         raise Refused("selection", rule, "one of " + ", ".join(NAMES))
     if rule != "jumprelu" and threshold is not None:
-        raise Refused("threshold", threshold, f"left out: {rule} has none, jumprelu has one")
+        raise Refused("threshold", threshold, f"leave it out: {rule} has none, jumprelu has one")
     if rule == "jumprelu" and not (threshold is not None and 0 < threshold < np.inf):
         raise Refused("threshold", threshold, "a finite number > 0, in the units of the activations")
     return Selection(rule, threshold)

@@ -43,8 +43,8 @@ JOBS, IDENTITY, RESULTS = "jobs", "sweep.json", "results.csv"
 # -- doing them ------------------------------------------------------------------------------------------------------
 
 
-def check_workdir(workdir: str, every: list[Job]) -> None:
-    """Refuses the workdir of another sweep; else writes down which sweep this is."""
+def check_workdir(workdir: str, every: list[Job], begun: bool = False) -> None:
+    """Refuses the workdir of another sweep, and a new one if it is to have `begun`; else writes which sweep this is."""
     path = epath.Path(workdir) / IDENTITY
     mine = {job.name: job.hash for job in every}
     if path.exists():
@@ -53,6 +53,8 @@ def check_workdir(workdir: str, every: list[Job]) -> None:
             other = next(name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name))
             raise Refused("--workdir", workdir, f"a folder of this sweep: it holds another (first difference: {other})")
         return
+    if begun:
+        raise Refused("--workdir", workdir, "the folder of a sweep that has begun; there is none here to merge")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         disk.write_text(path, json.dumps(mine, indent=1) + "\n")
