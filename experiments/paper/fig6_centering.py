@@ -5,7 +5,7 @@
 
 Synthetic: sparse signal, mean in one dimension and spread over all; baseline and centred, each at the learning rate
 that gives it the largest MMCS on two seeds of its own, then ten seeds (two data sets, five initialisations each). The
-real layer is the run of `figS7_real_dynamics.py`, trained under WORKDIR/gemma unless it is there. Writes
+real layer is the run of `figS7_real_dynamics.py`, trained under WORKDIR/real unless it is there. Writes
 fig6_rates.csv, fig6_synthetic.csv, fig6_centering.png. Expect MMCS above 0.95 centred and near the untrained floor
 without; about ten minutes on 2 CPU cores beside the real layer.
 """
@@ -105,7 +105,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]], real_rows: list[dict[str, Any]]) -> Figure:
-    """MMCS and death over steps at gamma = 40 (a line a seed); death and FVE of four conditions on the real layer."""
+    """MMCS and death over steps at gamma = 40 (a line a seed); death and FVE of six conditions on the real layer."""
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(10.4, 2.8), layout="constrained")
         axes = figure.subplots(1, 4)
@@ -128,9 +128,8 @@ def picture(rows: list[dict[str, Any]], real_rows: list[dict[str, Any]]) -> Figu
         axes[0].legend(loc="upper left", fontsize=7)
         for name, look in real.LOOKS.items():
             mine = [r for r in real_rows if r["condition"] == name]
-            at = [max(r["step"], 0.5) for r in mine]
-            axes[2].plot(at, [100 * r["dead_total"] for r in mine], label=name, **look)
-            axes[3].plot(at, [r["fve"] for r in mine], **look)
+            real.draw(axes[2], mine, "dead_total", 100, name, look)
+            real.draw(axes[3], mine, "fve", 1, name, look)
         axes[2].set(title="Gemma 3, layer 9: dead (%)", ylim=(-2, 102))
         axes[3].set(title="Gemma 3, layer 9: FVE", ylim=(-0.05, 1.02))
         axes[2].legend(loc="center left", fontsize=7)
@@ -145,7 +144,7 @@ def main(workdir: Path, scale: str) -> None:
     tables.write_csv(workdir / "fig6_rates.csv", tuning)
     tables.write_csv(workdir / "fig6_synthetic.csv", rows)
     print(table(rows), flush=True)
-    real_rows = real.train(workdir / "gemma", scale)
+    real_rows = real.train(workdir / "real", scale, "9", list(real.CONDITIONS))
     (workdir / "fig6_centering.png").write_bytes(figures.png(picture(rows, real_rows)))
 
 

@@ -1,90 +1,160 @@
-"""Figure S7: the two phases on a real layer, Gemma 3 270M after block 9 (gamma about 5), four conditions.
+"""Figure S7: the two phases on real layers, six conditions, bands over three seeds.
 
     pip install -e ".[demo]"
-    python -m experiments.paper.figS7_real_dynamics --workdir=runs/gemma_dynamics --scale=cpu
+    python -m experiments.paper.figS7_real_dynamics --workdir=runs/real_dynamics --scale=cpu --on=9,2,antiberty-4
 
-Baseline, AuxK, bias frozen at zero, and centred, on the same batches; death by pathway, bias and FVE at steps even in
-log. Writes figS7_real_dynamics.csv and .png; `fig6_centering.py` draws from WORKDIR/gemma. Expect the total of the
-baseline to start falling with dead-by-ReLU where it was, frozen or not, and nothing dead by ReLU in the centred one.
-Five minutes of processor time, once the activations of configs/quickstart.py are in the cache; `smoke` uses synthetic
-activations.
+n 2048, k 16, 20,000 steps of 256 at 3e-4 without decay; 1.2M tokens of a layer, a tenth of them held out: of models of
+text from the docstrings of the packages that this one needs. A number is a block of Gemma 3 270M, MODEL-NUMBER one of
+another model; `--activations=9=PATH` takes one from a file. Death by pathway, bias and FVE (with LayerNorm of what it
+leaves) at steps even in log. Every condition is a run of its own under the workdir (`--conditions` names some): what is
+stopped goes on, what has ended is read. Writes figS7_real_dynamics.csv and .png; `fig6_centering.py` draws layer 9.
+`smoke` uses synthetic activations.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import command
+from experiments.death.race import GIVEN, said
 from sae_jax import config as config_lib
+from sae_jax.models import facts, inputs
 from sae_jax.reports import figures, tables
 from sae_jax.runtime import checkpoint
 from sae_jax.training import run as run_lib
 
+SEEDS = (0, 1, 2)
 # steps, batch, n, k, learning rate, held-out tokens
 SCALES = {
     "smoke": (20, 32, 64, 3, 1e-3, 200),
-    "cpu": (1000, 256, 1024, 8, 3e-4, 4_000),
+    "cpu": (20_000, 256, 2048, 16, 3e-4, 100_000),
     "paper": (200_000, 2048, 8192, 64, 3e-4, 100_000),
 }
+N_TOKENS = {"cpu": 1_200_000, "paper": 100_000_000}
+AUXK, CENTRED = {"auxk.preset": "dictionary_learning"}, {"sae.center": "geometric_median"}
 CONDITIONS: dict[str, dict[str, Any]] = {
-    "baseline": {}, "AuxK": {"auxk": {"preset": "dictionary_learning"}}, "frozen bias": {"sae": {"freeze_bias": True}},
-    "centred": {"sae": {"center": "geometric_median"}},
+    "baseline": {}, "AuxK": AUXK, "LayerNorm": {"data.norm": "layer_norm"}, "centred": CENTRED,
+    "centred, AuxK": CENTRED | AUXK, "centred, balanced": CENTRED | {"sae.balance": True},
 }  # fmt: skip
 # Drawn in this order: a wide line first, so that those that lie on it are seen.
 LOOKS: dict[str, dict[str, Any]] = {
     "baseline": {"color": "#9e9e9e", "lw": 3.0}, "AuxK": {"color": figures.MEMBER_COLOURS[1], "lw": 1.3},
-    "frozen bias": {"color": figures.MEMBER_COLOURS[2], "lw": 1.3, "ls": "--"},
+    "LayerNorm": {"color": figures.MEMBER_COLOURS[2], "lw": 1.3, "ls": "--"},
     "centred": {"color": figures.MEMBER_COLOURS[3], "lw": 1.6},
+    "centred, AuxK": {"color": figures.MEMBER_COLOURS[4], "lw": 1.3},
+    "centred, balanced": {"color": figures.MEMBER_COLOURS[5], "lw": 1.6},
 }  # fmt: skip
+KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "bias_projection", "fve")
+PACKAGES = ("numpy", "scipy", "matplotlib", "jax")
+ON = flags.DEFINE_list("on", ["9"], "blocks of Gemma 3 270M, or MODEL-BLOCK")
+CHOSEN = flags.DEFINE_list("conditions", [], "which of them, with + for a comma; all, if none is named")
 
 
-def train(workdir: Path, scale: str) -> list[dict[str, Any]]:
-    """The run, or what is left of it; a row for each condition and evaluation."""
+def documentation(folder: Path) -> str:
+    """The path of a text of some 9M characters: the docstrings of `PACKAGES`, file by file."""
+    path = folder / "documentation.txt"
+    if not path.exists():
+        found: list[str] = []
+        for name in PACKAGES:
+            spec = importlib.util.find_spec(name)
+            assert spec is not None
+            (root,) = map(Path, spec.submodule_search_locations or ())
+            for file in sorted(root.rglob("*.py")):
+                if "tests" not in file.relative_to(root).parts:
+                    found += inputs.docstrings(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n\n".join(found), encoding="utf-8")
+    return str(path)
+
+
+def settings(on: str, scale: str, condition: str, folder: Path) -> ConfigDict:
+    """One run: members that differ in the seed alone."""
     steps, batch, n, k, rate, held_out = SCALES[scale]
     c = config_lib.base()
     c.sae.n_features, c.sae.k = n, k
-    if scale == "smoke":
-        c.data.update(signal="sparse", gamma=5.0, d_model=16, n_true_features=64, n_active=2, statistics_tokens=1000)
-    else:
-        c.data.model.update(id="gemma-3-270m", layer=9, n_tokens=120_000 if scale == "cpu" else 100_000_000)
     c.train.update(steps=steps, batch_size=batch, learning_rate=rate, decay_fraction=0.0)
     c.auxk.preset, c.auxk.dead_after_tokens = "none", batch * max(1, steps // 20)
     c.eval.n_tokens, c.eval.points, c.checkpoint.every = held_out, 25, max(1, steps // 10)
-    c.members = ConfigDict(CONDITIONS)
-    run_lib.train(c, str(workdir))
-    keys = ("dead_by_relu", "dead_by_topk", "dead_total", "bias_projection", "fve")
-    return [{"condition": name, "step": entry["step"], **{key: entry["members"][name][key] for key in keys}}
-            for entry in checkpoint.history(str(workdir)) for name in CONDITIONS]  # fmt: skip
+    if scale == "smoke":
+        c.data.update(signal="sparse", gamma=5.0, d_model=16, n_true_features=64, n_active=2, statistics_tokens=1000)
+    else:
+        model, _, block = on.rpartition("-")
+        c.data.model.update(id=model or facts.GEMMA, layer=int(block), n_tokens=N_TOKENS[scale])
+        facts.check(c.data.model, [c.data.model.layer])
+        for given in said(GIVEN):
+            name, _, path = given.partition("=")
+            if name == on:
+                c.data.path = path
+        if not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
+            c.data.model.text = documentation(folder)
+    c.update_from_flattened_dict(CONDITIONS[condition])
+    c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
+    return c
+
+
+def train(workdir: Path, scale: str, on: str, conditions: list[str]) -> list[dict[str, Any]]:
+    """What is left of the runs of a layer; a row for each condition and evaluation: mean over seeds, least and most."""
+    rows = []
+    for condition in conditions:
+        folder = workdir / f"{on}_{condition.replace(', ', '_')}"
+        run_lib.train(settings(on, scale, condition, workdir), str(folder))
+        for entry in checkpoint.history(str(folder)):
+            row: dict[str, Any] = {"on": on, "condition": condition, "step": entry["step"], "seeds": len(SEEDS)}
+            for key in KEYS:
+                values = [float(entry["members"][f"seed{seed}"][key]) for seed in SEEDS]
+                row |= {key: float(np.mean(values)), f"{key}_low": min(values), f"{key}_high": max(values)}
+            rows.append(row)
+    return rows
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Each pathway, the bias and the FVE over steps."""
+    """Each pathway, the bias and the FVE over steps, a row of panels a layer."""
     panels = (("dead_by_topk", "dead by TopK (%)", 100), ("dead_by_relu", "dead by ReLU (%)", 100),
               ("bias_projection", "b·mu / ‖mu‖²", 1), ("fve", "FVE about the mean", 1))  # fmt: skip
+    layers = list(dict.fromkeys(row["on"] for row in rows))
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(9.6, 2.7), layout="constrained")
-        for axis, (key, label, factor) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            for name, look in LOOKS.items():
-                mine = [row for row in rows if row["condition"] == name]
-                at, values = ([max(row["step"], 0.5) for row in mine], [factor * row[key] for row in mine])
-                axis.plot(at, values, label=name, **look)
-            axis.set(xscale="log", xlabel="step (0 at the left edge)", title=label)
-            if key == "fve":
-                axis.set_ylim(-0.05, 1.02)
-        handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure = Figure(figsize=(9.6, 2.1 * len(layers) + 0.8), layout="constrained")
+        axes = figure.subplots(len(layers), len(panels), squeeze=False, sharex=True)
+        for layer, across in zip(layers, axes, strict=True):
+            for axis, (key, label, factor) in zip(across, panels, strict=True):
+                for name, look in LOOKS.items():
+                    mine = [row for row in rows if (row["on"], row["condition"]) == (layer, name)]
+                    if mine:
+                        draw(axis, mine, key, factor, name, look)
+                axis.set(xscale="log", title=label if layer == layers[0] else "")
+                if key == "fve":
+                    axis.set_ylim(-0.05, 1.02)
+            model, _, block = layer.rpartition("-")
+            across[0].set_ylabel(f"{model or facts.GEMMA}\nblock {block}")
+        for axis in axes[-1]:
+            axis.set_xlabel("step (0 at the left edge)")
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
+
+
+def draw(axis: Any, mine: list[dict[str, Any]], key: str, factor: float, name: str, look: dict[str, Any]) -> None:
+    """The mean over seeds, on a band from the least to the most."""
+    at = [max(row["step"], 0.5) for row in mine]
+    low, mean, high = (factor * np.array([row[f"{key}{end}"] for row in mine]) for end in ("_low", "", "_high"))
+    axis.fill_between(at, low, high, color=look["color"], alpha=0.2, lw=0)
+    axis.plot(at, mean, label=name, **look)
 
 
 def main(workdir: Path, scale: str) -> None:
     """Trains, writes the table and the picture."""
-    rows = train(workdir, scale)
-    tables.write_csv(workdir / "figS7_real_dynamics.csv", rows)
+    conditions = [name.replace("+", ", ") for name in said(CHOSEN)] or list(CONDITIONS)
+    rows: list[dict[str, Any]] = []
+    for on in said(ON):
+        rows += train(workdir, scale, on, conditions)
+        tables.write_csv(workdir / "figS7_real_dynamics.csv", rows)
     (workdir / "figS7_real_dynamics.png").write_bytes(figures.png(picture(rows)))
 
 
 if __name__ == "__main__":
-    command.start(main, "gemma_dynamics")
+    command.start(main, "real_dynamics")

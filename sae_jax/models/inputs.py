@@ -149,10 +149,11 @@ def _documentation() -> Iterator[str]:
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
     for file in sorted(library.rglob("*.py")):
         if not skipped & set(file.relative_to(library).parts):
-            yield from _docstrings(file)
+            yield from docstrings(file)
 
 
-def _docstrings(file: Path) -> Iterator[str]:
+def docstrings(file: Path) -> Iterator[str]:
+    """Those of a file of Python that are of some length."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
