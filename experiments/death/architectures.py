@@ -3,12 +3,12 @@
     python -m experiments.death.architectures --workdir=runs/architectures --scale=cpu --on=synthetic,9
 
 `synthetic`: 256 true features in 64 dimensions, 5 active a token, one row each (n 256), a mean of gamma times the
-signal; 4,000 steps of 128 at 1e-3. A number is a block of Gemma 3 270M, MODEL-NUMBER one of another model (n 1024, or
-4 d_model where that is fewer; 2,000 steps of 256 at 3e-4; `--activations=9=PATH` takes one from a file). Three
-initialisations. All are held to the same L0 of 8, within 5 % where they can be: of JumpReLU and ReLU the weight of the
-penalty is sought for each arm, by runs over a grid, secants and, beyond the grid, doublings: for the mean of all
-initialisations on synthetic data, for the first one on layers. Losses are SAELens' (`autoencoder/jumprelu.py`,
-`autoencoder/relu.py`), with decoder rows of unit norm throughout.
+signal; 4,000 steps of 128 at 1e-3. A number is a block of Gemma 3 270M, MODEL-NUMBER one of another model (n 1024, or 4
+d_model where that is fewer; 2,000 steps of 256 at 3e-4, of JumpReLU and ReLU at 1e-3; `--activations=9=PATH` takes one
+from a file). Three initialisations. All are held to the same L0 of 8, within 5 % where they can be: of JumpReLU and
+ReLU the weight of the penalty is sought for each arm, by runs over a grid, secants and, beyond the grid, doublings: for
+the mean of all initialisations on synthetic data, for the first one on layers. Losses are SAELens'
+(`autoencoder/jumprelu.py`, `autoencoder/relu.py`), with decoder rows of unit norm throughout.
 
 Every arm is a run of its own under the workdir: what is stopped goes on, what has ended is read. Writes
 architectures.csv, and architectures.png of gammas, architectures_layers.png of layers.
@@ -96,6 +96,8 @@ def settings(on: str, scale: str, architecture: str, arm: str) -> ConfigDict:
         own["sae.groups"] = f"{c.sae.n_features // 4},{c.sae.n_features}"
     c.members = ConfigDict()
     c.update_from_flattened_dict(own)
+    if c.sparsity.preset != "none":
+        c.train.learning_rate = 1e-3  # in so few steps of 3e-4 no threshold and no bias gets to where L0 is 8
     return c
 
 

@@ -91,8 +91,7 @@ def rows(part: str, of: list[Member], history: list[dict[str, Any]]) -> list[dic
                 relu = [e["dead_by_relu"][i] for e, i in zip(there, which, strict=True) if e]
                 row[f"relu_at_b_{level}"] = round(float(np.mean(relu)), 4)
         found.append(row)
-    columns = list(dict.fromkeys(key for row in found for key in row))
-    return [{key: row.get(key, "") for key in columns} for row in found]
+    return found
 
 
 def mean(entry: dict[str, Any], key: str, which: list[int]) -> float:
@@ -158,7 +157,8 @@ def summarise(workdir: Path) -> None:
     for name in PARTS:
         if (workdir / f"{name}.json").exists():
             found += rows(name, *toys.read(workdir / name))
-    tables.write_csv(workdir / "regimes.csv", found)
+    columns = list(dict.fromkeys(key for row in found for key in row))
+    tables.write_csv(workdir / "regimes.csv", [{key: row.get(key, "") for key in columns} for row in found])
     figures.save(picture(found), epath.Path(workdir) / "regimes.png")
 
 
