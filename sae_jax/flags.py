@@ -53,7 +53,7 @@ VERBS = {
         {
             "activations": Flag(str, None, ACTIVATIONS),
             "config": Flag(str, None, "in place of --activations: those that a configuration names"),
-            "workdir": Flag(str, None, "folder for report.json and figures"),
+            "workdir": Flag(str, None, "folder for report.json and figures, in place of those that are there"),
             "n_features": Flag(int, None, "n of the SAE in question; not given: that of the configuration, or 8192"),
             "k": Flag(int, None, "its k; not given: that of the configuration, or 64"),
             "selection": Flag(("topk", "batch_topk", "jumprelu", "relu"), None,

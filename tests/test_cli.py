@@ -93,6 +93,7 @@ EXTRACT = ["extract", "--from={in}/x.npy", "--out={in}/w"]
     (["train", "--config={in}/number.py", "--workdir={in}/w"], "returns a ConfigDict, not int"),
     ([*TRAIN, "--layers=1"], "--layers = '1': leave it out: a flag of extract, not of train"),
     ([*TRAIN, "--member=x"], "a flag of diagnose and export, not of train"),
+    ([*DIAGNOSE[:2], "--k=4", "--workdir={in}/" + 300 * "a"], "a folder that can be written (File name too long)"),
     ([*DIAGNOSE, "--n_probe=3"], "--n_probe = '3': a flag of diagnose; the nearest is --n_probes"),
     ([*DIAGNOSE, "--k=many"], "--k = 'many': an integer"),
     ([*DIAGNOSE, "--k", "many"], "--k = 'many': an integer"),
@@ -192,6 +193,7 @@ def test_a_width_that_is_not_two_dimensional_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize(("x", "said"), [
     (np.where(np.arange(16_000).reshape(2000, 8) == 12_005, np.nan, 1.0), "row 1500, dimension 5 is nan"),
     (np.ones((2000, 8)), "all rows are the same"),
+    (np.ones((1, 8)), "more than one token"),
 ])  # fmt: skip
 def test_activations_that_cannot_be_trained_on_are_refused_at_the_start(capsys, tmp_path, x, said):
     np.save(tmp_path / "x.npy", x)

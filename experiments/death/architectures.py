@@ -97,7 +97,7 @@ def settings(on: str, scale: str, architecture: str, arm: str) -> ConfigDict:
     c.members = ConfigDict()
     c.update_from_flattened_dict(own)
     if c.sparsity.preset != "none":
-        c.train.learning_rate = 1e-3  # in so few steps of 3e-4 no threshold and no bias gets to where L0 is 8
+        c.train.learning_rate = 1e-3  # in so few steps of 3e-4 thresholds and biases move by 0.6 at most
     return c
 
 

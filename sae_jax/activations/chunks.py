@@ -59,7 +59,8 @@ class ArrayChunks:
                 where = f"row {start + row}, dimension {dimension} is {x[row, dimension]}"
                 raise Refused("data.path", self.identity["path"], f"finite numbers; {where}")
         if not varies:
-            raise Refused("data.path", self.identity["path"], "activations that vary; all rows are the same")
+            allowed = "activations that vary; all rows are the same" if self.n_tokens > 1 else "more than one token"
+            raise Refused("data.path", self.identity["path"], allowed)
 
     def __len__(self) -> int:
         return self.n_tokens // self.rows

@@ -183,8 +183,11 @@ def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None
         raise Refused("--workdir", workdir, "a folder of its own: this one holds a run")
     if workdir and "://" not in workdir:
         there = Path(workdir).absolute()
-        while not there.exists():
-            there = there.parent
+        try:
+            while not there.exists():
+                there = there.parent
+        except OSError as error:  # as a name that is too long
+            raise Refused("--workdir", workdir, f"a folder that can be written ({error.strerror})") from error
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise Refused("--workdir", workdir, f"a folder that can be written: {there} cannot")
 
