@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ def test_a_figure_of_layers_has_each_arm_of_each_architecture_by_pathway():
     arms = {"topk": ["baseline", "balance"], "relu": ["baseline"]}
     rows = [
         {"on": on, "architecture": kind, "arm": arm, "dead_by_relu": relu, "dead_by_topk": 0.25,
-         "dead_total": relu + 0.25}
+         "dead_total": relu + 0.25, "l0": 8.2 if kind == "topk" else 41 * (1 + relu)}
         for on in ("9", "minilm-l6-3") for kind, those in arms.items() for arm in those for relu in (0.25, 0.75)
     ]  # fmt: skip
     axes = architectures.of_layers(rows).axes
@@ -149,9 +150,62 @@ def test_a_figure_of_layers_has_each_arm_of_each_architecture_by_pathway():
     for axis, places in zip(axes, ([0, 3], [0, 3], [0], [0]), strict=True):
         bars = [(bar.get_x() + bar.get_width() / 2, bar.get_y(), bar.get_height()) for bar in axis.patches]
         assert bars == [bar for place in places for bar in ((place, 0, 50), (place, 50, 25))]
-        assert [text.get_position()[0] for text in axis.texts] == [place for place in range(4) if place not in places]
+        dashes = [text.get_position()[0] for text in axis.texts if text.get_text() == "–"]
+        assert dashes == [place for place in range(4) if place not in places]
+        off = [(text.get_position()[0], text.get_text()) for text in axis.texts if text.get_text() != "–"]
+        assert off == ([(0, "L0 62")] if axis in axes[2:] else [])  # which is 8 where nothing is said
         low, high = axis.collections[0].get_segments()[0][:, 1]
         assert (low, high) == (50, 100)
+
+
+def closed_form(l0_of):
+    """Stands for training: members' ends by a closed form."""
+    dead = dict.fromkeys(architectures.KEYS, 0.0)
+
+    def trained(c, members, folder):
+        return {name: {"init": dead, "final": dead | {"l0": l0_of(c, one)}} for name, one in members.items()}
+
+    return trained
+
+
+@pytest.mark.parametrize(("per_seed", "scale"), [
+    ((1.0, 1.0, 1.0), 1.0), ((1.0, 0.75, 1.05), 1.0), ((1.0, 1.3, 1.6), 30.0),
+])  # fmt: skip
+def test_a_weight_brings_the_mean_of_all_initialisations_to_the_target(per_seed, scale, tmp_path, monkeypatch):
+    def l0_of(c, one):
+        return per_seed[one["seed"]] * 40 * (one["sparsity"]["weight"] / scale) ** -0.6
+
+    monkeypatch.setattr(architectures, "trained", closed_form(l0_of))
+    c = architectures.settings("9", "cpu", "relu", "baseline")
+    weights, found = architectures.held(c, ["9"], 8.0, tmp_path / "run")
+    assert np.mean([one["final"]["l0"] for one in found["9"]]) == pytest.approx(8, rel=0.05)
+    assert weights["9"] == pytest.approx(scale * (np.mean(per_seed) * 5) ** (1 / 0.6), rel=0.09)
+
+
+def test_where_no_weight_brings_a_baseline_to_the_target_the_other_arms_come_to_it(tmp_path, monkeypatch, capsys):
+    """A floor under the baseline's L0; the others pass it, and are trained at both."""
+    def l0_of(c, one):
+        floor = 40.0 if c.sae.center == "none" else 0.0
+        return 8.0 if c.sparsity.preset == "none" else floor + 100 / one["sparsity"]["weight"]
+
+    monkeypatch.setattr(architectures, "trained", closed_form(l0_of))
+    monkeypatch.setattr(architectures, "ON", SimpleNamespace(value=["9"], default=["9"]))
+    architectures.main(tmp_path, "cpu")
+    table = rows(tmp_path / "architectures.csv")
+    ends = {}
+    for row in table:
+        ends.setdefault((row["architecture"], row["arm"], row["target_l0"]), []).append(float(row["l0"]))
+    assert all(len(of) == 3 for of in ends.values())
+    assert {kind: target for kind, _, target in ends if target != "8"}.keys() == {"jumprelu", "relu"}
+    for kind, arms in (("jumprelu", ("centred", "balance")), ("relu", ("centred",))):
+        (baseline,) = {float(row["l0"]) for row in table if (row["architecture"], row["arm"]) == (kind, "baseline")}
+        assert 40 < baseline < 41
+        for arm in arms:
+            at = [np.mean(of) for key, of in ends.items() if key[:2] == (kind, arm)]
+            assert sorted(at) == pytest.approx([8, baseline], rel=0.05)
+    drawn = {(row["architecture"], row["arm"]): row["l0"] for row in architectures.at_one_l0(table)}
+    assert float(drawn["jumprelu", "centred"]) == pytest.approx(float(drawn["jumprelu", "baseline"]), rel=0.05)
+    assert float(drawn["topk", "centred"]) == 8
 
 
 TOY = toys.Toy(d=16, n_true=32, active=3, n=64, k=3, batch=16, steps=12, held_out=1000)

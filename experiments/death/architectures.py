@@ -6,8 +6,8 @@
 signal; 4,000 steps of 128 at 1e-3. A number is a block of Gemma 3 270M, MODEL-NUMBER one of another model (n 1024, or 4
 d_model where that is fewer; 2,000 steps of 256 at 3e-4, of JumpReLU and ReLU at 1e-3; `--activations=9=PATH` takes one
 from a file). Three initialisations. All are held to the same L0 of 8, within 5 % where they can be: of JumpReLU and
-ReLU the weight of the penalty is sought for each arm, by runs over a grid, secants and, beyond the grid, doublings: for
-the mean of all initialisations on synthetic data, for the first one on layers. Losses are SAELens'
+ReLU the weight of the penalty is sought for each arm, by runs over a grid, secants and, beyond the grid, doublings.
+Where none brings a baseline there, the other arms are trained at the baseline's L0 as well. Losses are SAELens'
 (`autoencoder/jumprelu.py`, `autoencoder/relu.py`), with decoder rows of unit norm throughout.
 
 Every arm is a run of its own under the workdir: what is stopped goes on, what has ended is read. Writes
@@ -37,7 +37,7 @@ from sae_jax.training import run as run_lib
 
 SEEDS = (0, 1, 2)
 GAMMAS = {"baseline": (0.0, 2.0, 5.0, 10.0, 20.0, 40.0), "auxk": (5.0, 20.0), "centred": (20.0,), "balance": (20.0,)}
-TOLERANCE = 0.05  # of L0
+L0, TOLERANCE = 8, 0.05
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "topk": {},
     "batch_topk": {"sae.activation": "batch_topk"},
@@ -52,6 +52,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "balance": {"sae.center": "geometric_median", "sae.balance": True},
 }
 WEIGHTS = np.geomspace(0.06, 1, 5)  # of the penalty, times √d, in which tokens are as long
+AROUND = (0.8, 1.0, 1.25)  # times the weight of the first initialisation
 AGAIN = 5  # more weights, one after another
 ON = flags.DEFINE_list("on", ["synthetic"], "synthetic, blocks of Gemma 3 270M, or MODEL-BLOCK")
 CHOSEN = flags.DEFINE_list("kinds", [], "architectures; all, if none is named")
@@ -71,7 +72,7 @@ def settings(on: str, scale: str, architecture: str, arm: str) -> ConfigDict:
     """The configuration that members share."""
     if on == "synthetic":
         c = synthetic_config.get_config()
-        c.sae.n_features, c.train.steps = 256, 4000
+        c.sae.n_features, c.sae.k, c.train.steps = 256, L0, 4000
         c.data.statistics_tokens, c.eval.n_tokens = 20_000, 20_000  # which are made anew each time they are needed
     else:
         model, _, block = on.rpartition("-")
@@ -79,7 +80,7 @@ def settings(on: str, scale: str, architecture: str, arm: str) -> ConfigDict:
         c.train.batch_size, c.data.model.id, c.data.model.layer = 256, model or facts.GEMMA, int(block)
         c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000
         facts.check(c.data.model, [c.data.model.layer])
-        c.sae.n_features, c.sae.k, c.train.steps = min(1024, 4 * (facts.width(c.data.model) or 1024)), 8, 2000
+        c.sae.n_features, c.sae.k, c.train.steps = min(1024, 4 * (facts.width(c.data.model) or 1024)), L0, 2000
     c.train.devices, c.auxk.preset, c.train.steps_per_dispatch = 1, "none", 100
     if scale == "smoke":
         c.data.model.id, c.data.signal, c.data.d_model, c.data.statistics_tokens = "", "sparse", 16, 1000
@@ -118,11 +119,10 @@ def member(point: str, seed: int, weight: float | None = None) -> dict[str, Any]
 
 
 def matched(
-    c: ConfigDict, points: list[str], target: float, root: float, folder: Path, seeds: tuple[int, ...]
+    c: ConfigDict, tries: dict[str, list[float]], target: float, folder: Path, seeds: tuple[int, ...]
 ) -> dict[str, float]:
     """The weight of the penalty at which each point ends with this L0 in the mean of these seeds, or comes nearest."""
-    tried: dict[str, list[tuple[float, float]]] = {point: [] for point in points}
-    tries = {point: [float(weight) for weight in root * np.array(WEIGHTS)] for point in points}
+    tried: dict[str, list[tuple[float, float]]] = {point: [] for point in tries}
     for again in range(1 + AGAIN):
         members = {f"{point}, {i}, {seed}": member(point, seed, weight) for point, weights in tries.items()
                    for i, weight in enumerate(weights) for seed in seeds}  # fmt: skip
@@ -148,44 +148,90 @@ def nearer(pairs: list[tuple[float, float]], target: float) -> float:
     return pairs[-1][0] + np.log(2) if pairs[0][1] > target else pairs[0][0] - np.log(2)
 
 
+def ends(c: ConfigDict, weights: dict[str, float | None], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Point → the reports of its initialisations, trained with these weights."""
+    report = trained(c, {f"{point} seed {seed}": member(point, seed, weight)
+                         for point, weight in weights.items() for seed in SEEDS}, folder)  # fmt: skip
+    return {point: [report[f"{point} seed {seed}"] for seed in SEEDS] for point in weights}
+
+
+def held(
+    c: ConfigDict, points: list[str], target: float, folder: Path
+) -> tuple[dict[str, float | None], dict[str, list[dict[str, Any]]]]:
+    """Point → the weight that brings it to this L0, None for the selecting three; and its reports.
+
+    On a layer the weight is sought on the first initialisation, which is enough for most; on all, where that came to
+    the target and the mean of all did not.
+    """
+    if c.sparsity.preset == "none":
+        unweighted: dict[str, float | None] = dict.fromkeys(points)
+        return unweighted, ends(c, unweighted, folder)
+    root = (c.data.d_model if c.data.signal else facts.width(c.data.model) or 1) ** 0.5
+    grid, seeds = {point: [float(root * w) for w in WEIGHTS] for point in points}, SEEDS if c.data.signal else SEEDS[:1]
+    weights: dict[str, float | None] = {**matched(c, grid, target, folder.with_name(f"{folder.name}_weights"), seeds)}
+    found = ends(c, weights, folder)
+    again = {point: [weight * by for by in AROUND] for point, weight in weights.items()
+             if weight and off(found[point], target) and not off(found[point][:len(seeds)], target)}  # fmt: skip
+    if again:
+        weights |= matched(c, again, target, folder.with_name(f"{folder.name}_weights_of_all"), SEEDS)
+        found |= ends(c, {point: weights[point] for point in again}, folder.with_name(f"{folder.name}_of_all"))
+    return weights, found
+
+
+def off(reports: list[dict[str, Any]], target: float) -> bool:
+    """Whether their mean L0 is further from the target than is allowed."""
+    return abs(mean(reports, "l0") / target - 1) > TOLERANCE
+
+
+def mean(reports: list[dict[str, Any]], key: str) -> float:
+    """Of a measure at the end; nan where there is none."""
+    return float(np.mean([np.nan if one["final"].get(key) is None else one["final"][key] for one in reports]))
+
+
 def main(workdir: Path, scale: str) -> None:
     """Trains, prints, writes the table and draws it."""
     rows: list[dict[str, Any]] = []
-    chosen = said(CHOSEN) or list(ARCHITECTURES)
     for on in said(ON):
-        for architecture in chosen:
+        for architecture in said(CHOSEN) or list(ARCHITECTURES):
+            astray: dict[str, float] = {}  # points whose baseline is not brought to the target → its L0
             for arm in arms_of(architecture):
                 c = settings(on, scale, architecture, arm)
-                target = settings(on, scale, "topk", arm).sae.k
+                target = 4.0 if scale == "smoke" else float(L0)
                 points = [f"gamma {gamma:g}" for gamma in GAMMAS[arm]] if on == "synthetic" else [on]
                 points = points[:1] if scale == "smoke" else points
                 folder = workdir / f"{on}_{architecture}_{arm}"
-                weights: dict[str, float | None] = dict.fromkeys(points)
-                if c.sparsity.preset != "none":
-                    root = (c.data.d_model if c.data.signal else facts.width(c.data.model) or 1) ** 0.5
-                    seeds = SEEDS if on == "synthetic" else SEEDS[:1]
-                    weights |= matched(c, points, target, root, folder.with_name(f"{folder.name}_weights"), seeds)
-                report = trained(c, {f"{point} seed {seed}": member(point, seed, weights[point])
-                                     for point in points for seed in SEEDS}, folder)  # fmt: skip
-                for point in points:
-                    mine = [report[f"{point} seed {seed}"] for seed in SEEDS]
-                    for seed, found in zip(SEEDS, mine, strict=True):
-                        rows.append({
+                runs = [(target, *held(c, points, target, folder))]
+                if arm == "baseline":
+                    astray = {point: mean(of, "l0") for point, of in runs[0][2].items() if off(of, target)}
+                else:
+                    runs += [(at, *held(c, [point], at, folder.with_name(f"{folder.name}_at_{at:.0f}")))
+                             for point, at in astray.items() if point in points]  # fmt: skip
+                for at, weights, found in runs:
+                    for point, reports in found.items():
+                        rows += [{
                             "on": point, "architecture": architecture, "arm": arm, "seed": str(seed),
-                            "n": str(c.sae.n_features), "target_l0": str(target), "steps": str(c.train.steps),
+                            "n": str(c.sae.n_features), "target_l0": f"{at:.3g}", "steps": str(c.train.steps),
                             "weight": "" if weights[point] is None else f"{weights[point]:.4g}",
-                            "init_dead_by_relu": found["init"]["dead_by_relu"],
-                            "init_dead_total": found["init"]["dead_total"],
-                            **{key: found["final"].get(key) for key in KEYS},
-                        })  # fmt: skip
-                    final = {key: np.mean([np.nan if one["final"].get(key) is None else one["final"][key]
-                                           for one in mine]) for key in KEYS}  # fmt: skip
-                    print(f"{point:10s} {architecture:11s} {arm:9s} {tables.one_line(final)}", flush=True)
+                            "init_dead_by_relu": one["init"]["dead_by_relu"],
+                            "init_dead_total": one["init"]["dead_total"],
+                            **{key: one["final"].get(key) for key in KEYS},
+                        } for seed, one in zip(SEEDS, reports, strict=True)]  # fmt: skip
+                        final = tables.one_line({key: mean(reports, key) for key in KEYS})
+                        print(f"{point:10s} {architecture:11s} {arm:9s} {final}", flush=True)
                 tables.write_csv(workdir / "architectures.csv", rows)
     for name, synthetic, draw in (("architectures", True, of_gammas), ("architectures_layers", False, of_layers)):
         mine = [row for row in rows if on_synthetic(row) == synthetic]
         if mine:
-            figures.save(draw(mine), epath.Path(workdir) / f"{name}.png")
+            figures.save(draw(at_one_l0(mine)), epath.Path(workdir) / f"{name}.png")
+
+
+def at_one_l0(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each arm those at its baseline's L0, where it was trained at two."""
+    arms = [tuple(row[key] for key in ("on", "architecture", "arm")) for row in rows]
+    largest: dict[tuple[str, ...], float] = {}
+    for arm, row in zip(arms, rows, strict=True):
+        largest[arm] = max(largest.get(arm, 0), float(row["target_l0"]))
+    return [row for arm, row in zip(arms, rows, strict=True) if float(row["target_l0"]) == largest[arm]]
 
 
 def on_synthetic(row: dict[str, Any]) -> bool:
@@ -232,7 +278,7 @@ def of_layers(rows: list[dict[str, Any]]) -> Figure:
 
 
 def bars(axis: Axes, kinds: list[list[dict[str, Any]]], ticks: list[str]) -> None:
-    """Dead by pathway at the end: means over the rows of a kind; whiskers from the least to the most in total."""
+    """Dead by pathway at the end: means over a kind's rows, whiskers in total; L0 where it is not the target."""
     for place, found in enumerate(kinds):
         if not found:
             axis.text(place, 2, "–", ha="center", color="0.5")  # the library has no such arm
@@ -242,6 +288,9 @@ def bars(axis: Axes, kinds: list[list[dict[str, Any]]], ticks: list[str]) -> Non
         axis.bar(place, other.mean(), 0.75, bottom=relu.mean(), color=figures.TOPK)
         ends = [[total.mean() - total.min()], [total.max() - total.mean()]]
         axis.errorbar(place, total.mean(), ends, color="black", lw=0.8, capsize=2)
+        l0 = np.mean([float(row["l0"]) for row in found])
+        if abs(l0 / L0 - 1) > TOLERANCE:
+            axis.text(place, min(total.max() + 3, 92), f"L0 {l0:.0f}", ha="center", va="bottom", size=5.5)
     axis.set_xticks(range(len(ticks)), ticks, rotation=90 if len(ticks) > 3 else 0)
     axis.set(ylim=(0, 102))
     axis.grid(visible=False, axis="x")

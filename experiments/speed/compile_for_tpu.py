@@ -98,7 +98,8 @@ def build(case: Case) -> Any:
     if mode == "model":
         return behind_a_model(mesh, config)
     x = jax.ShapeDtypeStruct((data * TOKENS, D), jnp.float32)
-    return devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state).lower(state, x).compile()
+    on_mesh: Any = devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state)
+    return on_mesh.lower(state, x).compile()
 
 
 def behind_a_model(mesh: jax.sharding.Mesh, config: ConfigDict) -> Any:

@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -411,7 +412,7 @@ def untrained(seed):
 
 def extracted(path, folder, wanted, known):
     """Rows of the dataset that `extract` makes, and where they come from."""
-    data = files.open_chunks(store.import_file(path, str(folder)))
+    data: Any = files.open_chunks(store.import_file(path, str(folder)))
     read = [data.example(number) for number in range(len(data))]
     wrong = [] if np.array_equal(np.concatenate([part.x for part in read]), wanted) else ["rows"]
     return wrong + [

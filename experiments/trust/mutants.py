@@ -19,7 +19,6 @@ import ast
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import os
 import random
@@ -37,6 +36,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import app, flags
+from etils import epath
+
+from sae_jax.reports import tables
+from sae_jax.runtime import disk
 
 ROOT = Path(__file__).parents[2]
 WORKDIR = flags.DEFINE_string("workdir", "runs/mutants", "folder for the copies and the tables")
@@ -181,8 +184,9 @@ def wanted(fault: Fault) -> set[int]:
     inside = [node for node in ast.walk(ast.parse((ROOT / fault.module).read_text()))
               if isinstance(node, ast.stmt) and first(node) <= fault.line <= (node.end_lineno or 0)]  # fmt: skip
     innermost = max(inside, key=first)
-    defines = isinstance(innermost, ast.FunctionDef | ast.ClassDef)
-    return {node.lineno for node in innermost.body} if defines else {innermost.lineno}
+    if isinstance(innermost, ast.FunctionDef | ast.ClassDef):
+        return {node.lineno for node in innermost.body}
+    return {innermost.lineno}
 
 
 def imports(name: str, module: str) -> bool:
@@ -241,13 +245,6 @@ def stop(number: int, _: object) -> None:
     os._exit(128 + number)
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file that is never seen by half."""
-    other = path.with_suffix(".new")
-    other.write_bytes(text.encode())
-    other.replace(path)
-
-
 def copied(folder: Path) -> Path:
     """A copy of the tree, made anew."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -301,7 +298,7 @@ def covered(workdir: Path) -> dict[str, dict[str, Any]]:
         shutil.rmtree(folder)
         with lock:
             known[name] = entry
-            write(path, json.dumps(known))
+            disk.write_text(epath.Path(path), json.dumps(known))
             print(f"{name}: {seconds:.0f} s, code {code}", flush=True)
 
     with ThreadPoolExecutor(WORKERS.value) as pool:
@@ -366,13 +363,11 @@ def main(words: list[str]) -> None:
         raise SystemExit(f"{words[1]!r}: flags alone, as --seed=1")
     if workdir.exists() and not workdir.is_dir():
         raise SystemExit(f"--workdir = {WORKDIR.value!r}: a folder")
-    found = named(NAMED.value) if NAMED.value else filter(stands, drawn(SEED.value))
-    of: dict[tuple[str, ...], Fault] = {}
-    for fault in found:
-        of.setdefault(_told(fault), fault)  # the first of those that read alike
-        if len(of) == N.value and not NAMED.value:
+    chosen: dict[tuple[str, ...], Fault] = {}
+    for fault in named(NAMED.value) if NAMED.value else filter(stands, drawn(SEED.value)):
+        chosen.setdefault(_told(fault), fault)  # the first of those that read alike
+        if len(chosen) == N.value and not NAMED.value:
             break
-    chosen = list(of.values())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -385,7 +380,7 @@ def main(words: list[str]) -> None:
     table = workdir / ("named.csv" if NAMED.value else f"seed{SEED.value}.csv")
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     done = {tuple(row[field] for field in FIELDS[:5]) for row in rows}
-    before, left = len(rows), [fault for fault in chosen if _told(fault) not in done]
+    before, left = len(rows), [fault for told, fault in chosen.items() if told not in done]
     lock, free = threading.Lock(), [(copied(workdir / f"copy{i}"), i) for i in range(WORKERS.value)]
 
     def one(fault: Fault) -> None:
@@ -395,18 +390,14 @@ def main(words: list[str]) -> None:
         with lock:
             free.append((folder, core))
             rows.append({key: str(value) for key, value in row.items()})
-            file = io.StringIO(newline="")
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
-            write(table, file.getvalue())
+            tables.write_csv(table, rows)
             number = len(chosen) - len(left) + len(rows) - before
             print(f"{number}/{len(chosen)}  {row['module']}:{row['line']}  {row['was']} → {row['is']}  "
                   f"{row['caught_by'] or 'SURVIVES'}", flush=True)  # fmt: skip
 
     with ThreadPoolExecutor(WORKERS.value) as pool:
         list(pool.map(one, left))
-    counted = [row for row in rows if tuple(row[field] for field in FIELDS[:5]) in of]
+    counted = [row for row in rows if tuple(row[field] for field in FIELDS[:5]) in chosen]
     caught, modules = sum(bool(row["caught_by"]) for row in counted), len({row["module"] for row in counted})
     print(f"{caught} of {len(counted)} caught ({caught / len(counted):.0%}), in {modules} modules")
     for row in counted:

@@ -83,7 +83,7 @@ def conditions(x: np.ndarray, folder: Path, steps: int) -> dict[str, formats.Pac
     plain = trained(x, folder / "plain", steps)
     found = {name: sharing.load(plain, name) for name in ("baseline", "centred")}
     white = whitening(moments_lib.moments(x, covariance=True))
-    packed = sharing.load(trained(np.asarray(white(x), np.float32), folder / "whitened", steps), "centred")
+    packed: Any = sharing.load(trained(np.asarray(white(x), np.float32), folder / "whitened", steps), "centred")
     found["whitened"] = packed._replace(before=white.replace(scale=packed.before.scale))
     normed = trained(np.asarray(per_token(x, "layer_norm_unit"), np.float32), folder / "normed", steps)
     packed = sharing.load(normed, "centred")

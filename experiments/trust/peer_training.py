@@ -102,11 +102,12 @@ def trained(name: str, workdir: Path) -> dict[str, Any]:
     them = found(registry.read(saved), held_out)
     row: dict[str, Any] = {f"saelens_{key}": value for key, value in them.items()}
     for kind, own in (("", {"sae.unit_decoder": False, "sae.init_norm": 0.1}), ("unit_", {})):
-        here, weight, root = c.copy_and_resolve_references(), None, c.data.d_model**0.5
+        here, weight = c.copy_and_resolve_references(), None
         here.update_from_flattened_dict(own)
         if c.sparsity.preset != "none":
+            grid = {"gamma 0": [float(c.data.d_model**0.5 * by) for by in architectures.WEIGHTS]}
             folder = workdir / f"{name}_{kind}weights"
-            weight = architectures.matched(here, ["gamma 0"], them["l0"], root, folder)["gamma 0"]
+            weight = architectures.matched(here, grid, them["l0"], folder, (0,))["gamma 0"]
         run = workdir / f"{name}_{kind}ours"
         architectures.trained(here, {"one": architectures.member("gamma 0", 0, weight)}, run)
         row |= {f"{kind}{key}": value for key, value in found(sharing.opened(str(run)), held_out).items()}
