@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.death import architectures, race, rivals
+from experiments.death import architectures, bias_timescales, race, rivals
 from experiments.paper import regimes, toys
 from sae_jax.activations import synthetic
+from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.errors import Refused
 from sae_jax.models.facts import MODELS, PAPER
 from sae_jax.training import step as step_lib
@@ -159,12 +160,14 @@ def test_a_figure_of_layers_has_each_arm_of_each_architecture_by_pathway():
 
 
 def closed_form(l0_of):
-    """Stands for training: members' ends by a closed form."""
-    dead = dict.fromkeys(architectures.KEYS, 0.0)
+    """Stands for training: members' ends by a closed form; a folder is of one run alone."""
+    dead, begun = dict.fromkeys(architectures.KEYS, 0.0), {}
 
     def trained(c, members, folder):
+        assert begun.setdefault(folder, (c.to_json(), members)) == (c.to_json(), members)
         return {name: {"init": dead, "final": dead | {"l0": l0_of(c, one)}} for name, one in members.items()}
 
+    trained.begun = begun
     return trained
 
 
@@ -177,20 +180,28 @@ def test_a_weight_brings_the_mean_of_all_initialisations_to_the_target(per_seed,
 
     monkeypatch.setattr(architectures, "trained", closed_form(l0_of))
     c = architectures.settings("9", "cpu", "relu", "baseline")
-    weights, found = architectures.held(c, ["9"], 8.0, tmp_path / "run")
+    known = architectures.looked(c, architectures.grid(c, ["9"]), tmp_path / "run_weights_0", (0,))
+    weights, found = architectures.held(c, known, 8.0, tmp_path / "run", (0,))
     assert np.mean([one["final"]["l0"] for one in found["9"]]) == pytest.approx(8, rel=0.05)
     assert weights["9"] == pytest.approx(scale * (np.mean(per_seed) * 5) ** (1 / 0.6), rel=0.09)
 
 
-def test_where_no_weight_brings_a_baseline_to_the_target_the_other_arms_come_to_it(tmp_path, monkeypatch, capsys):
-    """A floor under the baseline's L0; the others pass it, and are trained at both."""
-    def l0_of(c, one):
-        floor = 40.0 if c.sae.center == "none" else 0.0
-        return 8.0 if c.sparsity.preset == "none" else floor + 100 / one["sparsity"]["weight"]
+@pytest.mark.parametrize(("end", "power"), [(41.0, 0.25), (7.0, 0.5)])
+def test_where_no_weight_brings_a_baseline_to_the_target_the_other_arms_come_to_it(end, power, tmp_path, monkeypatch):
+    """A baseline whose L0 does not hang on the weight; the others' falls slowly with it, and they are trained at both.
+    Of those who select nothing is trained again, though their L0 is off."""
+    drawn = {}
 
-    monkeypatch.setattr(architectures, "trained", closed_form(l0_of))
+    def l0_of(c, one):
+        if c.sparsity.preset == "none":
+            return 7.0
+        return end if c.sae.center == "none" else 20 * one["sparsity"]["weight"] ** -power
+
+    monkeypatch.setattr(architectures.figures, "save", lambda figure, path: drawn.update({path.name: figure}))
+    monkeypatch.setattr(architectures, "trained", trained := closed_form(l0_of))
     monkeypatch.setattr(architectures, "ON", SimpleNamespace(value=["9"], default=["9"]))
     architectures.main(tmp_path, "cpu")
+    assert not [folder for folder in trained.begun if "of_all" in folder.name]  # the first alone is as far off
     table = rows(tmp_path / "architectures.csv")
     ends = {}
     for row in table:
@@ -199,16 +210,33 @@ def test_where_no_weight_brings_a_baseline_to_the_target_the_other_arms_come_to_
     assert {kind: target for kind, _, target in ends if target != "8"}.keys() == {"jumprelu", "relu"}
     for kind, arms in (("jumprelu", ("centred", "balance")), ("relu", ("centred",))):
         (baseline,) = {float(row["l0"]) for row in table if (row["architecture"], row["arm"]) == (kind, "baseline")}
-        assert 40 < baseline < 41
+        assert baseline == end
         for arm in arms:
             at = [np.mean(of) for key, of in ends.items() if key[:2] == (kind, arm)]
-            assert sorted(at) == pytest.approx([8, baseline], rel=0.05)
-    drawn = {(row["architecture"], row["arm"]): row["l0"] for row in architectures.at_one_l0(table)}
-    assert float(drawn["jumprelu", "centred"]) == pytest.approx(float(drawn["jumprelu", "baseline"]), rel=0.05)
-    assert float(drawn["topk", "centred"]) == 8
+            assert at == pytest.approx([8, baseline], rel=0.05)
+    (figure,) = drawn.values()
+    for axis, arms in zip(figure.axes[3:], (("centred", "balance"), ("centred",)), strict=True):
+        at = {text.get_position()[0]: float(text.get_text()[3:]) for text in axis.texts if text.get_text() != "–"}
+        assert at.keys() == {0, *(list(architectures.ARMS).index(arm) for arm in arms)}
+        assert list(at.values()) == pytest.approx([end] * len(at), rel=0.06)  # of two digits
 
 
 TOY = toys.Toy(d=16, n_true=32, active=3, n=64, k=3, batch=16, steps=12, held_out=1000)
+
+
+@pytest.mark.parametrize("hold", ["", "along", "all"])
+def test_held_weights_do_not_move_where_they_are_held(hold):
+    rng = np.random.default_rng(0)
+    shapes = {"W_enc": (2, 5, 4), "b_enc": (2, 5), "W_dec": (2, 5, 4), "b_dec": (2, 4)}
+    old, new = (sae_lib.SAE(**{key: rng.normal(size=shape) for key, shape in shapes.items()}, k=3) for _ in range(2))
+    direction = np.array([0.6, 0.0, 0.8, 0.0])
+    found = bias_timescales.kept(new, old, hold, direction)
+    np.testing.assert_array_equal(found.b_dec, new.b_dec)
+    for key in ("W_enc", "W_dec"):
+        moved, wanted = (np.asarray(getattr(sae, key) - getattr(old, key)) for sae in (found, new))
+        along = np.outer(direction, direction)
+        kept = {"": np.eye(4), "along": np.eye(4) - along, "all": np.zeros((4, 4))}[hold]
+        np.testing.assert_allclose(moved, wanted @ kept, atol=1e-12)
 
 
 def test_a_toy_is_the_package_s_own_step_on_its_own_tokens(x64):

@@ -6,9 +6,9 @@
 signal; 4,000 steps of 128 at 1e-3. A number is a block of Gemma 3 270M, MODEL-NUMBER one of another model (n 1024, or 4
 d_model where that is fewer; 2,000 steps of 256 at 3e-4, of JumpReLU and ReLU at 1e-3; `--activations=9=PATH` takes one
 from a file). Three initialisations. All are held to the same L0 of 8, within 5 % where they can be: of JumpReLU and
-ReLU the weight of the penalty is sought for each arm, by runs over a grid, secants and, beyond the grid, doublings.
-Where none brings a baseline there, the other arms are trained at the baseline's L0 as well. Losses are SAELens'
-(`autoencoder/jumprelu.py`, `autoencoder/relu.py`), with decoder rows of unit norm throughout.
+ReLU the weight of the penalty is sought for each arm, by runs over a grid and up to five more, secants within and
+doublings beyond. Where none brings a baseline there, the other arms are trained at the baseline's L0 as well. Losses
+are SAELens' (`autoencoder/jumprelu.py`, `autoencoder/relu.py`), with decoder rows of unit norm throughout.
 
 Every arm is a run of its own under the workdir: what is stopped goes on, what has ended is read. Writes
 architectures.csv, and architectures.png of gammas, architectures_layers.png of layers.
@@ -118,62 +118,81 @@ def member(point: str, seed: int, weight: float | None = None) -> dict[str, Any]
     return found | ({} if weight is None else {"sparsity": {"weight": weight}})
 
 
+def looked(
+    c: ConfigDict, tries: dict[str, list[float]], folder: Path, seeds: tuple[int, ...]
+) -> dict[str, list[tuple[float, float]]]:
+    """Point → (log weight, log of the mean L0 of these seeds at the end), for each weight that is tried there."""
+    members = {f"{point}, {i}, {seed}": member(point, seed, weight)
+               for point, weights in tries.items() for i, weight in enumerate(weights) for seed in seeds}  # fmt: skip
+    found = trained(c, members, folder)
+    return {
+        point: [(float(np.log(weight)),
+                 float(np.log(max(mean([found[f"{point}, {i}, {seed}"] for seed in seeds], "l0"), 1e-3))))
+                for i, weight in enumerate(weights)]
+        for point, weights in tries.items()
+    }  # fmt: skip
+
+
 def matched(
-    c: ConfigDict, tries: dict[str, list[float]], target: float, folder: Path, seeds: tuple[int, ...]
+    c: ConfigDict, known: dict[str, list[tuple[float, float]]], target: float, folder: Path, seeds: tuple[int, ...]
 ) -> dict[str, float]:
-    """The weight of the penalty at which each point ends with this L0 in the mean of these seeds, or comes nearest."""
-    tried: dict[str, list[tuple[float, float]]] = {point: [] for point in tries}
-    for again in range(1 + AGAIN):
-        members = {f"{point}, {i}, {seed}": member(point, seed, weight) for point, weights in tries.items()
-                   for i, weight in enumerate(weights) for seed in seeds}  # fmt: skip
-        found = trained(c, members, folder.with_name(f"{folder.name}_{again}"))
-        for point, weights in tries.items():
-            for i, weight in enumerate(weights):
-                l0 = np.mean([found[f"{point}, {i}, {seed}"]["final"]["l0"] for seed in seeds])
-                tried[point].append((float(np.log(weight)), float(np.log(max(l0, 1e-3)))))
+    """The weight of the penalty at which each point ends with this L0 in the mean of these seeds, or comes nearest.
+
+    `known` is what `looked` has found at some weights.
+    """
+    tried = {point: list(pairs) for point, pairs in known.items()}
+    for again in range(1, 1 + AGAIN):
         tries = {point: [float(np.exp(nearer(pairs, np.log(target))))] for point, pairs in tried.items()
                  if min(abs(l0 - np.log(target)) for _, l0 in pairs) > TOLERANCE / 2}  # fmt: skip
         if not tries:
             break
+        for point, pairs in looked(c, tries, folder.with_name(f"{folder.name}_{again}"), seeds).items():
+            tried[point] += pairs
     nearest = {point: min(pairs, key=lambda pair: abs(pair[1] - np.log(target))) for point, pairs in tried.items()}
     return {point: float(np.exp(weight)) for point, (weight, _) in nearest.items()}
 
 
 def nearer(pairs: list[tuple[float, float]], target: float) -> float:
-    """log weight to try for a log L0, which falls with the weight: between its neighbours, or twice beyond all."""
+    """log weight to try for a log L0, which falls with the weight: between its neighbours, beyond all 2 times or 1/8.
+
+    Downwards the steps are larger: a small weight changes L0 little.
+    """
     pairs = sorted(pairs)
     for (a, high), (b, low) in zip(pairs, pairs[1:], strict=False):
         if low <= target <= high and high > low:
             return a + (b - a) * (high - target) / (high - low)
-    return pairs[-1][0] + np.log(2) if pairs[0][1] > target else pairs[0][0] - np.log(2)
+    return pairs[-1][0] + np.log(2) if pairs[0][1] > target else pairs[0][0] - np.log(8)
 
 
-def ends(c: ConfigDict, weights: dict[str, float | None], folder: Path) -> dict[str, list[dict[str, Any]]]:
+def ends(c: ConfigDict, weights: dict[str, Any], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Point → the reports of its initialisations, trained with these weights."""
     report = trained(c, {f"{point} seed {seed}": member(point, seed, weight)
                          for point, weight in weights.items() for seed in SEEDS}, folder)  # fmt: skip
     return {point: [report[f"{point} seed {seed}"] for seed in SEEDS] for point in weights}
 
 
-def held(
-    c: ConfigDict, points: list[str], target: float, folder: Path
-) -> tuple[dict[str, float | None], dict[str, list[dict[str, Any]]]]:
-    """Point → the weight that brings it to this L0, None for the selecting three; and its reports.
-
-    On a layer the weight is sought on the first initialisation, which is enough for most; on all, where that came to
-    the target and the mean of all did not.
-    """
-    if c.sparsity.preset == "none":
-        unweighted: dict[str, float | None] = dict.fromkeys(points)
-        return unweighted, ends(c, unweighted, folder)
+def grid(c: ConfigDict, points: list[str]) -> dict[str, list[float]]:
+    """The weights that are tried first."""
     root = (c.data.d_model if c.data.signal else facts.width(c.data.model) or 1) ** 0.5
-    grid, seeds = {point: [float(root * w) for w in WEIGHTS] for point in points}, SEEDS if c.data.signal else SEEDS[:1]
-    weights: dict[str, float | None] = {**matched(c, grid, target, folder.with_name(f"{folder.name}_weights"), seeds)}
-    found = ends(c, weights, folder)
+    return {point: [float(root * weight) for weight in WEIGHTS] for point in points}
+
+
+def held(
+    c: ConfigDict, known: dict[str, list[tuple[float, float]]], target: float, folder: Path, seeds: tuple[int, ...]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Point → the weight that brings it to this L0, and the reports of its initialisations.
+
+    It is sought on `seeds`. Where these come to the target and the mean of all initialisations does not, it is sought
+    again on all.
+    """
+    weights = matched(c, known, target, folder.with_name(f"{folder.name}_weights"), seeds)
+    found = ends(c, {**weights}, folder)
     again = {point: [weight * by for by in AROUND] for point, weight in weights.items()
-             if weight and off(found[point], target) and not off(found[point][:len(seeds)], target)}  # fmt: skip
+             if off(found[point], target) and not off(found[point][: len(seeds)], target)}  # fmt: skip
     if again:
-        weights |= matched(c, again, target, folder.with_name(f"{folder.name}_weights_of_all"), SEEDS)
+        of_all = folder.with_name(f"{folder.name}_weights_of_all")
+        pairs = looked(c, again, of_all.with_name(f"{of_all.name}_0"), SEEDS)
+        weights |= matched(c, pairs, target, of_all, SEEDS)
         found |= ends(c, {point: weights[point] for point in again}, folder.with_name(f"{folder.name}_of_all"))
     return weights, found
 
@@ -193,19 +212,25 @@ def main(workdir: Path, scale: str) -> None:
     rows: list[dict[str, Any]] = []
     for on in said(ON):
         for architecture in said(CHOSEN) or list(ARCHITECTURES):
-            astray: dict[str, float] = {}  # points whose baseline is not brought to the target → its L0
+            astray: dict[str, float] = {}  # points whose baseline no weight brings to the target → its L0
             for arm in arms_of(architecture):
                 c = settings(on, scale, architecture, arm)
-                target = 4.0 if scale == "smoke" else float(L0)
+                target = float(settings(on, scale, "topk", arm).sae.k)
                 points = [f"gamma {gamma:g}" for gamma in GAMMAS[arm]] if on == "synthetic" else [on]
                 points = points[:1] if scale == "smoke" else points
+                also = [point for point in points if point in astray]
                 folder = workdir / f"{on}_{architecture}_{arm}"
-                runs = [(target, *held(c, points, target, folder))]
-                if arm == "baseline":
-                    astray = {point: mean(of, "l0") for point, of in runs[0][2].items() if off(of, target)}
+                if c.sparsity.preset == "none":
+                    runs = [(target, dict.fromkeys(points), ends(c, dict.fromkeys(points), folder))]
                 else:
-                    runs += [(at, *held(c, [point], at, folder.with_name(f"{folder.name}_at_{at:.0f}")))
-                             for point, at in astray.items() if point in points]  # fmt: skip
+                    seeds = SEEDS if c.data.signal else SEEDS[:1]
+                    known = looked(c, grid(c, points), folder.with_name(f"{folder.name}_weights_0"), seeds)
+                    runs = [(target, *held(c, known, target, folder, seeds))]
+                    if arm == "baseline":
+                        astray = {point: mean(of, "l0") for point, of in runs[0][2].items() if off(of, target)}
+                    for point in also:
+                        at, there = astray[point], folder.with_name(f"{folder.name}_at_{astray[point]:.3g}")
+                        runs.append((at, *held(c, {point: known[point]}, at, there, seeds)))
                 for at, weights, found in runs:
                     for point, reports in found.items():
                         rows += [{
@@ -217,7 +242,7 @@ def main(workdir: Path, scale: str) -> None:
                             **{key: one["final"].get(key) for key in KEYS},
                         } for seed, one in zip(SEEDS, reports, strict=True)]  # fmt: skip
                         final = tables.one_line({key: mean(reports, key) for key in KEYS})
-                        print(f"{point:10s} {architecture:11s} {arm:9s} {final}", flush=True)
+                        print(f"{point:10s} {architecture:11s} {arm:9s} at {at:.3g}  {final}", flush=True)
                 tables.write_csv(workdir / "architectures.csv", rows)
     for name, synthetic, draw in (("architectures", True, of_gammas), ("architectures_layers", False, of_layers)):
         mine = [row for row in rows if on_synthetic(row) == synthetic]
@@ -226,12 +251,10 @@ def main(workdir: Path, scale: str) -> None:
 
 
 def at_one_l0(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each arm those at its baseline's L0, where it was trained at two."""
+    """Of each arm those at its baseline's L0, which stand last, where it was trained at two."""
     arms = [tuple(row[key] for key in ("on", "architecture", "arm")) for row in rows]
-    largest: dict[tuple[str, ...], float] = {}
-    for arm, row in zip(arms, rows, strict=True):
-        largest[arm] = max(largest.get(arm, 0), float(row["target_l0"]))
-    return [row for arm, row in zip(arms, rows, strict=True) if float(row["target_l0"]) == largest[arm]]
+    last = {arm: row["target_l0"] for arm, row in zip(arms, rows, strict=True)}
+    return [row for arm, row in zip(arms, rows, strict=True) if row["target_l0"] == last[arm]]
 
 
 def on_synthetic(row: dict[str, Any]) -> bool:
@@ -278,7 +301,7 @@ def of_layers(rows: list[dict[str, Any]]) -> Figure:
 
 
 def bars(axis: Axes, kinds: list[list[dict[str, Any]]], ticks: list[str]) -> None:
-    """Dead by pathway at the end: means over a kind's rows, whiskers in total; L0 where it is not the target."""
+    """Dead by pathway at the end: means over a kind's rows, whiskers in total; L0 where it is not 8."""
     for place, found in enumerate(kinds):
         if not found:
             axis.text(place, 2, "–", ha="center", color="0.5")  # the library has no such arm
@@ -290,7 +313,7 @@ def bars(axis: Axes, kinds: list[list[dict[str, Any]]], ticks: list[str]) -> Non
         axis.errorbar(place, total.mean(), ends, color="black", lw=0.8, capsize=2)
         l0 = np.mean([float(row["l0"]) for row in found])
         if abs(l0 / L0 - 1) > TOLERANCE:
-            axis.text(place, min(total.max() + 3, 92), f"L0 {l0:.0f}", ha="center", va="bottom", size=5.5)
+            axis.text(place, min(total.max() + 3, 92), f"L0 {l0:.2g}", ha="center", va="bottom", size=5.5)
     axis.set_xticks(range(len(ticks)), ticks, rotation=90 if len(ticks) > 3 else 0)
     axis.set(ylim=(0, 102))
     axis.grid(visible=False, axis="x")

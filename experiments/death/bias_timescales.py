@@ -5,9 +5,10 @@
 Steps until b·mu passes 50, 90 and 99 % of ‖mu‖², over gamma, the direction of the mean and the learning rate, five
 seeds each; data scaled to ‖sigma‖ = √d. Beside it the least that Adam could take (`theory.bias_learning_time` over the
 learning rate) and the floor: b's optimum is not mu but mu − W_decᵀE[z], which live features that carry some of the mean
-move away from it. Then interventions at one gamma: the weights held still (nothing can learn to carry the mean), a
-batch 8 times as large (less noise in the gradient), and both. Writes bias_timescales.csv and bias_interventions.csv.
-About three minutes on 2 CPU cores.
+move away from it. Then interventions at one gamma, in both directions: the weights held still (nothing can learn to
+carry the mean), rows of both weights kept from moving along the mean, a batch 8 times as large (less noise in the
+gradient), and that with the weights held. Writes bias_timescales.csv and bias_interventions.csv. About five minutes on
+2 CPU cores.
 """
 
 from pathlib import Path
@@ -50,10 +51,23 @@ def shared(scale: str, direction: str, batch: int, steps: int) -> ConfigDict:
     return c
 
 
+def kept(new: sae_lib.SAE, old: sae_lib.SAE, hold: str, direction: jax.Array) -> sae_lib.SAE:
+    """The SAEs after a step whose weights are held: `all`, or what of them is `along` a unit vector; or not."""
+    if hold == "all":
+        return old.replace(b_dec=new.b_dec)
+    if hold != "along":
+        return new
+
+    def off(after: jax.Array, before: jax.Array) -> jax.Array:
+        return after - ((after - before) @ direction)[..., None] * direction
+
+    return new.replace(W_enc=off(new.W_enc, old.W_enc), W_dec=off(new.W_dec, old.W_dec))
+
+
 def crossings(
-    config: ConfigDict, overrides: list[dict[str, Any]], hold_weights: bool = False
+    config: ConfigDict, overrides: list[dict[str, Any]], hold: str = ""
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Trains the members in one program that stops at nothing.
+    """Trains the members in one program that stops at nothing, with the weights held (`all`, or what is `along` mu).
 
     Returns:
       steps (M, 3) until each share of the projection, inf where not reached; the floor (M,) of the relative error of b,
@@ -65,16 +79,15 @@ def crossings(
     static, spec = step_lib.Static.of(config), synthetic.build(config.data, config.seed)
     d, batch, total = config.data.d_model, config.train.batch_size, config.train.steps
     mus = jnp.stack([m.data.gamma * jnp.sqrt(float(d)) * spec.direction for m in members])
-    moved = Preprocessing(shift=spec.mu - mus, scale=jnp.ones(len(members)))
-    states = step_lib.init_group(members, jnp.zeros((len(members), d)), moved)
+    before = Preprocessing(shift=spec.mu - mus, scale=jnp.ones(len(members)))
+    states = step_lib.init_group(members, jnp.zeros((len(members), d)), before)
 
     def body(t: jax.Array, carry: Any) -> Any:
         states, found = carry
         new, _ = step_lib.group_step(
             states, synthetic.sample(spec, 0, t, jnp.arange(batch)), static=static, allsum=lambda tree: tree
         )
-        if hold_weights:
-            new = new.replace(sae=states.sae.replace(b_dec=new.sae.b_dec))
+        new = new.replace(sae=kept(new.sae, states.sae, hold, spec.direction))
         share = jnp.sum(new.sae.b_dec * mus, axis=1) / jnp.sum(mus**2, axis=1)
         passed = share[:, None] >= jnp.asarray(SHARES)
         return new, jnp.where(passed, jnp.minimum(found, t + 1.0), found)  # (M, 3)
@@ -129,16 +142,16 @@ def interventions(scale: str) -> list[dict[str, Any]]:
     rate = s["rates"][-1]
     small, large = s["batches"]
     overrides = [{"data": {"gamma": s["gamma"]}, "train": {"learning_rate": rate}, "seed": seed} for seed in SEEDS]
-    arms: dict[str, tuple[int, bool]] = {
-        "as it is": (small, False), "weights held": (small, True), "larger batch": (large, False),
-        "larger batch, weights held": (large, True),
+    arms = {
+        "as it is": (small, ""), "weights held": (small, "all"), "held along mu": (small, "along"),
+        "larger batch": (large, ""), "larger batch, weights held": (large, "all"),
     }  # fmt: skip
-    for name, (batch, hold) in arms.items():
-        length = s["steps"] // 2
-        steps, floor, mu = crossings(shared(scale, "one", batch, length), overrides, hold)
-        rows.append({"intervention": name, "batch": batch, "gamma": s["gamma"], "learning_rate": rate,
-                     **summary(steps, floor, mu[0], rate)})  # fmt: skip
-        print(rows[-1], flush=True)
+    for direction in ("one", "spread"):
+        for name, (batch, hold) in arms.items():
+            steps, floor, mu = crossings(shared(scale, direction, batch, s["steps"] // 2), overrides, hold)
+            rows.append({"intervention": name, "direction": direction, "batch": batch, "gamma": s["gamma"],
+                         "learning_rate": rate, **summary(steps, floor, mu[0], rate)})  # fmt: skip
+            print(rows[-1], flush=True)
     return rows
 
 

@@ -92,7 +92,7 @@ def arm(name: str, scale: str, gamma: float) -> list[dict[str, Any]]:
     if name == "encoder bias":
         against = -states.sae.W_enc @ jnp.asarray(severity.mean, jnp.float32)
         states = states.replace(sae=states.sae.replace(b_enc=against))
-    given = {"static": static, "allsum": lambda tree: tree}
+    given: dict[str, Any] = {"static": static, "allsum": lambda tree: tree}
     step = OWN.get(name, step_lib.group_step)
 
     def body(t: jax.Array, states: step_lib.TrainState) -> step_lib.TrainState:

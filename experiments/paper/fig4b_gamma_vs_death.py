@@ -101,9 +101,9 @@ def picture(rows: list[dict[str, Any]], authors: list[dict[str, Any]]) -> Figure
 def main(_: list[str]) -> None:
     """Statistics, then the figure."""
     rows, authors = plain_rows(TABLE.value), authors_rows(AUTHORS.value) if AUTHORS.value else []
-    print_statistics(TABLE.value, rows)
+    print_statistics(str(TABLE.value), rows)
     if authors:
-        print_statistics(AUTHORS.value, authors)
+        print_statistics(str(AUTHORS.value), authors)
     (Path(TABLE.value).parent / "fig4b_gamma_vs_death.png").write_bytes(figures.png(picture(rows, authors)))
 
 

@@ -112,7 +112,8 @@ def picture(table: list[dict[str, Any]]) -> Figure:
     names = [f"gamma {gamma:g}\n‖sigma‖ {'√d' if size == -1 else '2'}" for gamma, size in kinds]
     with matplotlib.rc_context({**figures.STYLE, "axes.grid": False}):
         figure = Figure(figsize=(figures.WIDE, 5.6), layout="constrained")
-        for place, panels in zip(figure.subfigures(2), PANELS, strict=True):
+        places: Any = figure.subfigures(2)
+        for place, panels in zip(places, PANELS, strict=True):
             axes = place.subplots(1, len(panels), sharey=True)
             for axis, (title, part, condition) in zip(axes, panels, strict=True):
                 those = [row for row in table if row["part"] == part and row["condition"] == condition]

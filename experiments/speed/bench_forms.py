@@ -59,7 +59,7 @@ def cases(n: int, k: int) -> list[Case]:
     rng = np.random.default_rng(0)
     x, z, rows = (jnp.asarray(rng.standard_normal(size, np.float32)) for size in ((BATCH, D), (BATCH, n), (n, D)))
     codes = Kept(*jax.jit(jax.lax.top_k, static_argnums=1)(z, k))
-    products = {
+    products: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "decode": (kept.combine, (codes, rows)), "pick": (kept.pick, (x, codes, rows)),
         "weight gradients": (lambda c, x: kept.scatter((c.values,) * 2, c.indices, (x, x + 1), n), (codes, x)),
     }  # fmt: skip

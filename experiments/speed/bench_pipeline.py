@@ -18,6 +18,7 @@ About 2 minutes on 2 CPU cores.
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -79,7 +80,8 @@ def through_numpy(path: Path) -> int:
         for start in range(0, CHUNKS.value - held + 1, held):
             for place in range(held):
                 file.seek(int(order[start + place]) * CHUNK * D * 4)
-                file.readinto(memoryview(buffer[place * CHUNK : (place + 1) * CHUNK]).cast("B"))
+                chunk: Any = buffer[place * CHUNK : (place + 1) * CHUNK]
+                file.readinto(memoryview(chunk).cast("B"))
             rows = rng.permutation(len(buffer))
             for first in range(0, len(rows), BATCH):
                 np.take(buffer, rows[first : first + BATCH], axis=0, out=batch, mode="clip")

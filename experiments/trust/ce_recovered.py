@@ -58,7 +58,7 @@ def main(_: list[str]) -> None:
     """Loads, splices, counts."""
     logging.set_verbosity(logging.ERROR)
     config = config_lib.from_identity(checkpoint.saved(RUN.value).identity)
-    packed = {name: sharing.load(RUN.value, name) for name in config_lib.members(config)}
+    packed: dict[str, Any] = {name: sharing.load(RUN.value, name) for name in config_lib.members(config)}
     model = config.data.model
     start = model.n_tokens + CHUNK + model.batch_size * model.context  # extraction ends with a whole batch
     model.batch_size = 1  # the logits of one sequence are 270 MB
@@ -85,7 +85,7 @@ def main(_: list[str]) -> None:
         for ablated in ("mean", "zero"):
             shares = [splicing.recovered(*of_draw) for of_draw in zip(ce["clean"], ce[ablated], ce[name], strict=True)]
             low, high = np.quantile(np.asarray(shares[1:], float), (0.025, 0.975))
-            row |= {f"over_{ablated}": float(shares[0]), f"over_{ablated}_low": low, f"over_{ablated}_high": high}
+            row |= {f"over_{ablated}": shares[0], f"over_{ablated}_low": low, f"over_{ablated}_high": high}
         final = packed[name].metadata["final"] if name in packed else {}
         print(tables.one_line(row), flush=True)
         rows.append(row | {key: final.get(key) for key in ("fve", "dead_total")})

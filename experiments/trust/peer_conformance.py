@@ -77,7 +77,7 @@ def trained(x: np.ndarray, folder: Path, steps: int) -> str:
     return str(folder)
 
 
-def conditions(x: np.ndarray, folder: Path, steps: int) -> dict[str, formats.Packed]:
+def conditions(x: Any, folder: Path, steps: int) -> dict[str, formats.Packed]:
     """SAEs trained behind every preprocessing that is exported, each with that preprocessing."""
     folder.mkdir()
     plain = trained(x, folder / "plain", steps)
@@ -235,9 +235,10 @@ def conformance(peer: str, packed: formats.Packed, folder: str, x: np.ndarray) -
         "float64": compare(exact, k, x, *RUN[peer](folder, x, "float64")),
         "float32": compare(exact, k, x, *RUN[peer](folder, x, "float32")),
         "our_float32": compare(exact, k, x, active_features(z, k)[0], single),
-        "rounded": compare(exact, k, x, active_features(exact[0], k)[0], np.float32(exact[1])),
+        "rounded": compare(exact, k, x, active_features(exact[0], k)[0], np.asarray(exact[1], np.float32)),
     }
-    again = formats.encode(sharing.load(folder), peer)
+    loaded: Any = sharing.load(folder)
+    again = formats.encode(loaded, peer)
     return {
         **{f"{key}_{who}": float(f"{found[key]:.1e}") for key in ("rms", "worst", "worst_own")
            for who, found in by.items()},

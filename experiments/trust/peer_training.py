@@ -105,9 +105,9 @@ def trained(name: str, workdir: Path) -> dict[str, Any]:
         here, weight = c.copy_and_resolve_references(), None
         here.update_from_flattened_dict(own)
         if c.sparsity.preset != "none":
-            grid = {"gamma 0": [float(c.data.d_model**0.5 * by) for by in architectures.WEIGHTS]}
             folder = workdir / f"{name}_{kind}weights"
-            weight = architectures.matched(here, grid, them["l0"], folder, (0,))["gamma 0"]
+            known = architectures.looked(here, architectures.grid(here, ["gamma 0"]), folder, (0,))
+            weight = architectures.matched(here, known, them["l0"], folder, (0,))["gamma 0"]
         run = workdir / f"{name}_{kind}ours"
         architectures.trained(here, {"one": architectures.member("gamma 0", 0, weight)}, run)
         row |= {f"{kind}{key}": value for key, value in found(sharing.opened(str(run)), held_out).items()}

@@ -287,7 +287,7 @@ def main(argv: list[str]) -> int:
             loader = lookup.conversion_func or "sae_lens"
             kinds[kind_of(loader, release, path)].append((release, ident))
     rng = np.random.default_rng(0)
-    x = np.float32(rng.normal(size=(TOKENS, D)) * np.geomspace(1, 0.3, D) + rng.normal(size=D))
+    x = np.asarray(rng.normal(size=(TOKENS, D)) * np.geomspace(1, 0.3, D) + rng.normal(size=D), np.float32)
     np.save(folder / "x.npy", x)
     rows, taken, total = [], 0, sum(map(len, kinds.values()))
     for kind, members in sorted(kinds.items(), key=lambda item: -len(item[1])):
