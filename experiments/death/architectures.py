@@ -60,6 +60,7 @@ SHOWN = {"baseline": "baseline", "auxk": "AuxK", "centred": "centred", "balance"
 PATHWAYS = ("dead by ReLU", "dead by selection")
 NAMES = selections.NAMES | {"matryoshka": "Matryoshka BatchTopK"}
 KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "fve", "fve_without_giants", "l0", "mmcs")
+Pairs = list[tuple[float, float]]  # log weight of the penalty, log L0 at the end
 
 
 def arms_of(architecture: str) -> list[str]:
@@ -118,10 +119,8 @@ def member(point: str, seed: int, weight: float | None = None) -> dict[str, Any]
     return found | ({} if weight is None else {"sparsity": {"weight": weight}})
 
 
-def looked(
-    c: ConfigDict, tries: dict[str, list[float]], folder: Path, seeds: tuple[int, ...]
-) -> dict[str, list[tuple[float, float]]]:
-    """Point → (log weight, log of the mean L0 of these seeds at the end), for each weight that is tried there."""
+def looked(c: ConfigDict, tries: dict[str, list[float]], folder: Path, seeds: tuple[int, ...]) -> dict[str, Pairs]:
+    """What each point's weights lead to, in the mean of these seeds."""
     members = {f"{point}, {i}, {seed}": member(point, seed, weight)
                for point, weights in tries.items() for i, weight in enumerate(weights) for seed in seeds}  # fmt: skip
     found = trained(c, members, folder)
@@ -134,7 +133,7 @@ def looked(
 
 
 def matched(
-    c: ConfigDict, known: dict[str, list[tuple[float, float]]], target: float, folder: Path, seeds: tuple[int, ...]
+    c: ConfigDict, known: dict[str, Pairs], target: float, folder: Path, seeds: tuple[int, ...]
 ) -> dict[str, float]:
     """The weight of the penalty at which each point ends with this L0 in the mean of these seeds, or comes nearest.
 
@@ -152,7 +151,7 @@ def matched(
     return {point: float(np.exp(weight)) for point, (weight, _) in nearest.items()}
 
 
-def nearer(pairs: list[tuple[float, float]], target: float) -> float:
+def nearer(pairs: Pairs, target: float) -> float:
     """log weight to try for a log L0, which falls with the weight: between its neighbours, beyond all 2 times or 1/8.
 
     Downwards the steps are larger: a small weight changes L0 little.
@@ -178,7 +177,7 @@ def grid(c: ConfigDict, points: list[str]) -> dict[str, list[float]]:
 
 
 def held(
-    c: ConfigDict, known: dict[str, list[tuple[float, float]]], target: float, folder: Path, seeds: tuple[int, ...]
+    c: ConfigDict, known: dict[str, Pairs], target: float, folder: Path, seeds: tuple[int, ...]
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Point → the weight that brings it to this L0, and the reports of its initialisations.
 
@@ -186,7 +185,7 @@ def held(
     again on all.
     """
     weights = matched(c, known, target, folder.with_name(f"{folder.name}_weights"), seeds)
-    found = ends(c, {**weights}, folder)
+    found = ends(c, weights, folder)
     again = {point: [weight * by for by in AROUND] for point, weight in weights.items()
              if off(found[point], target) and not off(found[point][: len(seeds)], target)}  # fmt: skip
     if again:

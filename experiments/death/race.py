@@ -100,7 +100,7 @@ def found_again(config: ConfigDict, folder: str, member: str) -> dict[str, float
     if not config.data.signal or config.data.path or config.data.model.id:
         return {}
     truth = synthetic.build(config.data, config.seed).rows
-    return {"mcc": recovery.mcc(truth, sharing.load(folder, member).sae.W_dec)}
+    return {"mcc": recovery.mcc(truth, sharing.packed_of(folder, member).sae.W_dec)}
 
 
 def main(workdir: Path, scale: str) -> None:

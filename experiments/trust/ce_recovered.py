@@ -58,7 +58,7 @@ def main(_: list[str]) -> None:
     """Loads, splices, counts."""
     logging.set_verbosity(logging.ERROR)
     config = config_lib.from_identity(checkpoint.saved(RUN.value).identity)
-    packed: dict[str, Any] = {name: sharing.load(RUN.value, name) for name in config_lib.members(config)}
+    packed = {name: sharing.packed_of(RUN.value, name) for name in config_lib.members(config)}
     model = config.data.model
     start = model.n_tokens + CHUNK + model.batch_size * model.context  # extraction ends with a whole batch
     model.batch_size = 1  # the logits of one sequence are 270 MB

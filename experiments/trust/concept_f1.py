@@ -188,7 +188,7 @@ def main(workdir: Path, scale: str) -> None:
         for name in [*ARMS, "untrained 1"]:
             for seed in SEEDS:
                 if name in ARMS:
-                    packed: Any = sharing.load(str(folder / "run"), f"{name} {seed}")
+                    packed = sharing.packed_of(str(folder / "run"), f"{name} {seed}")
                     sae, dead = jax.tree.map(jnp.asarray, formats.folded(packed)), result[f"{name} {seed}"]["final"]
                 else:
                     center = jnp.asarray(x[parts["train"]].mean(axis=0))

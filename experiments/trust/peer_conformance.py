@@ -81,12 +81,12 @@ def conditions(x: Any, folder: Path, steps: int) -> dict[str, formats.Packed]:
     """SAEs trained behind every preprocessing that is exported, each with that preprocessing."""
     folder.mkdir()
     plain = trained(x, folder / "plain", steps)
-    found = {name: sharing.load(plain, name) for name in ("baseline", "centred")}
+    found = {name: sharing.packed_of(plain, name) for name in ("baseline", "centred")}
     white = whitening(moments_lib.moments(x, covariance=True))
-    packed: Any = sharing.load(trained(np.asarray(white(x), np.float32), folder / "whitened", steps), "centred")
+    packed = sharing.packed_of(trained(np.asarray(white(x), np.float32), folder / "whitened", steps), "centred")
     found["whitened"] = packed._replace(before=white.replace(scale=packed.before.scale))
     normed = trained(np.asarray(per_token(x, "layer_norm_unit"), np.float32), folder / "normed", steps)
-    packed = sharing.load(normed, "centred")
+    packed = sharing.packed_of(normed, "centred")
     for norm in ("layer_norm_unit", "unit"):  # of the same length, so one SAE serves both
         found[norm] = packed._replace(before=packed.before.replace(norm=norm))
     return found
@@ -237,8 +237,7 @@ def conformance(peer: str, packed: formats.Packed, folder: str, x: np.ndarray) -
         "our_float32": compare(exact, k, x, active_features(z, k)[0], single),
         "rounded": compare(exact, k, x, active_features(exact[0], k)[0], np.asarray(exact[1], np.float32)),
     }
-    loaded: Any = sharing.load(folder)
-    again = formats.encode(loaded, peer)
+    again = formats.encode(sharing.packed_of(folder), peer)
     return {
         **{f"{key}_{who}": float(f"{found[key]:.1e}") for key in ("rms", "worst", "worst_own")
            for who, found in by.items()},
@@ -262,7 +261,7 @@ def of_a_run(given: argparse.Namespace) -> Iterator[Case]:
     """Those of a run, on activations of its kind."""
     x = np.concatenate(list(sources.open_tokens(given.activations).batches()))[: given.tokens].astype(np.float32)
     names = [member["name"] for member in json.loads(Path(given.run, "report.json").read_text())["members"]]
-    packs = {name: sharing.load(given.run, name) for name in names}
+    packs = {name: sharing.packed_of(given.run, name) for name in names}
     yield round(packs[names[0]].metadata["gamma_raw"], 2), x, packs
 
 

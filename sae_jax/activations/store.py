@@ -40,7 +40,7 @@ from sae_jax.errors import Refused, RunFailed
 from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers import rounding
 from sae_jax.outliers.moments import Moments, Severity
-from sae_jax.runtime.disk import LOCK, sole_user, write_bytes
+from sae_jax.runtime.disk import LOCK, sole_user, unwritable, write_bytes
 from sae_jax.runtime.stopping import StopRequest
 
 SHARD_BYTES = 128 * 2**20
@@ -76,7 +76,7 @@ class Writer:
         try:
             self._partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Refused("--out", str(self._partial), f"a folder that can be written ({error.strerror})") from error
+            raise unwritable("--out", str(self._partial), error) from error
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other processes from writing the same dataset."""

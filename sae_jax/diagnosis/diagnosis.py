@@ -187,7 +187,7 @@ def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None
             while not there.exists():
                 there = there.parent
         except OSError as error:  # as a name that is too long
-            raise Refused("--workdir", workdir, f"a folder that can be written ({error.strerror})") from error
+            raise disk.unwritable("--workdir", workdir, error) from error
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise Refused("--workdir", workdir, f"a folder that can be written: {there} cannot")
 

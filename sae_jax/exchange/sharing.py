@@ -161,7 +161,7 @@ def _write(target: epath.Path, files: dict[str, bytes]) -> None:
             partial.rmtree()
         partial.mkdir(parents=True)
     except OSError as error:
-        raise Refused("--out", str(target), f"a folder that can be written ({error.strerror})") from error
+        raise disk.unwritable("--out", str(target), error) from error
     for name, content in files.items():
         (partial / name).write_bytes(content)
     if target.exists():

@@ -55,6 +55,11 @@ def check_reachable(field: str, path: str) -> None:
         raise Refused(field, path, f"{allowed} ({first_line(error)})") from error
 
 
+def unwritable(field: str, path: str, error: OSError) -> Refused:
+    """What is raised where a folder cannot be made or written to."""
+    return Refused(field, path, f"a folder that can be written ({error.strerror})")
+
+
 def check_free(folder: epath.PathLike, field: str) -> None:
     """Refuses a folder that another process works in, and leaves no trace."""
     with contextlib.suppress(OSError), (Path(folder) / LOCK).open() as file:

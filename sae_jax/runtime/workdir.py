@@ -99,5 +99,5 @@ def claimed(workdir: str, identity: dict[str, Any], data: dict[str, Any]) -> Ite
             disk.write_text(root / CONFIG, json.dumps(identity, indent=2) + "\n")
             disk.write_text(root / DATA, json.dumps({**data, WHERE: os.getcwd()}, indent=2) + "\n")
         except OSError as error:
-            raise Refused("--workdir", workdir, f"a folder that can be written ({error.strerror})") from error
+            raise disk.unwritable("--workdir", workdir, error) from error
         yield

@@ -59,7 +59,7 @@ def check_workdir(workdir: str, every: list[Job], begun: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         disk.write_text(path, json.dumps(mine, indent=1) + "\n")
     except OSError as error:
-        raise Refused("--workdir", workdir, f"a folder that can be written ({error.strerror})") from error
+        raise disk.unwritable("--workdir", workdir, error) from error
 
 
 def check_memory(workdir: str, found: list[Job]) -> None:
