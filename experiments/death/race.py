@@ -11,6 +11,7 @@ own under the workdir: what is stopped goes on, what has ended is read. Writes r
 """
 
 import contextlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +27,7 @@ from sae_jax.activations import synthetic
 from sae_jax.config import base
 from sae_jax.diagnosis import pilot
 from sae_jax.exchange import sharing
-from sae_jax.models import facts
+from sae_jax.models import facts, inputs
 from sae_jax.reports import tables
 from sae_jax.training import recovery
 from sae_jax.training import run as run_lib
@@ -60,6 +61,7 @@ CHOSEN = flags.DEFINE_list("arms", [], "which of them; all, if none is named")
 SIZE = flags.DEFINE_list("size", ["1024", "8", "5000"], "n, k, steps")
 SHORTER = flags.DEFINE_integer("shorter", 1, "pilots in place of the runs: so many times fewer steps", 1)
 KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0", "mmcs", "mcc")
+PACKAGES = ("numpy", "scipy", "matplotlib", "jax")
 
 
 def said(flag: flags.FlagHolder[Any]) -> Any:
@@ -67,7 +69,24 @@ def said(flag: flags.FlagHolder[Any]) -> Any:
     return flag.value if flags.FLAGS.is_parsed() else flag.default
 
 
-def settings(layer: str, scale: str, arm: dict[str, Any]) -> ConfigDict:
+def documentation(folder: Path) -> str:
+    """The path of a text of some 9M characters: the docstrings of `PACKAGES`, file by file."""
+    path = folder / "documentation.txt"
+    if not path.exists():
+        found: list[str] = []
+        for name in PACKAGES:
+            spec = importlib.util.find_spec(name)
+            assert spec is not None
+            (root,) = map(Path, spec.submodule_search_locations or ())
+            for file in sorted(root.rglob("*.py")):
+                if "tests" not in file.relative_to(root).parts:
+                    found += inputs.docstrings(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n\n".join(found), encoding="utf-8")
+    return str(path)
+
+
+def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> ConfigDict:
     """Members that differ in the seed alone."""
     n, k, steps = map(int, said(SIZE))
     if layer == SYNTHETIC:
@@ -81,6 +100,7 @@ def settings(layer: str, scale: str, arm: dict[str, Any]) -> ConfigDict:
         width = facts.width(c.data.model) or n
     c.sae.n_features, c.sae.k, c.sae.center, c.auxk.preset = min(n, 4 * width), k, "geometric_median", "none"
     c.train.steps, c.train.devices, c.checkpoint.every = steps, 1, max(1, steps // 5)
+    c.train.steps_per_dispatch = min(50, steps)
     c.auxk.dead_after_tokens = c.train.batch_size * max(1, steps // 20)
     if scale == "smoke":
         c.data.model.id, c.data.signal, c.data.d_model, c.data.statistics_tokens = "", "sparse", 16, 1000
@@ -90,6 +110,8 @@ def settings(layer: str, scale: str, arm: dict[str, Any]) -> ConfigDict:
         name, _, path = given.partition("=")
         if name == layer:
             c.data.path = path
+    if c.data.model.id and not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
+        c.data.model.text = documentation(folder)
     c.update_from_flattened_dict({key: value for key, value in arm.items() if key != "step"})
     c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
     return pilot.shortened(c, said(SHORTER)) if said(SHORTER) > 1 else c
@@ -107,10 +129,10 @@ def main(workdir: Path, scale: str) -> None:
     """Trains, prints and writes the table."""
     rows: list[dict[str, Any]] = []
     for layer in said(LAYERS):
-        settings(layer, scale, {})  # a layer that is not there is refused before hours of others
+        settings(layer, scale, {}, workdir)  # a layer that is not there is refused before hours of others
     for layer in said(LAYERS)[: 1 if scale == "smoke" else None]:
         for name in said(CHOSEN) or ARMS:
-            own, config = ARMS[name].get("step"), settings(layer, scale, ARMS[name])
+            own, config = ARMS[name].get("step"), settings(layer, scale, ARMS[name], workdir)
             folder = str(workdir / f"{layer}_{name}")
             with mock.patch.object(step_lib, "group_step", own) if own else contextlib.nullcontext():
                 report = run_lib.train(config, folder)

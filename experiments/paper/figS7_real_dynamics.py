@@ -11,7 +11,6 @@ stopped goes on, what has ended is read. Writes figS7_real_dynamics.csv and .png
 `smoke` uses synthetic activations.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import command
-from experiments.death.race import GIVEN, said
+from experiments.death.race import GIVEN, documentation, said
 from sae_jax import config as config_lib
-from sae_jax.models import facts, inputs
+from sae_jax.models import facts
 from sae_jax.reports import figures, tables
 from sae_jax.runtime import checkpoint
 from sae_jax.training import run as run_lib
@@ -51,26 +50,8 @@ LOOKS: dict[str, dict[str, Any]] = {
     "centred, balanced": {"color": figures.MEMBER_COLOURS[5], "lw": 1.6},
 }  # fmt: skip
 KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "bias_projection", "fve")
-PACKAGES = ("numpy", "scipy", "matplotlib", "jax")
 ON = flags.DEFINE_list("on", ["9"], "blocks of Gemma 3 270M, or MODEL-BLOCK")
 CHOSEN = flags.DEFINE_list("conditions", [], "which of them, with + for a comma; all, if none is named")
-
-
-def documentation(folder: Path) -> str:
-    """The path of a text of some 9M characters: the docstrings of `PACKAGES`, file by file."""
-    path = folder / "documentation.txt"
-    if not path.exists():
-        found: list[str] = []
-        for name in PACKAGES:
-            spec = importlib.util.find_spec(name)
-            assert spec is not None
-            (root,) = map(Path, spec.submodule_search_locations or ())
-            for file in sorted(root.rglob("*.py")):
-                if "tests" not in file.relative_to(root).parts:
-                    found += inputs.docstrings(file)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n\n".join(found), encoding="utf-8")
-    return str(path)
 
 
 def settings(on: str, scale: str, condition: str, folder: Path) -> ConfigDict:
@@ -79,6 +60,7 @@ def settings(on: str, scale: str, condition: str, folder: Path) -> ConfigDict:
     c = config_lib.base()
     c.sae.n_features, c.sae.k = n, k
     c.train.update(steps=steps, batch_size=batch, learning_rate=rate, decay_fraction=0.0)
+    c.train.steps_per_dispatch = min(50, steps)
     c.auxk.preset, c.auxk.dead_after_tokens = "none", batch * max(1, steps // 20)
     c.eval.n_tokens, c.eval.points, c.checkpoint.every = held_out, 25, max(1, steps // 10)
     if scale == "smoke":
