@@ -145,7 +145,8 @@ def export(words: list[str]) -> int:
 
     _quiet()
     local = not given[source].startswith((hub.HUB, saelens.HUB))
-    if given["member"] is not None and local and not (epath.Path(given[source]) / checkpoint.FOLDER).is_dir():
+    folder = epath.Path(given[source])
+    if given["member"] is not None and local and folder.exists() and not (folder / checkpoint.FOLDER).is_dir():
         raise Refused("--member", given["member"], f"leave it out: {given[source]} is no run, and has no members")
     out = epath.Path(given["out"])
     held = out.is_dir() and any(out.iterdir())

@@ -115,6 +115,7 @@ EXTRACT = ["extract", "--from={in}/x.npy", "--out={in}/w"]
     (["export", "--workdir={in}/s", "--out={in}/w"], "--workdir = '{in}/s': a folder with one of"),
     (["export", "--from={in}/s", "--out={in}/w"], "--from = '{in}/s': a folder with one of"),
     (["export", "--from={in}/s", "--out={in}/w", "--member=a"], "--member = 'a': leave it out: {in}/s is no run"),
+    (["export", "--workdir={in}/nope", "--out={in}/w", "--member=a"], "--workdir = '{in}/nope': a folder or file"),
     (["export", "--from={in}/s", "--workdir={in}/s", "--out={in}/w"], "--workdir and --from"),
     (["export", "--from={in}/s", "--out={in}/w", SYNTHETIC], "leave it out: a flag of train"),
     ([*SWEEP, "--cpus=2"], "--cpus = 2.0: leave it out, or give --launcher=ray beside it"),

@@ -436,7 +436,8 @@ def test_one_in_a_hundred_is_harmless_and_two_are_alike():
      "Untreated, 0.4 % of the features are forecast to be dead at initialisation, 0.2 % by ReLU. No remedy is needed."),
     (told(none=0.5, mean=0.006), "mean", "topk",
      "Untreated, 50.0 % of the features are forecast to be dead at initialisation, 25.0 % by ReLU. Death by ReLU stays "
-     "until the bias has learned the mean; death by TopK mostly recovers in training: this is a risk, not a verdict. "
+     "until the bias has learned the mean; death by TopK can shrink or grow in training, which --pilot forecasts: this "
+     "is a risk, not a verdict. "
      "Starting the bias at the arithmetic mean is forecast to leave 0.6 % dead."),
     (told(none=0.015, mean=0.04, whitening=0.034), "none", "relu",
      "Untreated, 1.5 % of the features are forecast to be dead at initialisation, 0.8 % by ReLU. Death by ReLU stays "

@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sae_jax.errors import Refused
-from sae_jax.models import inputs
+from sae_jax.models import inputs, network
 
 
 def first(source, count):
@@ -72,3 +76,21 @@ def test_a_dataset_of_the_hub_gives_the_column_of_its_kind(tmp_path):
     assert list(inputs.read("text", f"hf:{tmp_path}")) == ["one", "two"]
     with pytest.raises(Refused, match="data.model.proteins = .*: a dataset with .* a column 'sequence'"):
         list(inputs.read("proteins", f"hf:{tmp_path}"))
+
+
+@given(st.lists(st.integers(0, 40), max_size=8), st.integers(1, 12))
+def test_documents_run_on_after_one_another_in_sequences_of_one_length(lengths, room):
+    documents = ["x" * length for length in lengths]  # a token a character, numbered through
+    numbers = iter(range(10_000))
+
+    def tokenizer(text, add_special_tokens=True, verbose=True):
+        ids = [1] if text == "a" else [100 + next(numbers) for _ in text]
+        return SimpleNamespace(input_ids=[7, *ids, 8] if add_special_tokens else ids)
+
+    tokenizer.bos_token_id = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "read", lambda *_: iter(documents))
+        found = list(network.packed(tokenizer, SimpleNamespace(text=""), room + 2))
+    total = sum(length + 2 for length in lengths)  # a blank line ends each
+    assert [token for one in found for token in one[1:-1]] == list(range(100, 100 + total // room * room))
+    assert all(one[0] == 7 and one[-1] == 8 and len(one) == room + 2 for one in found)

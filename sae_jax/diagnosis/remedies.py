@@ -253,7 +253,7 @@ def advice(
 
     Args:
       doubtful: the remedies that `undecided` names.
-      rule: what selects; of death by TopK alone it is known that training mostly ends it.
+      rule: what selects; pilots are for TopK alone.
     """
     none, then = probe["none"], probe[chosen]
     lines = [
@@ -261,7 +261,7 @@ def advice(
         f"{_percent(none['dead_by_relu'])} by ReLU."
     ]
     if none["dead_total"] >= HARMLESS:
-        rest = "; death by TopK mostly recovers in training" if rule == "topk" else ""
+        rest = "; death by TopK can shrink or grow in training, which --pilot forecasts" if rule == "topk" else ""
         lines.append(f"Death by ReLU stays until the bias has learned the mean{rest}: this is a risk, not a verdict.")
     what = REMEDIES[chosen][0].upper() + REMEDIES[chosen][1:]
     if none["dead_total"] < HARMLESS:

