@@ -1,16 +1,17 @@
 """Figure S7: the two phases on real layers, six conditions, bands over three seeds.
 
-    pip install -e ".[demo]"
+    pip install -e ".[bundled]"
     python -m experiments.paper.figS7_real_dynamics --workdir=runs/real_dynamics --scale=cpu --on=9,2,antiberty-4
 
 n 2048, k 16, 20,000 steps of 256 at 3e-4 without decay; 1.2M tokens of a layer, a tenth of them held out: of models of
 text from the docstrings of the packages that this one needs. A number is a block of Gemma 3 270M, MODEL-NUMBER one of
 another model; `--activations=9=PATH` takes one from a file. Death by pathway, bias and FVE (with LayerNorm of what it
 leaves) at steps even in log. Every condition is a run of its own under the workdir (`--conditions` names some): what is
-stopped goes on, what has ended is read. Writes figS7_real_dynamics.csv and .png; `fig6_centering.py` draws layer 9.
-`smoke` uses synthetic activations.
+stopped goes on, what has ended is read. Writes figS7_real_dynamics.csv, where rows of other layers and conditions stay,
+and .png; `fig6_centering.py` draws layer 9. `smoke` uses synthetic activations.
 """
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +129,24 @@ def draw(axis: Any, mine: list[dict[str, Any]], key: str, factor: float, name: s
     axis.plot(at, mean, label=name, **look)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows that a table has, if it is there."""
+    if not path.exists():
+        return []
+    kinds: dict[str, Any] = {"on": str, "condition": str, "step": int, "seeds": int}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
 def main(workdir: Path, scale: str) -> None:
-    """Trains, writes the table and the picture."""
-    conditions = [name.replace("+", ", ") for name in said(CHOSEN)] or list(CONDITIONS)
-    rows: list[dict[str, Any]] = []
+    """Trains, writes the table, in which other layers and conditions stay, and the picture of all that it has."""
+    path, rows = workdir / "figS7_real_dynamics.csv", read(workdir / "figS7_real_dynamics.csv")
     for on in said(ON):
-        rows += train(workdir, scale, on, conditions)
-        tables.write_csv(workdir / "figS7_real_dynamics.csv", rows)
-    (workdir / "figS7_real_dynamics.png").write_bytes(figures.png(picture(rows)))
+        for condition in [name.replace("+", ", ") for name in said(CHOSEN)] or CONDITIONS:
+            rows = [row for row in rows if (row["on"], row["condition"]) != (on, condition)]
+            rows += train(workdir, scale, on, [condition])
+            tables.write_csv(path, rows)
+    path.with_suffix(".png").write_bytes(figures.png(picture(rows)))
 
 
 if __name__ == "__main__":
