@@ -140,13 +140,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def main(workdir: Path, scale: str) -> None:
     """Trains, writes the table, in which other layers and conditions stay, and the picture of all that it has."""
-    path, rows = workdir / "figS7_real_dynamics.csv", read(workdir / "figS7_real_dynamics.csv")
+    path = workdir / "figS7_real_dynamics.csv"
     for on in said(ON):
         for condition in [name.replace("+", ", ") for name in said(CHOSEN)] or CONDITIONS:
-            rows = [row for row in rows if (row["on"], row["condition"]) != (on, condition)]
-            rows += train(workdir, scale, on, [condition])
-            tables.write_csv(path, rows)
-    path.with_suffix(".png").write_bytes(figures.png(picture(rows)))
+            found = train(workdir, scale, on, [condition])
+            others = [row for row in read(path) if (row["on"], row["condition"]) != (on, condition)]
+            tables.write_csv(path, others + found)
+    path.with_suffix(".png").write_bytes(figures.png(picture(read(path))))
 
 
 if __name__ == "__main__":
