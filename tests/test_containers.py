@@ -1,15 +1,24 @@
 """Activations as people have them: every container gives the rows that NumPy counts, and where each comes from."""
 
+import gc
 import hashlib
 import itertools
 import json
+import os
 import pickle
+import subprocess
+import sys
+from functools import partial
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.numpy
+import tensorstore
 from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments.trust import containers
 from experiments.trust.containers import (
@@ -28,9 +37,11 @@ from experiments.trust.containers import (
     parquet,
     rows,
 )  # fmt: skip
+from sae_jax.activations import arrow, files, store, tokens
 from sae_jax.activations import containers as containers_lib
-from sae_jax.activations import files, store, tokens
+from sae_jax.config import base
 from sae_jax.errors import Refused
+from sae_jax.models import sources
 
 
 @pytest.fixture
@@ -203,6 +214,106 @@ def test_of_a_parquet_file_no_more_is_held_than_is_being_read(tmp_path):
         np.testing.assert_array_equal(array[start : start + 1_000], x[start : start + 1_000])
         most = max(most, pyarrow.total_allocated_bytes() - held)
     assert most < x.nbytes / 5
+
+
+def test_of_a_folder_of_parquet_files_no_more_is_held_than_there_is_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrow, "DECODED", 250_000)
+    x = np.random.default_rng(0).normal(size=(16_000, 16))
+    for number, part in enumerate(np.split(x, 16)):
+        table = pyarrow.table({"acts": pyarrow.FixedSizeListArray.from_arrays(part.ravel(), 16)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=250)
+    held, most = pyarrow.total_allocated_bytes(), 0
+    array = files.open_array(str(tmp_path))
+    for start in np.random.default_rng(0).permutation(len(x) // 100) * 100:
+        np.testing.assert_array_equal(array[start : start + 100], x[start : start + 100])
+        most = max(most, pyarrow.total_allocated_bytes() - held)
+    assert most < x.nbytes / 5
+    del array
+    gc.collect()
+    assert pyarrow.total_allocated_bytes() == held
+
+
+def test_small_parquet_files_are_each_unpacked_once(tmp_path, monkeypatch):
+    for number in range(12):
+        parquet(tmp_path / f"{number}.parquet", {"acts": list(np.full((50, 4), float(number)))})
+    array, made = files.open_array(str(tmp_path)), []
+    column = arrow._column
+    monkeypatch.setattr(arrow, "_column", lambda *given, **named: made.append(1) or column(*given, **named))
+    for start in np.random.default_rng(0).integers(0, 590, 100):
+        np.testing.assert_array_equal(array[start : start + 10][:, 0], np.arange(start, start + 10) // 50)
+    assert len(made) <= 12
+
+
+def test_training_on_what_is_unpacked_whole_says_what_is_faster(tmp_path, monkeypatch, capsys):
+    parquet(tmp_path / "x.parquet", {"acts": list(np.random.default_rng(0).normal(size=(4000, 4)))})
+    config = base({"data.path": str(tmp_path / "x.parquet"), "train.batch_size": 64, "eval.n_tokens": 500})
+    sources.open_source(config)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(arrow, "DECODED", 1000)
+    sources.open_source(config)
+    assert f"beware: of {config.data.path} every batch unpacks whole row groups" in capsys.readouterr().err
+
+
+class Read:
+    """An array that counts the numbers that are read."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.ndim, self.read = array, array.shape, array.dtype, array.ndim, 0
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, rows):
+        found = self.array[rows]
+        self.read += found.size
+        return found
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.data())
+def test_of_long_sequences_only_what_is_asked_for_is_read(count, context, data):
+    x = np.random.default_rng(0).normal(size=(count, context, 3))
+    start = data.draw(st.integers(0, count * context))
+    stop = data.draw(st.integers(start, count * context))
+    array = Read(x)
+    np.testing.assert_array_equal(tokens.Flat(array)[start:stop], x.reshape(-1, 3)[start:stop])
+    assert array.read <= 3 * (stop - start) * 3  # whole sequences, where there are some
+
+
+def test_a_long_sequence_in_a_file_is_read_in_slices(tmp_path):
+    x = np.random.default_rng(0).normal(size=(2, 50, 6)).astype(np.float32)
+    safetensors.numpy.save_file({"acts": x}, tmp_path / "x.safetensors")
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "z")}}
+    whole = tensorstore.open(spec, create=True, dtype=tensorstore.float32, shape=x.shape).result()
+    whole.write(x).result()
+    for name in ("x.safetensors", "z"):
+        array = files.open_array(str(tmp_path / name))
+        for start, stop in ((0, 7), (43, 57), (50, 60), (99, 100), (5, 5), (0, 100)):
+            np.testing.assert_array_equal(array[start:stop], x.reshape(-1, 6)[start:stop])
+
+
+def test_rows_far_apart_are_read_without_what_lies_between():
+    x, kept = np.random.default_rng(0).normal(size=(10_000, 2)), np.array([0, 3, 40, 4000, 4002, 9999])
+    array = Read(x)
+    found = tokens.Selected(array, kept)
+    np.testing.assert_array_equal(found[:], x[kept])
+    assert array.read < 100 * 2
+    np.testing.assert_array_equal(found.places(1, 6).position, kept[1:])
+
+
+def test_more_shards_than_a_shell_lets_one_open(tmp_path):
+    x = np.random.default_rng(0).normal(size=(200, 3, 4)).astype(np.float32)
+    for number, part in enumerate(x):
+        np.save(tmp_path / f"{number}.npy", part)
+        np.save(tmp_path / f"{number}.token_ids.npy", np.arange(3))
+    code = (
+        f"import numpy as np; from sae_jax.activations import files; a = files.open_array({str(tmp_path)!r}); "
+        "print(a.shape, float(np.abs(a[:]).sum()))"
+    )
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=120, env=os.environ)
+    soft = run(["bash", "-c", f'ulimit -Sn 128; {sys.executable} -c "{code}"'])
+    assert soft.stdout == f"(600, 4) {float(np.abs(x.reshape(-1, 4)).sum())}\n", soft.stderr
+    hard = run(["bash", "-c", f'ulimit -n 128; {sys.executable} -c "{code}"'])
+    assert "of 200 could be opened, under the limit of open files" in hard.stderr
 
 
 @pytest.mark.parametrize(("columns", "said"), [

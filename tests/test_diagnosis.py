@@ -436,8 +436,8 @@ def test_one_in_a_hundred_is_harmless_and_two_are_alike():
      "Untreated, 0.4 % of the features are forecast to be dead at initialisation, 0.2 % by ReLU. No remedy is needed."),
     (told(none=0.5, mean=0.006), "mean", "topk",
      "Untreated, 50.0 % of the features are forecast to be dead at initialisation, 25.0 % by ReLU. Death by ReLU stays "
-     "until the bias has learned the mean; death by TopK can shrink or grow in training, which --pilot forecasts: this "
-     "is a risk, not a verdict. "
+     "until the bias has learned the mean; death by TopK can shrink or grow in training, which --pilot forecasts "
+     "roughly: this is a risk, not a verdict. "
      "Starting the bias at the arithmetic mean is forecast to leave 0.6 % dead."),
     (told(none=0.015, mean=0.04, whitening=0.034), "none", "relu",
      "Untreated, 1.5 % of the features are forecast to be dead at initialisation, 0.8 % by ReLU. Death by ReLU stays "
@@ -563,3 +563,14 @@ def test_what_is_asked_where_nothing_is_said(activations):
 ])  # fmt: skip
 def test_the_ends_of_what_can_be_asked_are_allowed(n_features, k, n_probes, seed):
     diagnosis.check(n_features, k, n_probes, seed, None)
+
+
+def test_a_damaged_shard_is_named_as_such(tmp_path, rng):
+    np.save(tmp_path / "x.npy", rng.normal(size=(3000, 8)).astype(np.float32))
+    folder = store.import_file(str(tmp_path / "x.npy"), str(tmp_path / "data"))
+    shard = next(Path(folder).glob("*.array_record*"))
+    with shard.open("r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        file.write(bytes(4000))
+    with pytest.raises(Refused, match="activations = .*: whole shards; .*is damaged"):
+        diagnosis.diagnose(folder, n_features=32, k=4)

@@ -318,6 +318,18 @@ def test_a_member_without_settings_of_its_own_comes_out_as_well(tiny, tmp_path, 
     assert np.abs(both[0] - both[1]).max() > 0.1
 
 
+def test_a_run_is_read_without_what_training_alone_needs(run):
+    """Adam's moments are twice the SAEs; nothing of it takes a device's memory."""
+    _, workdir, _ = run
+    lean, whole = (checkpoint.saved(workdir, whole).groups for whole in (False, True))
+    assert all("moments" not in group for group in lean)
+    for mine, theirs in zip(lean, whole, strict=True):
+        moments = theirs.pop("moments")
+        assert sum(a.size for a in jax.tree.leaves(moments)) >= 2 * theirs["sae"]["W_enc"].size
+        assert all(isinstance(a, np.ndarray) for a in jax.tree.leaves(mine))
+        jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+
+
 @pytest.mark.parametrize("member", ["baseline", "centred", "wide", "white"])
 def test_a_member_of_a_run_comes_out_with_its_own_deaths(run, member, tmp_path):
     config, workdir, report = run

@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,9 +65,20 @@ def test_files_are_read_as_what_they_are(tmp_path):
     assert list(inputs.read("proteins", str(tmp_path / "a.fasta"))) == ["MKTAYI", "GSHM"]
     assert list(inputs.read("dna", str(tmp_path / "plain.txt"))) == ["MKT", "GSHM"]
     assert inputs.identity("dna", str(tmp_path / "plain.txt")) != inputs.identity("dna", str(tmp_path / "a.fasta"))
-    with pytest.raises(Refused, match="data.model.images = .*: a folder with images"):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert list(inputs.read("text", str(tmp_path / "marked.txt"))) == ["one\ntwo"]
+    assert inputs.identity("text", str(tmp_path / "marked.txt")).endswith(" without its mark")
+    (tmp_path / "marked.fasta").write_bytes(b"\xef\xbb\xbf>one\nMKT\n>tw\xc3\xb6\nGSHM\n")
+    assert list(inputs.read("proteins", str(tmp_path / "marked.fasta"))) == ["MKT", "GSHM"]
+    (tmp_path / "odd.fasta").write_text(">one\nMKÄ\n", encoding="utf-8")
+    with pytest.raises(Refused, match="data.model.proteins = [^:]*: proteins that can be read .line 2 is not ASCII"):
+        inputs.identity("proteins", str(tmp_path / "odd.fasta"))  # before anything is extracted
+    (tmp_path / "mixed.txt").write_text("MKT\n\n>two\nGSHM\n")
+    with pytest.raises(Refused, match="data.model.dna = [^:]*: dna that can be read .line 3 is a header,"):
+        list(inputs.read("dna", str(tmp_path / "mixed.txt")))
+    with pytest.raises(Refused, match="data.model.images = [^:]*: a folder with images"):
         list(inputs.read("images", str(tmp_path)))
-    with pytest.raises(Refused, match="data.model.text = .*: text that can be read"):
+    with pytest.raises(Refused, match="data.model.text = [^:]*: text that can be read"):
         list(inputs.read("text", str(tmp_path / "none")))
 
 
@@ -74,8 +86,24 @@ def test_a_dataset_of_the_hub_gives_the_column_of_its_kind(tmp_path):
     pytest.importorskip("datasets", reason="needs the extra models")
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert list(inputs.read("text", f"hf:{tmp_path}")) == ["one", "two"]
-    with pytest.raises(Refused, match="data.model.proteins = .*: a dataset with .* a column 'sequence'"):
+    with pytest.raises(Refused, match="data.model.proteins = 'hf:[^:]*: a dataset with .* a column 'sequence'"):
         list(inputs.read("proteins", f"hf:{tmp_path}"))
+
+
+@given(st.lists(st.text("ab\n ", max_size=9), max_size=9).map("".join), st.integers(1, 6))
+def test_a_long_text_is_read_in_pieces_that_make_it_up_again(tmp_path_factory, text, piece):
+    """But for a blank line, a line's end or a space where they are cut; what is short is one document."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "PIECE", piece)
+        found = list(inputs.read("text", str(path)))
+    assert re.fullmatch("(?:\n\n|\n| |)".join(map(re.escape, found)), text)
+    assert len(found) == 1 or len(text) > piece
+    assert all(len(one) <= 4 * piece for one in found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "PIECE", piece)
+        assert inputs.identity("text", str(path)).endswith(" in pieces") == (len(found) > 1)  # other tokens, other name
 
 
 @given(st.lists(st.integers(0, 40), max_size=8), st.integers(1, 12))

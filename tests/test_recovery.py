@@ -13,6 +13,17 @@ def test_mmcs_knows_sign_scale_and_absence(rng):
     assert float(recovery.mmcs(basis, basis[:3])) == pytest.approx(3 / 4, abs=1e-6)
 
 
+def test_mmcs_of_more_true_features_than_are_looked_at_together(rng, monkeypatch):
+    monkeypatch.setattr(recovery, "BLOCK", 4)
+    truth, learned = rng.normal(size=(11, 5)), rng.normal(size=(7, 5))
+    alive = np.array([True, False, True, True, False, True, True])
+    unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (truth, learned)]
+    cosines = unit[0] @ unit[1].T
+    truth, learned, live = jnp.asarray(truth), jnp.asarray(learned), jnp.asarray(alive)
+    assert float(recovery.mmcs(truth, learned)) == pytest.approx(cosines.max(axis=1).mean(), rel=1e-6)
+    assert float(recovery.mmcs(truth, learned, live)) == pytest.approx(cosines[:, alive].max(axis=1).mean(), rel=1e-6)
+
+
 def test_mmcs_of_live_rows_leaves_the_dead_out():
     basis = jnp.eye(4)
     assert float(recovery.mmcs(basis, basis, jnp.array([True, True, False, False]))) == pytest.approx(0.5)

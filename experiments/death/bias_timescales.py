@@ -7,8 +7,7 @@ seeds each; data scaled to ‖sigma‖ = √d. Beside it the least that Adam cou
 learning rate) and the floor: b's optimum is not mu but mu − W_decᵀE[z], which live features that carry some of the mean
 move away from it. Then interventions at one gamma, in both directions: the weights held still (nothing can learn to
 carry the mean), rows of both weights kept from moving along the mean, a batch 8 times as large (less noise in the
-gradient), and that with the weights held. Writes bias_timescales.csv and bias_interventions.csv. About five minutes on
-2 CPU cores.
+gradient), and that with the weights held. Writes bias_timescales.csv and bias_interventions.csv.
 """
 
 from pathlib import Path

@@ -3,9 +3,10 @@
     python -m experiments.speed.bench_backends --workdir=runs/bench_backends
 
 Of each bundled model, on the same batches: the largest difference at any layer, token and dimension, in deviations of
-that dimension; of how many features of an untrained SAE (n 1024, k 8, nothing subtracted) the fate is another; and the
-time from the inputs of a batch to the rows of one layer, compiled, in pairs that take turns. Writes bench_backends.csv.
-Needs the extras bundled and torchax; about six minutes on 2 CPU cores.
+that dimension; how far each is from torch in float64, likewise; of how many features of an untrained SAE (n 1024, k 8,
+nothing subtracted) the fate is another; and the time from the inputs of a batch to the rows of one layer, compiled, in
+pairs that take turns (`--pairs=0` leaves it out). Writes bench_backends.csv. Needs the extras bundled and torchax;
+about seven minutes on 2 CPU cores.
 """
 
 import time
@@ -51,13 +52,7 @@ def compared(name: str) -> dict[str, object]:
     def rows(backend: str, batch: int, layers: list[int]) -> dict[int, store.Rows]:
         return extraction.forward(networks[backend], model, batches[batch], batch * model.batch_size, layers)
 
-    worst, differ = 0.0, 0
     found = {backend: [rows(backend, i, list(layers)) for i in range(BATCHES)] for backend in networks}
-    for layer in layers:
-        theirs, ours = (np.concatenate([part[layer].x for part in found[backend]]) for backend in ("torch", "jax"))
-        deviation = np.maximum(theirs.std(axis=0, dtype=np.float64), 1e-12)
-        worst = max(worst, float(np.max(np.abs(theirs - ours) / deviation)))
-        differ += int(np.sum(fates(theirs) != fates(ours)))
     seconds: dict[str, list[float]] = {"torch": [], "jax": []}
     rows("jax", 0, [MODELS[name]])  # compiled
     for _ in range(PAIRS.value):
@@ -65,12 +60,32 @@ def compared(name: str) -> dict[str, object]:
             began = time.perf_counter()
             rows(backend, 0, [MODELS[name]])
             taken.append(time.perf_counter() - began)
-    ratio = np.median(np.array(seconds["torch"]) / np.array(seconds["jax"]))
+    timed: dict[str, object] = {}
+    if PAIRS.value:
+        ratio = np.median(np.array(seconds["torch"]) / np.array(seconds["jax"]))
+        timed = {
+            "torch_seconds": round(float(np.median(seconds["torch"])), 3),
+            "jax_seconds": round(float(np.median(seconds["jax"])), 3), "torch_over_jax": round(float(ratio), 2),
+        }  # fmt: skip
+    networks["float64"] = networks["torch"]._replace(run=networks["torch"].run.double())  # in place: nothing after it
+    batches = [
+        batch._replace(inputs={key: x.double() if x.is_floating_point() else x for key, x in batch.inputs.items()})
+        for batch in batches
+    ]
+    found["float64"] = [rows("float64", i, list(layers)) for i in range(BATCHES)]
+    apart, differ = dict.fromkeys((("torch", "jax"), ("torch", "float64"), ("jax", "float64")), 0.0), 0
+    for layer in layers:
+        x = {backend: np.concatenate([part[layer].x for part in parts]) for backend, parts in found.items()}
+        deviation = np.maximum(x["torch"].std(axis=0, dtype=np.float64), 1e-12)
+        for one, other in apart:
+            worst = float(np.max(np.abs(x[one] - x[other]) / deviation))
+            apart[one, other] = max(apart[one, other], worst)
+        differ += int(np.sum(fates(x["torch"]) != fates(x["jax"])))
     return {
         "model": name, "layers": len(layers), "tokens": sum(int(batch.real.sum()) for batch in batches),
-        "largest_difference": f"{worst:.1e}", "fates_that_differ": differ, "fates": N * len(layers),
-        "timed_layer": MODELS[name], "torch_seconds": round(float(np.median(seconds["torch"])), 3),
-        "jax_seconds": round(float(np.median(seconds["jax"])), 3), "torch_over_jax": round(float(ratio), 2),
+        "largest_difference": f"{apart['torch', 'jax']:.1e}", "torch_error": f"{apart['torch', 'float64']:.1e}",
+        "jax_error": f"{apart['jax', 'float64']:.1e}", "fates_that_differ": differ, "fates": N * len(layers),
+        "timed_layer": MODELS[name], **timed,
     }  # fmt: skip
 
 

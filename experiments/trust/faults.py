@@ -135,7 +135,7 @@ def sha(data: bytes) -> str:
 def trained(folder: Path) -> dict[str, str]:
     """Digests of report, figures and the arrays of the last checkpoint, whose files hold times and random names."""
     found = {path.name: sha(path.read_bytes()) for path in folder.iterdir() if path.suffix in (".json", ".png", ".csv")}
-    saved = checkpoint.saved(str(folder))
+    saved = checkpoint.saved(str(folder), whole=True)
     for where, leaf in jax.tree_util.tree_leaves_with_path((saved.groups, saved.statistics)):
         found[jax.tree_util.keystr(where)] = sha(np.asarray(leaf).tobytes())
     return found | {"step": str(saved.step), "history": sha(repr(saved.history).encode())}

@@ -4,7 +4,10 @@ A row of a table is a token, (d_model,), or a sequence, (length, d_model), whose
 token ids, or a mask. Arrow files are memory-mapped; of Parquet a few row groups are decoded at a time.
 """
 
-import functools
+import itertools
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +24,8 @@ from sae_jax.runtime.disk import read_json
 STATE, DICTIONARY = "state.json", "dataset_dict.json"
 TOKEN_IDS = ("token_ids", "token_id", "input_ids", "tokens", "ids")
 MASKS = ("attention_mask", "mask")
-GROUPS = 4  # row groups of Parquet kept decoded
+GROUPS = 4  # row groups of a Parquet file kept decoded
+DECODED = 2**28  # bytes of them, of all files together; the latest is always kept
 
 
 class Column(NamedTuple):
@@ -76,6 +80,39 @@ def _column(column: Any, matrix: bool) -> Column:
     return Column(column.to_numpy(zero_copy_only=True).reshape(n_rows, int(widths[0])), lengths)
 
 
+class Decoded:
+    """The latest matrices that were asked for, by what they belong to and their number."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._alone = threading.Lock()
+
+    def get(self, owner: int, number: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """A matrix, made if it is not held."""
+        with self._alone:
+            if (owner, number) in self._held:
+                self._held.move_to_end((owner, number))
+                return self._held[owner, number]
+        found = make()
+        with self._alone:
+            self._held[owner, number] = found
+            mine = [key for key in self._held if key[0] == owner]
+            for key in mine[:-GROUPS]:
+                del self._held[key]
+            while len(self._held) > 1 and sum(matrix.nbytes for matrix in self._held.values()) > DECODED:
+                self._held.popitem(last=False)
+        return found
+
+    def drop(self, owner: int) -> None:
+        """Lets go of all that belongs to one."""
+        with self._alone:
+            for key in [key for key in self._held if key[0] == owner]:
+                del self._held[key]
+
+
+_decoded, _openings = Decoded(), itertools.count()
+
+
 class Blocks(tokens.Rows):
     """Record batches or row groups end to end; `read` makes the matrix of one of them."""
 
@@ -88,6 +125,7 @@ class Blocks(tokens.Rows):
         self._read, self._starts = read, np.cumsum([0, *counts])
         context = {} if lengths is None or lengths.min() != lengths.max() else {"context": int(lengths[0])}
         self.facts = {"hook": hook, **context}
+        self.unpacked = 0
 
     def take(self, start: int, stop: int) -> np.ndarray:
         if start >= stop:
@@ -151,13 +189,18 @@ def _open(batches: Sequence[Any], schema: Any, wanted: str, load: Callable[[int,
     if not sum(counts):
         raise tokens.Unfit("rows")
 
-    @functools.lru_cache(GROUPS)
+    owner = next(_openings)  # opened again, a file may be another one
+
     def decoded(number: int) -> np.ndarray:
-        return _column(load(batches[number], [name]).column(name), matrix=True).values
+        made = lambda: _column(load(batches[number], [name]).column(name), matrix=True).values  # noqa: E731
+        return _decoded.get(owner, number, made)
 
     read: Any = kept.__getitem__ if keep else decoded
     ids, mask = (np.concatenate(parts) if parts else None for parts in (found["ids"], found["mask"]))
     array: Any = Blocks(read, counts, width, dtype, None if flat else np.concatenate(lengths), ids, name)
+    if not keep:
+        array.unpacked = array.nbytes
+        weakref.finalize(array, _decoded.drop, owner)
     if mask is not None:
         if len(mask) != len(array):
             raise tokens.Unfit(f"a mask for each of {len(array)} tokens, not {len(mask)}")

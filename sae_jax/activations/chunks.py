@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from sae_jax.activations import tokens
 from sae_jax.errors import Refused
 
 LANES = 64  # at most; the batch size has to be a multiple
@@ -39,7 +40,7 @@ class ArrayChunks:
         # Types that NumPy has no letter for, such as bfloat16, are of kind V.
         if not (array.dtype.kind == "f" or jnp.issubdtype(array.dtype, jnp.floating)):
             raise Refused("data.path", name, f"floating point activations, not {array.dtype}")
-        self._array = array
+        self._array, self.unpacked = array, tokens.unpacked(array)
         self.n_tokens: int = array.shape[0]
         self.d_model: int = array.shape[1]
         self.dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.dtype(np.float32)
@@ -111,9 +112,10 @@ def read(
         rows = chunk(int(number))[:left]
         buffer.append(rows)
         held, left = held + len(rows), left - len(rows)
-        while held >= batch_size:
-            joined = np.concatenate(buffer)
-            yield joined[:batch_size]
-            buffer, held = [joined[batch_size:]], held - batch_size
+        if held >= batch_size:
+            joined, whole = np.concatenate(buffer), held // batch_size * batch_size
+            for start in range(0, whole, batch_size):
+                yield joined[start : start + batch_size]
+            buffer, held = [joined[whole:]], held - whole
     if held:
         yield np.concatenate(buffer)

@@ -104,6 +104,13 @@ def _typed(array: Any, bits: bool) -> Any:
     return array
 
 
+def _within(rows: slice | tuple[slice, slice], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Slices of the first dimensions, whose ends are in the array and in order."""
+    parts = rows if isinstance(rows, tuple) else (rows,)
+    found = [part.indices(size)[:2] for part, size in zip(parts, shape, strict=False)]
+    return tuple(slice(start, max(start, stop)) for start, stop in found)
+
+
 class SafeTensor:
     """One tensor of a .safetensors file that looks like a memory-mapped array."""
 
@@ -116,9 +123,8 @@ class SafeTensor:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(len(self))
-        return np.asarray(self._slice[start:stop])
+    def __getitem__(self, rows: slice | tuple[slice, slice]) -> np.ndarray:
+        return np.asarray(self._slice[_within(rows, self.shape)])
 
 
 class ZarrArray:
@@ -127,12 +133,18 @@ class ZarrArray:
     def __init__(self, folder: Path):
         import tensorstore  # comes with orbax
 
-        self._folder = str(folder)
-        self._array = tensorstore.open({
-            "driver": "zarr" if (folder / ".zarray").exists() else "zarr3",
-            "kvstore": {"driver": "file", "path": str(folder)},
-            "context": {"cache_pool": {"total_bytes_limit": CACHE_BYTES}}, "recheck_cached_data": "open",
-        }, read=True, open=True).result()  # fmt: skip
+        def opened(cache: int) -> Any:
+            return tensorstore.open({
+                "driver": "zarr" if (folder / ".zarray").exists() else "zarr3",
+                "kvstore": {"driver": "file", "path": str(folder)},
+                "context": {"cache_pool": {"total_bytes_limit": cache}}, "recheck_cached_data": "open",
+            }, read=True, open=True).result()  # fmt: skip
+
+        self._folder, self._array = str(folder), opened(CACHE_BYTES)
+        layout, itemsize = self._array.chunk_layout.read_chunk.shape, self._array.dtype.numpy_dtype.itemsize
+        across = int(np.prod(layout[:-1])) * -(-self._array.shape[-1] // layout[-1]) * layout[-1] * itemsize
+        if 2 * across > CACHE_BYTES:  # what the cache has no room for is unpacked again for every slice
+            self._array = opened(2 * across)
         self.shape: tuple[int, ...] = tuple(self._array.shape)
         self.ndim, self.dtype = len(self.shape), self._array.dtype.numpy_dtype
         if not self._array.storage_statistics(query_fully_stored=True).result().fully_stored:
@@ -141,10 +153,9 @@ class ZarrArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(len(self))
+    def __getitem__(self, rows: slice | tuple[slice, slice]) -> np.ndarray:
         try:
-            return np.asarray(self._array[start : max(start, stop)].read().result())
+            return np.asarray(self._array[_within(rows, self.shape)].read().result())
         except ValueError as error:
             raise Refused("data.path", self._folder, f"a zarr whose chunks are whole ({first_line(error)})") from error
 

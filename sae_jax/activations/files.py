@@ -3,6 +3,7 @@
 PATH::NAME is one of several arrays, columns or splits; PATH::NAME?without=first,norm=10 leaves tokens out.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -17,6 +18,7 @@ from etils import epath
 from sae_jax.activations import arrow, containers, tokens
 from sae_jax.activations.chunks import ArrayChunks, Chunks
 from sae_jax.errors import Refused
+from sae_jax.runtime import disk
 from sae_jax.runtime.disk import SAMPLED
 
 FORMATS = (
@@ -174,9 +176,9 @@ class Dataset(tokens.Rows):
     def places(self, start: int, stop: int) -> tokens.Places:
         size = self._chunks.rows
         first = start // size
-        read = [self._chunks.example(number) for number in range(first, -(-stop // size))]
+        read = [self._chunks.example(number)[1:] for number in range(first, -(-stop // size))]  # not the activations
         rows = slice(start - first * size, stop - first * size)
-        return tokens.Places(*(np.concatenate([row[part] for row in read])[rows] for part in (1, 2, 3)))
+        return tokens.Places(*(np.concatenate([row[part] for row in read])[rows] for part in range(3)))
 
 
 def _of_others(folder: epath.Path) -> bool:
@@ -234,12 +236,18 @@ def _joined(paths: list[Path], name: str) -> Any:
     kinds = sorted({path.suffix for path in paths})
     if len(kinds) != 1:
         raise tokens.Unfit(f"shards of one kind, not {', '.join(kinds) or 'none'}")
+    disk.open_files(2 * len(paths))  # token ids may lie beside each
     parts = []
     for path in paths:
         try:
             parts.append(_file(path, name))
         except tokens.Unfit as error:
             raise tokens.Unfit(f"{error} (in {path.name})") from error
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            most = f"{len(parts)} of {len(paths)} could be opened, under the limit of open files that ulimit -n tells"
+            raise tokens.Unfit(f"fewer shards: {most}") from error
     return parts[0] if len(parts) == 1 else tokens.Joined(parts)
 
 

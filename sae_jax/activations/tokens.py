@@ -11,6 +11,7 @@ import numpy as np
 
 from sae_jax.outliers import giants
 
+GAP = 256  # more unwanted rows in a row than this are skipped in reading
 UNKNOWN = -1  # token_id and sequence_id where nobody wrote them down
 
 
@@ -35,6 +36,11 @@ def places(array: Any, start: int, stop: int) -> Places:
     return Places(nobody, nobody, np.arange(start, stop))
 
 
+def unpacked(array: Any) -> int:
+    """Bytes of what an array unpacks in pieces much larger than what is asked for; 0 where it is read in place."""
+    return int(getattr(array, "unpacked", 0))
+
+
 def sequences(array: Any) -> bool:
     """Whether an array knows which rows make a sequence."""
     return bool(getattr(array, "known", False))
@@ -57,6 +63,11 @@ class Rows:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows together."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(len(self))
@@ -93,6 +104,13 @@ class Flat(Rows):
 
     def take(self, start: int, stop: int) -> np.ndarray:
         first, last = start // self._context, -(-stop // self._context)
+        if stop - start < self._context:  # sequences may be long: of each only what is asked for
+            parts = [np.zeros((0, self.shape[1]), self.dtype)]
+            for number in range(first, last):
+                begin = number * self._context
+                rows = slice(max(start - begin, 0), min(stop - begin, self._context))
+                parts.append(np.asarray(self._array[number : number + 1, rows])[0])
+            return parts[1] if len(parts) == 2 else np.concatenate(parts, dtype=self.dtype)  # of its own byte order
         block = np.asarray(self._array[first:last]).reshape(-1, self.shape[1])
         return block[start - first * self._context : stop - first * self._context]
 
@@ -129,11 +147,12 @@ class Joined(Rows):
             int(places(part, len(part) - 1, len(part)).sequence_id[0]) + 1 if sequences(part) and len(part) else 0
             for part in parts
         ]
-        self._first_sequence = np.cumsum([0, *counts])
+        self.unpacked = sum(map(unpacked, parts))
+        self._first_sequence, self._known = np.cumsum([0, *counts]), all(map(sequences, parts))
 
     @property
     def known(self) -> bool:
-        return all(map(sequences, self._parts))
+        return self._known
 
     def _within(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Number of a part, and the rows of it that lie between start and stop."""
@@ -172,7 +191,7 @@ class Selected(Rows):
 
     def __init__(self, array: Any, rows: np.ndarray):
         super().__init__((len(rows), array.shape[1]), array.dtype)
-        self._array, self._rows = array, rows
+        self._array, self._rows, self.unpacked = array, rows, unpacked(array)
 
     @property
     def known(self) -> bool:
@@ -182,14 +201,28 @@ class Selected(Rows):
         rows = self._rows[start:stop]
         if not len(rows):
             return np.zeros((0, self.shape[1]), self.dtype)
-        return np.asarray(self._array[int(rows[0]) : int(rows[-1]) + 1])[rows - rows[0]]
+        parts = [np.asarray(self._array[int(part[0]) : int(part[-1]) + 1])[part - part[0]] for part in _near(rows)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, dtype=self.dtype)
 
     def places(self, start: int, stop: int) -> Places:
         rows = self._rows[start:stop]
         if not len(rows):
             return Places(*(np.zeros(0, np.int64) for _ in range(3)))
-        first = int(rows[0])
-        return Places(*(part[rows - first] for part in places(self._array, first, int(rows[-1]) + 1)))
+        found = [
+            [known[part - part[0]] for known in places(self._array, int(part[0]), int(part[-1]) + 1)]
+            for part in _near(rows)
+        ]
+        return Places(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def first(array: Any, most: int) -> Selected:
+    """The first rows of an array, or all."""
+    return Selected(array, np.arange(min(most, len(array))))
+
+
+def _near(rows: np.ndarray) -> list[np.ndarray]:
+    """Rows in runs that are read at once."""
+    return np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1)
 
 
 BLOCK = 2**14  # rows looked at together

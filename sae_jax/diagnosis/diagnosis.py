@@ -19,6 +19,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
+from sae_jax.activations import tokens
 from sae_jax.diagnosis import recipes, remedies, survey
 from sae_jax.errors import Refused
 from sae_jax.models.sources import open_tokens
@@ -45,9 +46,9 @@ class Report(dict[str, Any]):
 
 
 def diagnose(
-    activations: np.ndarray | str | ConfigDict, workdir: str | None = None, *, n_features: int = 8192, k: int = 64,
-    selection: str = "topk", threshold: float | None = None, measure: bool = False, n_probes: int = N_PROBES,
-    seed: int = 0, pilot: bool = False,
+    activations: np.ndarray | tokens.Rows | str | ConfigDict, workdir: str | None = None, *, n_features: int = 8192,
+    k: int = 64, selection: str = "topk", threshold: float | None = None, measure: bool = False,
+    n_probes: int = N_PROBES, seed: int = 0, pilot: bool = False,
 ) -> Report:  # fmt: skip
     """Outlier severity, predicted death at initialisation by every law, and the cheapest remedy.
 

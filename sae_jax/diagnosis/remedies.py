@@ -261,7 +261,8 @@ def advice(
         f"{_percent(none['dead_by_relu'])} by ReLU."
     ]
     if none["dead_total"] >= HARMLESS:
-        rest = "; death by TopK can shrink or grow in training, which --pilot forecasts" if rule == "topk" else ""
+        grows = "; death by TopK can shrink or grow in training, which --pilot forecasts roughly"
+        rest = grows if rule == "topk" else ""
         lines.append(f"Death by ReLU stays until the bias has learned the mean{rest}: this is a risk, not a verdict.")
     what = REMEDIES[chosen][0].upper() + REMEDIES[chosen][1:]
     if none["dead_total"] < HARMLESS:

@@ -72,6 +72,8 @@ def first_pass(tokens: Tokens, of_directions: bool = True) -> tuple[Severity, np
 
     try:
         severity = moments_lib.severity(watched(), True, of_directions)
+    except Refused:  # what cannot be read is not what is too little
+        raise
     except ValueError:
         severity = None
     name = tokens.identity.get("path", "activations")

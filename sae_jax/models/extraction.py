@@ -95,16 +95,20 @@ def _widths(network: Network, model: ConfigDict, layers: Collection[int]) -> dic
     return {layer: width if isinstance(width := network.width, int) else width[layer - 1] for layer in layers}
 
 
-def described(model: ConfigDict, layer: int) -> dict[str, Any]:
-    """What the activations of a layer are, without having them."""
+def shown(model: ConfigDict) -> dict[str, str]:
+    """What a model is shown; of a user's text it takes a pass over it."""
     known = facts.find(model)
     kinds = [known.inputs] if known else [kind for kind in inputs.COLUMN if kind == "text" or model[kind]]
-    shown = {kind: inputs.identity(kind, model[kind]) for kind in kinds}
+    return {kind: inputs.identity(kind, model[kind]) for kind in kinds}
+
+
+def described(model: ConfigDict, layer: int, given: dict[str, str] | None = None) -> dict[str, Any]:
+    """What the activations of a layer are, without having them; `given` as of `shown`, where that is known."""
     ignored = {"cache", "batch_size", "stream", "activations", *inputs.COLUMN}
     plain = config_lib.defaults()  # datasets of before these could be chosen keep their names
     ignored |= {key for key in ("backend", "weights") if model[key] == plain[f"data.model.{key}"]}
     settings = {key: model[key] for key in sorted(model) if key not in ignored}
-    return settings | {"layer": layer, "inputs": shown}
+    return settings | {"layer": layer, "inputs": shown(model) if given is None else given}
 
 
 def extracted(model: ConfigDict, devices: Sequence[Any] = ()) -> str:
@@ -126,9 +130,9 @@ def extract(
     known = facts.find(model)
     if known and known.family == "activations":
         return dict.fromkeys(layers, model.activations)
-    folders, identity = {}, {}
+    folders, identity, given = {}, {}, shown(model)
     for layer in layers:
-        identity[layer] = described(model, layer)
+        identity[layer] = described(model, layer, given)
         fingerprint = hashlib.sha256(json.dumps(identity[layer]).encode()).hexdigest()[:8]
         dataset = f"{model.id.strip('/').replace('/', '--')}_layer{layer:02d}_{fingerprint}"
         folders[layer] = store.folder_of(data_dir, dataset)

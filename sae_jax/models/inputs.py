@@ -8,6 +8,7 @@ tests; sequences and crops never end.
 """
 
 import ast
+import codecs
 import hashlib
 import importlib.metadata
 import platform
@@ -22,6 +23,7 @@ import numpy as np
 from sae_jax.errors import Refused
 from sae_jax.runtime.optional import module, package
 
+PIECE = 2**20  # characters of a text that are read at a time: a corpus may be larger than memory
 MIN_DOCSTRING = 200  # characters: shorter ones are labels, not prose
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 CODONS = {
@@ -66,12 +68,14 @@ def read(kind: str, source: str) -> Iterator[Any]:
         else:
             for sequence in _antibodies(np.random.default_rng(0)):
                 yield sequence if kind == "proteins" else "".join(map(CODONS.__getitem__, sequence))
-    except (OSError, UnicodeDecodeError) as error:
+    except Refused:
+        raise
+    except (OSError, ValueError) as error:
         raise Refused(f"data.model.{kind}", source, f"{kind} that can be read ({error})") from error
 
 
 def identity(kind: str, source: str) -> str:
-    """What `read` yields, without reading it all."""
+    """What `read` yields. A file is gone through, so that what cannot be read is refused before there is a result."""
     path = Path(source)
     try:
         if source.startswith(HUB):
@@ -80,7 +84,12 @@ def identity(kind: str, source: str) -> str:
             listing = [(str(file.relative_to(path)), file.stat().st_size) for file in _image_files(path)]
             return "files " + hashlib.sha256(repr(listing).encode()).hexdigest()
         if source:
-            return "sha256 " + hashlib.sha256(path.read_bytes()).hexdigest()
+            pieces = sum(1 for _ in read(kind, source)) if kind != "images" else 0
+            with path.open("rb") as file:
+                marked = kind == "text" and file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+                file.seek(0)
+                how = " in pieces" if kind == "text" and pieces > 1 else " without its mark" if marked else ""
+                return "sha256 " + hashlib.file_digest(file, "sha256").hexdigest() + how
     except OSError as error:
         raise Refused(f"data.model.{kind}", source, f"{kind} that can be read ({error})") from error
     if kind == "text":
@@ -95,23 +104,49 @@ def identity(kind: str, source: str) -> str:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
+    """A text, a long one in pieces. They are cut at blank lines, which come back between documents; where
+    a piece has none, at the end of a line, of a word, or of the piece."""
+    with path.open(encoding="utf-8-sig") as file:  # a mark of the byte order, as editors leave one, is no text
+        held = file.read(PIECE)
+        while more := file.read(PIECE):
+            at, seam = _seam(held)
+            yield held[:at]
+            held = held[at + seam :] + more
+        yield held
+
+
+def _seam(text: str) -> tuple[int, int]:
+    """Where to cut, and how many characters fall between: of a blank line, the end of a line, a space, or nothing."""
+    for mark in ("\n\n", "\n", " "):
+        if (at := text.rfind(mark, 1, len(text) + len(mark) - 2)) > 0:  # the last line's end may be half a blank line
+            return at, len(mark)
+    return len(text), 0
 
 
 def _fasta(path: Path) -> Iterator[str]:
     """Sequences of a FASTA file (or of one without headers, one a line)."""
     held: list[str] = []
-    lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines() if line.strip()]
-    if not any(line.startswith(">") for line in lines):
-        yield from lines
-        return
-    for line in [*lines, ">"]:
-        if line.startswith(">"):
-            if held:
+    headed: bool | None = None
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(map(str.strip, file), 1):
+            header = line.startswith(">")
+            if not header and not line.isascii():
+                raise ValueError(f"line {number} is not ASCII")
+            if not line:
+                continue
+            if headed is None:
+                headed = header
+            if header and not headed:
+                raise ValueError(f"line {number} is a header, and the first line is not one")
+            if not headed:
+                yield line
+            elif not header:
+                held.append(line)
+            elif held:
                 yield "".join(held)
-            held = []
-        else:
-            held.append(line)
+                held = []
+    if held:
+        yield "".join(held)
 
 
 def _image_files(folder: Path) -> list[Path]:

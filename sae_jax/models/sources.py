@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
-from sae_jax.activations import files, synthetic
+from sae_jax.activations import arrow, files, synthetic, tokens
 from sae_jax.activations.chunks import LANES, ArrayChunks, Chunks, read, split_chunks, spread
 from sae_jax.errors import Refused, RunFailed
 from sae_jax.runtime import memory
@@ -68,6 +68,11 @@ def open_source(
             print(f"sae_jax: beware: data.path is read; data.model.id = {model!r} is not run", file=sys.stderr)
         if isinstance(chunks, ArrayChunks):  # what we wrote ourselves has been looked at
             chunks.check()
+            if chunks.unpacked > arrow.DECODED and jax.process_index() == 0:
+                print(
+                    f"sae_jax: beware: of {config.data.path} every batch unpacks whole row groups; as a dataset, by "
+                    f"sae_jax extract --from={config.data.path} --out=FOLDER, it is read in place", file=sys.stderr
+                )  # fmt: skip
         return StoredSource(config, chunks, evenly=evenly, part=part)
     if config.data.model.id:
         from sae_jax.models import extraction, facts
@@ -245,7 +250,7 @@ class Tokens(NamedTuple):
 
 
 def open_tokens(
-    activations: np.ndarray | str | ConfigDict, fits: Callable[[int], None] = lambda d_model: None
+    activations: np.ndarray | tokens.Rows | str | ConfigDict, fits: Callable[[int], None] = lambda d_model: None
 ) -> Tokens:
     """Whatever the user points at, as batches that can be read again; `fits` as of `open_source`."""
     if isinstance(activations, ConfigDict):
@@ -255,7 +260,7 @@ def open_tokens(
     try:
         chunks: Any = (
             files.open_chunks(activations) if isinstance(activations, str)
-            else ArrayChunks(np.asarray(activations), "array")
+            else ArrayChunks(activations if isinstance(activations, tokens.Rows) else np.asarray(activations), "array")
         )  # fmt: skip
     except Refused as error:
         raise Refused("activations", error.value, error.allowed) from error

@@ -27,18 +27,23 @@ class Sample:
         self._rng = np.random.default_rng(0)
         self._rows: list[np.ndarray] = []
         self._draws: list[np.ndarray] = []
+        self._held = 0
 
     def add(self, x: np.ndarray) -> None:
         """Rows (N, …) to choose from."""
         draw = self._rng.random(len(x))
         taken = draw < self._share
+        if self._rows and not taken.any():
+            return
         self._rows.append(x[taken].astype(np.float32))
         self._draws.append(draw[taken])
-        while sum(map(len, self._draws)) > self._most:
+        self._held += len(self._draws[-1])
+        while self._held > self._most:
             self._share /= 2
             keep = [draws < self._share for draws in self._draws]
             self._rows = [np.concatenate([rows[k] for rows, k in zip(self._rows, keep, strict=True)])]
             self._draws = [np.concatenate([draws[k] for draws, k in zip(self._draws, keep, strict=True)])]
+            self._held = len(self._draws[0])
 
     @property
     def rows(self) -> np.ndarray:

@@ -137,7 +137,7 @@ def diagnosis_table(report: dict[str, Any]) -> str:
     parts.append(report["advice"])
     if report["recipe"]:
         settings = " ".join(f"--config.{key}={value}" for key, value in report["recipe"].items())
-        parts.append(f"recipe to keep features to the end of training, with --config=configs/single.py: {settings}")
+        parts.append(f"recipe to keep features alive in training, with --config=configs/single.py: {settings}")
     return "\n".join(parts)
 
 

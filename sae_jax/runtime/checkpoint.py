@@ -224,8 +224,10 @@ class Saved(NamedTuple):
     identity: dict[str, Any]  # the configuration, flat
 
 
-def saved(workdir: str) -> Saved:
-    """Reads the newest intact checkpoint of a workdir onto this machine, whatever devices it was written on.
+def saved(workdir: str, whole: bool = False) -> Saved:
+    """Reads the newest intact checkpoint of a workdir into this machine's memory, whatever devices it was written on.
+
+    `whole`: with Adam's moments, which are twice the SAEs and which training alone needs.
 
     Raises:
       Refused: no run is there, or it has no complete checkpoint.
@@ -237,18 +239,19 @@ def saved(workdir: str) -> Saved:
     if step is None:
         raise Refused("--workdir", workdir, "a run with a complete and intact checkpoint")
     handlers = {  # made here: the first one starts JAX's devices, after which no process can join others
-        "state": ocp.StandardCheckpointHandler(), "statistics": ocp.StandardCheckpointHandler(),
+        "state": ocp.PyTreeCheckpointHandler(), "statistics": ocp.StandardCheckpointHandler(),
         "history": ocp.JsonCheckpointHandler(), "position": ocp.JsonCheckpointHandler(),
     }  # fmt: skip
     with ocp.CheckpointManager(root.absolute() / FOLDER, item_handlers=handlers) as manager:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shapes = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), manager.item_metadata(step).state
-        )
+        groups = [
+            {key: part for key, part in group.items() if whole or key != "moments"}
+            for group in manager.item_metadata(step).state
+        ]
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), groups)
         found = manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(shapes),
+                state=ocp.args.PyTreeRestore(groups, restore_args=how, partial_restore=True),
                 statistics=ocp.args.StandardRestore(),
                 history=ocp.args.JsonRestore(),
             ),

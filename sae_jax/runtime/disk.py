@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from etils import epath
 from sae_jax.errors import Refused, first_line
 
 LOCK = ".lock"
+MANY = 64  # files that are opened together, from which on the limit is raised
 HELD_OUT = "held_out"  # in a run's data: how held-out chunks are chosen; runs of before, evenly spaced, do not have it
 SAMPLED = "sampled_sha256"  # key of the checksum by which a file of activations is known again
 
@@ -64,6 +66,15 @@ def check_free(folder: epath.PathLike, field: str) -> None:
     """Refuses a folder that another process works in, and leaves no trace."""
     with contextlib.suppress(OSError), (Path(folder) / LOCK).open() as file:
         _take(file, folder, field)
+
+
+def open_files(count: int) -> None:
+    """Lets this process keep `count` more files open, as far as the system allows; it begins with 1,024 or fewer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if count >= MANY and soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        with contextlib.suppress(ValueError, OSError):  # some systems have a limit below the one that they tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager

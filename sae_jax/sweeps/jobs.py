@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sae_jax.activations import files
+from sae_jax.activations import files, tokens
 from sae_jax.diagnosis import diagnosis, remedies
 from sae_jax.errors import Preempted, Refused, RunFailed
 from sae_jax.models import extraction, facts
@@ -154,10 +154,9 @@ def results(workdir: str, job: Job, path: str) -> list[dict[str, Any]]:
             for member in found["members"] for when, steps in (("init", 0), ("final", config.train.steps))
         ]  # fmt: skip
     limit = config.data.model.n_tokens if config.data.model.id else config.data.statistics_tokens
-    tokens = files.open_chunks(path).tokens(0, limit) if path else config
     found = diagnosis.diagnose(
-        tokens, n_features=config.sae.n_features, k=config.sae.k or 1, selection=config.sae.activation, measure=True,
-        seed=config.seed,
+        tokens.first(files.open_array(path), limit) if path else config, n_features=config.sae.n_features,
+        k=config.sae.k or 1, selection=config.sae.activation, measure=True, seed=config.seed,
     )  # fmt: skip
     base |= {key: found[key] for key in
              ("gamma", "gamma_raw", "gamma_direction", "effective_rank", "d_model", "n_tokens")}  # fmt: skip

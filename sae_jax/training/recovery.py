@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.sparse import csr_array
 
+BLOCK = 1024  # true features looked at together
 THRESHOLDS = (0.0, 0.15, 0.5, 0.6, 0.8)  # InterPLM's, of a feature's largest value
 
 
@@ -30,10 +31,13 @@ def mmcs(
     The reading of Simon, Adams and Zou (arXiv:2605.31518). Sign counts: a flipped feature is not recovered. Where no
     row is alive nothing is recovered: 0.
     """
-    found = cosines(truth, learned)
-    if alive is None:
-        return found.max(axis=1).mean()
-    return jnp.where(alive.any(), jnp.where(alive, found, -1.0).max(axis=1).mean(), 0.0)
+
+    def best(row: Float[Array, "d"]) -> Float[Array, ""]:
+        found = cosines(row[None], learned)[0]
+        return (found if alive is None else jnp.where(alive, found, -1.0)).max()
+
+    mean = jax.lax.map(best, truth, batch_size=BLOCK).mean()  # all cosines at once may be more than the SAE
+    return mean if alive is None else jnp.where(alive.any(), mean, 0.0)
 
 
 def mcc(truth: Float[Array, "m d"], learned: Float[Array, "n d"]) -> float:
