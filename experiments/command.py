@@ -1,9 +1,12 @@
 """The command line that the figures share: --workdir for runs, table and picture, --scale for size and length."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags, logging
+
+from sae_jax.errors import Preempted, Refused, RunFailed
 
 SCALES = ("smoke", "cpu", "paper")
 
@@ -16,6 +19,10 @@ def start(main: Callable[..., None], name: str, **choices: tuple[str, ...]) -> N
 
     def parsed(_: list[str]) -> None:
         logging.set_verbosity(logging.ERROR)
-        main(Path(workdir.value), scale.value, **{key: flag.value for key, flag in more.items() if flag.value})
+        try:
+            main(Path(workdir.value), scale.value, **{key: flag.value for key, flag in more.items() if flag.value})
+        except (Refused, RunFailed, Preempted) as error:  # as the verbs say them: in one line
+            print(f"sae_jax: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
 
     app.run(parsed)

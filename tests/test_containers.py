@@ -230,7 +230,7 @@ def test_of_a_folder_of_parquet_files_no_more_is_held_than_there_is_room_for(tmp
     assert most < x.nbytes / 5
     del array
     gc.collect()
-    assert pyarrow.total_allocated_bytes() == held
+    assert pyarrow.total_allocated_bytes() <= held  # others may have let go of theirs
 
 
 def test_small_parquet_files_are_each_unpacked_once(tmp_path, monkeypatch):

@@ -75,6 +75,14 @@ def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_script_refuses_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.death.race", f"--workdir={tmp_path}/w", "--layers=99"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2
+    assert done.stderr == "sae_jax: data.model.layer = 99: 0 to 18 for gemma-3-270m\n"
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.long
 def test_an_export_at_work_in_a_hooked_model(tmp_path):
     command = [sys.executable, "-m", "experiments.trust.consumers", f"--out={tmp_path}/out.csv"]

@@ -19,9 +19,9 @@ def test_mmcs_of_more_true_features_than_are_looked_at_together(rng, monkeypatch
     alive = np.array([True, False, True, True, False, True, True])
     unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (truth, learned)]
     cosines = unit[0] @ unit[1].T
-    truth, learned, live = jnp.asarray(truth), jnp.asarray(learned), jnp.asarray(alive)
     assert float(recovery.mmcs(truth, learned)) == pytest.approx(cosines.max(axis=1).mean(), rel=1e-6)
-    assert float(recovery.mmcs(truth, learned, live)) == pytest.approx(cosines[:, alive].max(axis=1).mean(), rel=1e-6)
+    assert float(recovery.mmcs(truth, learned, alive)) == pytest.approx(cosines[:, alive].max(axis=1).mean(), rel=1e-6)
+    assert recovery.mcc(truth, truth[:7]) == pytest.approx(7 / 11, rel=1e-6)  # NumPy's arrays, as of a run, will do
 
 
 def test_mmcs_of_live_rows_leaves_the_dead_out():

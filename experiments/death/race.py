@@ -3,11 +3,12 @@
     python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=9,minilm-l6-3 --arms=plain,balance
 
 n 1024 (4 d_model where that is fewer), k 8 (`--size`), 5,000 steps of 256 at 3e-4, three initialisations; b_dec starts
-at the geometric median but where an arm says uncentred. Counted on the held-out fifth of 520,000 tokens (of Gemma's
-417,000: the text that is built in ends). A layer is a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic`
-(configs/synthetic.py); `--activations=9=PATH` takes one from a file or a dataset. Every arm of a layer is a run of its
-own under the workdir: what is stopped goes on, what has ended is read. Writes race.csv. An arm takes 3 to 8 minutes on
-2 CPU cores, the extraction of a layer up to 40. `--shorter=8` runs the pilots of `diagnose --pilot` in their place.
+at the geometric median but where an arm says uncentred. Counted on the held-out fifth of 520,000 tokens; models of text
+are shown the docstrings of the packages that this one needs (Gemma's rows of today are of 417,000 tokens of Python's).
+A layer is a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic` (configs/synthetic.py); `--activations=9=PATH` takes
+one from a file or a dataset. Every arm of a layer is a run of its own under the workdir: what is stopped goes on, what
+has ended is read. Writes race.csv. An arm takes 3 to 8 minutes on 2 CPU cores, the extraction of a layer up to 40.
+`--shorter=8` runs the pilots of `diagnose --pilot` in their place.
 """
 
 import contextlib
@@ -86,6 +87,16 @@ def documentation(folder: Path) -> str:
     return str(path)
 
 
+def point(c: ConfigDict, layer: str, folder: Path) -> None:
+    """Points a run at the activations that are given for its layer; else a model of text at `documentation`."""
+    for given in said(GIVEN):
+        name, _, path = given.partition("=")
+        if name == layer:
+            c.data.path = path
+    if c.data.model.id and not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
+        c.data.model.text = documentation(folder)
+
+
 def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> ConfigDict:
     """Members that differ in the seed alone."""
     n, k, steps = map(int, said(SIZE))
@@ -106,12 +117,7 @@ def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> Confi
         c.data.model.id, c.data.signal, c.data.d_model, c.data.statistics_tokens = "", "sparse", 16, 1000
         c.sae.n_features, c.train.steps, c.eval.n_tokens, c.eval.batch_size = 64, 20, 1000, 500
         c.checkpoint.every, c.auxk.dead_after_tokens = 20, 256
-    for given in said(GIVEN):
-        name, _, path = given.partition("=")
-        if name == layer:
-            c.data.path = path
-    if c.data.model.id and not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
-        c.data.model.text = documentation(folder)
+    point(c, layer, folder)
     c.update_from_flattened_dict({key: value for key, value in arm.items() if key != "step"})
     c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
     return pilot.shortened(c, said(SHORTER)) if said(SHORTER) > 1 else c

@@ -1,14 +1,15 @@
 """Figure S7: the two phases on real layers, six conditions, bands over three seeds.
 
     pip install -e ".[bundled]"
-    python -m experiments.paper.figS7_real_dynamics --workdir=runs/real_dynamics --scale=cpu --on=9,2,antiberty-4
+    python -m experiments.paper.figS7_real_dynamics --workdir=runs/real_dynamics --scale=cpu --layers=9
 
-n 2048, k 16, 20,000 steps of 256 at 3e-4 without decay; 1.2M tokens of a layer, a tenth of them held out: of models of
-text from the docstrings of the packages that this one needs. A number is a block of Gemma 3 270M, MODEL-NUMBER one of
-another model; `--activations=9=PATH` takes one from a file. Death by pathway, bias and FVE (with LayerNorm of what it
-leaves) at steps even in log. Every condition is a run of its own under the workdir (`--conditions` names some): what is
-stopped goes on, what has ended is read. Writes figS7_real_dynamics.csv, where rows of other layers and conditions stay,
-and .png; `fig6_centering.py` draws layer 9. `smoke` uses synthetic activations.
+n 2048, k 16, 20,000 steps of 256 at 3e-4 without decay; 1.2M tokens of a layer, 100,000 of them held out; models of
+text are shown the docstrings of the packages that this one needs. A number is a block of Gemma 3 270M, MODEL-NUMBER one
+of another model; `--activations=9=PATH` takes one from a file. Death by pathway, bias and FVE (with LayerNorm of what
+it leaves) at steps even in log. A layer takes some two hours of one core, half of them with AuxK. Every condition is a
+run of its own under the workdir (`--conditions` names some): what is stopped goes on, what has ended is read. Writes
+figS7_real_dynamics.csv, where rows of other layers and conditions stay, and .png; `fig6_centering.py` draws layer 9.
+`smoke` uses synthetic activations.
 """
 
 import csv
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments import command
-from experiments.death.race import GIVEN, documentation, said
+from experiments.death.race import LAYERS, point, said
 from sae_jax import config as config_lib
 from sae_jax.models import facts
 from sae_jax.reports import figures, tables
@@ -51,7 +52,6 @@ LOOKS: dict[str, dict[str, Any]] = {
     "centred, balanced": {"color": figures.MEMBER_COLOURS[5], "lw": 1.6},
 }  # fmt: skip
 KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "bias_projection", "fve")
-ON = flags.DEFINE_list("on", ["9"], "blocks of Gemma 3 270M, or MODEL-BLOCK")
 CHOSEN = flags.DEFINE_list("conditions", [], "which of them, with + for a comma; all, if none is named")
 
 
@@ -70,12 +70,7 @@ def settings(on: str, scale: str, condition: str, folder: Path) -> ConfigDict:
         model, _, block = on.rpartition("-")
         c.data.model.update(id=model or facts.GEMMA, layer=int(block), n_tokens=N_TOKENS[scale])
         facts.check(c.data.model, [c.data.model.layer])
-        for given in said(GIVEN):
-            name, _, path = given.partition("=")
-            if name == on:
-                c.data.path = path
-        if not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
-            c.data.model.text = documentation(folder)
+        point(c, on, folder)
     c.update_from_flattened_dict(CONDITIONS[condition])
     c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
     return c
@@ -117,7 +112,9 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
             across[0].set_ylabel(f"{model or facts.GEMMA}\nblock {block}")
         for axis in axes[-1]:
             axis.set_xlabel("step (0 at the left edge)")
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        shown = {line.get_label(): line for across in axes for line in across[0].get_lines()}
+        figure.legend([shown[name] for name in LOOKS if name in shown], [name for name in LOOKS if name in shown],
+                      loc="outside lower center", ncols=6)  # fmt: skip
     return figure
 
 
@@ -141,7 +138,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def main(workdir: Path, scale: str) -> None:
     """Trains, writes the table, in which other layers and conditions stay, and the picture of all that it has."""
     path = workdir / "figS7_real_dynamics.csv"
-    for on in said(ON):
+    for on in said(LAYERS):
         for condition in [name.replace("+", ", ") for name in said(CHOSEN)] or CONDITIONS:
             found = train(workdir, scale, on, [condition])
             others = [row for row in read(path) if (row["on"], row["condition"]) != (on, condition)]

@@ -125,7 +125,6 @@ class Blocks(tokens.Rows):
         self._read, self._starts = read, np.cumsum([0, *counts])
         context = {} if lengths is None or lengths.min() != lengths.max() else {"context": int(lengths[0])}
         self.facts = {"hook": hook, **context}
-        self.unpacked = 0
 
     def take(self, start: int, stop: int) -> np.ndarray:
         if start >= stop:

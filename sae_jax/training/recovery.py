@@ -14,9 +14,10 @@ from scipy.sparse import csr_array
 
 BLOCK = 1024  # true features looked at together
 THRESHOLDS = (0.0, 0.15, 0.5, 0.6, 0.8)  # InterPLM's, of a feature's largest value
+Rows = Array | np.ndarray
 
 
-def cosines(truth: Float[Array, "m d"], learned: Float[Array, "n d"]) -> Float[Array, "m n"]:
+def cosines(truth: Float[Rows, "m d"], learned: Float[Rows, "n d"]) -> Float[Array, "m n"]:
     """Cosine similarity of every true feature with every learned row."""
     unit_truth = truth / jnp.linalg.norm(truth, axis=1, keepdims=True)
     unit_learned = learned / jnp.linalg.norm(learned, axis=1, keepdims=True)
@@ -24,7 +25,7 @@ def cosines(truth: Float[Array, "m d"], learned: Float[Array, "n d"]) -> Float[A
 
 
 def mmcs(
-    truth: Float[Array, "m d"], learned: Float[Array, "n d"], alive: Bool[Array, "n"] | None = None
+    truth: Float[Rows, "m d"], learned: Float[Rows, "n d"], alive: Bool[Rows, "n"] | None = None
 ) -> Float[Array, ""]:
     """Mean over the true features of the largest cosine similarity to any learned row, or any live one.
 
@@ -32,7 +33,7 @@ def mmcs(
     row is alive nothing is recovered: 0.
     """
 
-    def best(row: Float[Array, "d"]) -> Float[Array, ""]:
+    def best(row: Array) -> Array:
         found = cosines(row[None], learned)[0]
         return (found if alive is None else jnp.where(alive, found, -1.0)).max()
 
@@ -40,7 +41,7 @@ def mmcs(
     return mean if alive is None else jnp.where(alive.any(), mean, 0.0)
 
 
-def mcc(truth: Float[Array, "m d"], learned: Float[Array, "n d"]) -> float:
+def mcc(truth: Float[Rows, "m d"], learned: Float[Rows, "n d"]) -> float:
     """Mean |cosine| under the best one-to-one assignment of rows to true features (Hungarian).
 
     A learned row counts once, so one row between two features or two rows on one feature earn less than in MMCS. True
