@@ -1,190 +1,163 @@
-"""Figure 5: two phases of recovery and the bias that crawls, over gamma and four conditions.
+"""Figure 5: two phases of recovery and the bias that crawls, over gamma and five conditions; bands over seeds.
 
-    python -m experiments.paper.fig5_recovery --workdir=runs/fig5 --scale=cpu
+    python -m experiments.paper.fig5_recovery --workdir=runs/fig5 --scale=cpu [--part=0_plain]
 
-Sparse signal with its mean in one dimension; gamma 1, 5, 20, 40, each with the bias learned and frozen at zero, without
-AuxK and with it: sixteen SAEs that see the same signal, 2M steps each. The half with AuxK trains in a process of its
-own beside the other; killed, either goes on from its last checkpoint. Writes fig5_recovery.csv, fig5_transitions.csv
-(what became of features, from the ledger of fates), fig5_claims.csv (the numbers behind the claims) and
-fig5_recovery.png. Expect dead-by-TopK to fall early whatever the condition, dead-by-ReLU only as b comes to mu, later
-the larger gamma. About 40 minutes on 2 CPU cores.
+Sparse signal with its mean in one dimension (`toys.Toy`), gamma_raw 5, 20 and 40: the bias learned or frozen at zero,
+without AuxK and with it, and balanced selection; each seed has true features, tokens and initial rows of its own. A
+part is one seed without AuxK, or with it: parts can be trained side by side, and killed, one goes on from its last
+evaluation. Writes, of the parts there are, fig5_recovery.csv (means over seeds, least and most), fig5_claims.csv (the
+numbers behind the claims) and fig5_recovery.png. Expect dead-by-TopK to fall early whatever the condition, dead-by-ReLU
+only as b comes to mu, later the larger gamma.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 
 from experiments import command
-from sae_jax import config as config_lib
+from experiments.paper import toys
+from experiments.paper.toys import Member, Toy
 from sae_jax.reports import figures, tables
-from sae_jax.runtime import checkpoint
-from sae_jax.training import fates
-from sae_jax.training import run as run_lib
 
-GAMMAS = (1.0, 5.0, 20.0, 40.0)
-# steps, d, true features, active, n, k, batch, held-out tokens, learning rate
-SCALES = {
-    "smoke": (200, 16, 64, 2, 64, 3, 32, 500, 1e-3),
-    "cpu": (2_000_000, 32, 128, 2, 128, 3, 32, 20_000, 3e-4),
-    "paper": (2_000_000, 256, 1024, 16, 8192, 64, 2048, 100_000, 3e-4),
-}
-PRESETS = {"plain": "none", "auxk": "dictionary_learning"}
-CONDITIONS = ("baseline", "AuxK", "frozen bias", "AuxK, frozen bias")
-KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "bias_projection", "bias_relative_error", "fve", "mmcs",
-        "mmcs_alive")  # fmt: skip
+GAMMAS, RATE, SEEDS = (5.0, 20.0, 40.0), 3e-4, (0, 1, 2, 3, 4)
+HALVES = {"plain": ("baseline", "frozen bias", "balanced"), "auxk": ("AuxK", "AuxK, frozen bias")}
+CONDITIONS = ("baseline", "AuxK", "frozen bias", "AuxK, frozen bias", "balanced")
+PARTS = tuple(f"{seed}_{half}" for seed in SEEDS for half in HALVES)
+STEPS = {"smoke": 200, "cpu": 2_000_000, "paper": 2_000_000}
+Curves = dict[tuple[str, float], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
-def config(scale: str, half: str) -> ConfigDict:
-    """The members of one preset: every gamma, with the bias learned and frozen, on the same signal."""
-    steps, d, n_true, active, n, k, batch, held_out, rate = SCALES[scale]
-    c = config_lib.base()
-    c.sae.n_features, c.sae.k = n, k
-    c.data.update(signal="sparse", gamma=1.0, d_model=d, n_true_features=n_true, n_active=active,
-                  mean_direction="one", statistics_tokens=min(20_000, 20 * steps))  # fmt: skip
-    c.train.update(steps=steps, batch_size=batch, learning_rate=rate, decay_fraction=0.0)
-    c.train.steps_per_dispatch = min(2000, steps // 10)
-    c.auxk.preset = PRESETS[half]
-    c.auxk.dead_after_tokens = batch * min(5000, steps // 10)  # as 10M tokens are at a batch of 2,048
-    c.eval.n_tokens, c.eval.points = held_out, 60
-    c.checkpoint.every = max(50, steps // 100)
-    c.members = ConfigDict({
-        f"{gamma:g}{' frozen' if frozen else ''}": {"data": {"gamma": gamma}, "sae": {"freeze_bias": frozen}}
-        for gamma in GAMMAS for frozen in (False, True)
-    })  # fmt: skip
-    return c
-
-
-Curves = dict[tuple[str, float], tuple[list[dict[str, Any]], fates.Ledger]]
+def members(part: str) -> list[Member]:
+    """The SAEs of one part."""
+    seed, half = part.split("_")
+    return [Member(gamma, RATE, condition=condition, seed=int(seed)) for condition in HALVES[half] for gamma in GAMMAS]
 
 
 def curves(workdir: Path) -> Curves:
-    """(condition, gamma) → its evaluations and its ledger."""
-    found: Curves = {}
-    for half in PRESETS:
-        history = checkpoint.history(str(workdir / half))
-        for gamma in GAMMAS:
-            for suffix, names in (("", CONDITIONS[:2]), (" frozen", CONDITIONS[2:])):
-                name = f"{gamma:g}{suffix}"
-                entries = [{"step": entry["step"], **entry["members"][name]} for entry in history]
-                found[names[half == "auxk"], gamma] = entries, fates.ledger(history, name)
-    return found
+    """(condition, gamma) → steps, and of every measure the values of each seed there is (seeds, evaluations)."""
+    found: dict[tuple[str, float], tuple[np.ndarray, dict[str, list[list[float]]]]] = {}
+    for part in PARTS:
+        if not (workdir / f"{part}.json").exists():
+            continue
+        of, history = toys.read(workdir / part)
+        steps = np.array([entry["step"] for entry in history])
+        for i, member in enumerate(of):
+            values = {key: [entry[key][i] for entry in history] for key in toys.MEASURES}
+            values["dead_total"] = [a + b for a, b in zip(values["dead_by_relu"], values["dead_by_topk"], strict=True)]
+            seen, so_far = found.setdefault((member.condition, member.gamma), (steps, {key: [] for key in values}))
+            shorter = min(len(seen), len(steps))  # where a part is still on its way
+            found[member.condition, member.gamma] = seen[:shorter], {
+                key: [row[:shorter] for row in [*so_far[key], values[key]]] for key in values
+            }
+    return {key: (steps, {k: np.array(v) for k, v in values.items()}) for key, (steps, values) in found.items()}
 
 
-def at(entries: list[dict[str, Any]], step: float, key: str) -> float:
-    """The value at the last evaluation up to a step."""
-    return float([entry[key] for entry in entries if entry["step"] <= step][-1])
+def table(found: Curves) -> list[dict[str, Any]]:
+    """A row for each condition, gamma and evaluation: mean over seeds, least and most."""
+    rows = []
+    for (condition, gamma), (steps, values) in found.items():
+        for at, step in enumerate(steps):
+            row = {"condition": condition, "gamma": f"{gamma:g}", "step": int(step), "seeds": len(values["mmcs"])}
+            for key, seen in values.items():
+                row |= {key: f"{seen[:, at].mean():.4g}", f"{key}_low": f"{seen[:, at].min():.4g}",
+                        f"{key}_high": f"{seen[:, at].max():.4g}"}  # fmt: skip
+            rows.append(row)
+    return rows
 
 
-def first(entries: list[dict[str, Any]], key: str, level: float, down: bool = False) -> int | None:
-    """The step of the first evaluation at which a value has come to a level from below, or from above."""
-    return next((e["step"] for e in entries if (e[key] <= level if down else e[key] >= level)), None)
+def first(steps: np.ndarray, there: np.ndarray) -> list[int | None]:
+    """The step of the first evaluation at which each seed is there; None where it never is."""
+    return [int(steps[seed.argmax()]) if seed.any() else None for seed in there]
+
+
+def said(values: list[int | None]) -> str:
+    """Least to most; – where a seed never came there."""
+    if None in values:
+        return "–"
+    return " to ".join(f"{value:,}" for value in sorted({min(values), max(values)}))  # type: ignore[type-var]
 
 
 def claims(found: Curves) -> list[dict[str, Any]]:
-    """The numbers behind the paper's four claims: percent dead at the start, after a tenth, and at the end; steps."""
-    end = min(entries[-1]["step"] for entries, _ in found.values())
+    """The numbers behind the paper's claims: percent of features at the start, after a tenth, and at the end; steps."""
     rows = []
     for gamma in GAMMAS:
         for condition in CONDITIONS:
-            entries, _ = found[condition, gamma]
-            begin, low = at(entries, 0, "dead_by_topk"), min(e["dead_by_topk"] for e in entries)
-            rows.append({
-                "gamma": f"{gamma:g}", "condition": condition,
-                **{key: " → ".join(f"{100 * at(entries, step, key):.0f}" for step in (0, end / 10, end))
-                   for key in ("dead_by_topk", "dead_by_relu")},
-                "half": str(first(entries, "dead_by_topk", (begin + low) / 2, down=True) or ""),
-                "bias_projection": f"{at(entries, end, 'bias_projection'):.2f}",
-                **{f"steps_{share}": str(first(entries, "bias_projection", share / 100) or "") for share in (50, 90)},
-                "mmcs": f"{at(entries, end, 'mmcs'):.3f}",
+            if (condition, gamma) not in found:
+                continue
+            steps, values = found[condition, gamma]
+            marks = [0, int(np.flatnonzero(steps <= steps[-1] / 10)[-1]), len(steps) - 1]
+            topk, bias = values["dead_by_topk"], values["bias_projection"]
+            halfway = (topk[:, :1] + topk.min(axis=1, keepdims=True)) / 2
+            row: dict[str, Any] = {"gamma": f"{gamma:g}", "condition": condition, "seeds": len(topk)}
+            for key in ("dead_by_topk", "dead_by_relu"):
+                last = 100 * values[key][:, -1]
+                row[key] = " → ".join(f"{100 * values[key][:, at].mean():.0f}" for at in marks)
+                row[f"{key}_end"] = f"{last.min():.0f} to {last.max():.0f}"
+            rows.append(row | {
+                "half": said(first(steps, topk <= halfway)),
+                **{key: f"{100 * values[key][:, -1].mean():.0f}" for key in ("collateral", "revived")},
+                "bias_projection": f"{bias[:, -1].mean():.2f} ({bias[:, -1].min():.2f} to {bias[:, -1].max():.2f})",
+                **{f"steps_{share}": said(first(steps, bias >= share / 100)) for share in (50, 90)},
+                "mmcs": f"{values['mmcs'][:, -1].mean():.3f}",
             })  # fmt: skip
     return rows
 
 
-def transitions(found: Curves) -> list[dict[str, Any]]:
-    """What became of features over the first tenth of the run and over the rest; fractions of all n."""
-    end = min(entries[-1]["step"] for entries, _ in found.values())
-    rows = []
-    for (condition, gamma), (_, ledger) in found.items():
-        marks = [int(np.flatnonzero(ledger.steps <= step)[-1]) for step in (0, end / 10, end)]
-        for phase, (a, b) in (("early", marks[:2]), ("late", marks[1:]), ("whole", marks[::2])):
-            changed = fates.transitions(ledger.fates[a], ledger.fates[b])
-            rows.append({"gamma": gamma, "condition": condition, "phase": phase, "from_step": int(ledger.steps[a]),
-                         "to_step": int(ledger.steps[b]), **changed})  # fmt: skip
-    return rows
-
-
 def picture(found: Curves) -> Figure:
-    """a, b, c: baseline over gamma; d, e, f: each pathway across the conditions."""
-    colours = dict(zip(GAMMAS, ("#4393c3", "#1b7837", "#e69f00", "#67001f"), strict=True))
+    """a, b, c: baseline over gamma; d, e, f: each pathway across the conditions. Bands: least to most over seeds."""
+    colours = dict(zip(GAMMAS, ("#1b7837", "#e69f00", "#67001f"), strict=False))
+    looks = dict(zip(CONDITIONS, figures.MEMBER_COLOURS, strict=False))
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(figures.WIDE, 5.4), layout="constrained")
         axes = figure.subplots(2, 3)
-        top = (("dead_total", "dead in total (%)", 100),
-               ("bias_projection", "b·mu / ‖mu‖²", 1), ("mmcs", "MMCS", 1))  # fmt: skip
+        top = (("dead_total", "dead in total (%)", 100), ("bias_projection", "b·mu / ‖mu‖²", 1), ("mmcs", "MMCS", 1))
         for axis, (key, title, factor) in zip(axes[0], top, strict=True):
             for gamma, colour in colours.items():
-                entries, _ = found["baseline", gamma]
-                axis.plot([e["step"] for e in entries[1:]], [factor * e[key] for e in entries[1:]], color=colour,
-                          lw=1.4, label=f"gamma {gamma:g}")  # fmt: skip
+                band(axis, found.get(("baseline", gamma)), key, factor, f"gamma {gamma:g}", color=colour)
             axis.set(title="baseline", ylabel=title)
-        looks = dict(zip(CONDITIONS, figures.MEMBER_COLOURS, strict=False))
         bottom = (("dead_by_topk", 20.0, "dead by TopK"), ("dead_by_relu", 20.0, "dead by ReLU"),
-                  ("dead_by_relu", 5.0, "dead by ReLU"))  # fmt: skip
+                  ("dead_by_relu", 40.0, "dead by ReLU"))  # fmt: skip
         for axis, (key, gamma, title) in zip(axes[1], bottom, strict=True):
             for condition, colour in looks.items():
-                entries, _ = found[condition, gamma]
-                axis.plot([e["step"] for e in entries[1:]], [100 * e[key] for e in entries[1:]], color=colour, lw=1.4,
-                          ls="--" if "frozen" in condition else "-", label=condition)  # fmt: skip
+                ls = "--" if "frozen" in condition else "-"
+                band(axis, found.get((condition, gamma)), key, 100, condition, color=colour, ls=ls)
             axis.set(title=f"gamma {gamma:g}", ylabel=f"{title} (%)", xlabel="step", ylim=(-2, None))
         upper, lower = (row[0].get_legend_handles_labels() for row in axes)
-        figure.legend(*upper, loc="outside upper center", ncols=4)
-        figure.legend(*lower, loc="outside lower center", ncols=4)
-        end = max(entries[-1]["step"] for entries, _ in found.values())
+        figure.legend(*upper, loc="outside upper center", ncols=3)
+        figure.legend(*lower, loc="outside lower center", ncols=3)
+        end = max(steps[-1] for steps, _ in found.values())
         for axis, letter in zip(axes.ravel(), "abcdef", strict=True):
             axis.set_title(letter, loc="left", weight="bold")
-            axis.set(xscale="log", xlim=(min(100, end / 10), end))  # nothing moves before
+            axis.set(xscale="log", xlim=(min(200, end / 10), end))  # nothing moves before
     return figure
 
 
-def main(workdir: Path, scale: str, half: str = "") -> None:
-    """Trains the two halves side by side, each in a process of its own; then the tables and the picture."""
-    if half:
-        run_lib.train(config(scale, half), str(workdir / half))
+def band(axis: Axes, curve: Any, key: str, factor: float, label: str, **look: Any) -> None:
+    """The mean over seeds, on a band from the least to the most."""
+    if curve is None:
         return
-    go = [sys.executable, "-m", "experiments.paper.fig5_recovery", f"--workdir={workdir}", f"--scale={scale}"]
-    processes = [subprocess.Popen([*go, f"--half={half}"]) for half in PRESETS]
-    if any([process.wait() for process in processes]):
-        sys.exit(1)
-    summarise(workdir)
+    steps, seen = curve[0][1:], factor * curve[1][key][:, 1:]
+    axis.fill_between(steps, seen.min(axis=0), seen.max(axis=0), color=look["color"], alpha=0.2, lw=0)
+    axis.plot(steps, seen.mean(axis=0), lw=1.4, label=label, **look)
 
 
-def sparser(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluations that lie at least 5 % of their step behind the one before, and the last."""
-    kept = entries[:1]
-    for entry in entries[1:]:
-        if entry["step"] >= 1.05 * kept[-1]["step"] or entry is entries[-1]:
-            kept.append(entry)
-    return kept
-
-
-def summarise(workdir: Path) -> None:
-    """The tables and the picture of what is trained so far."""
+def main(workdir: Path, scale: str, part: str = "") -> None:
+    """Trains the parts that are asked for, one after another; then the tables and the picture."""
+    toy = Toy(steps=STEPS[scale], held_out=1000 if scale == "smoke" else 20_000)
+    for name in [part] if part else PARTS:
+        toys.train(toy, members(name), workdir / name, points=60)
     found = curves(workdir)
-    rows = [{"condition": condition, "gamma": gamma, "step": e["step"], **{key: f"{e[key]:.4g}" for key in KEYS}}
-            for (condition, gamma), (entries, _) in found.items() for e in sparser(entries)]  # fmt: skip
-    tables.write_csv(workdir / "fig5_recovery.csv", rows)
-    tables.write_csv(workdir / "fig5_transitions.csv", transitions(found))
-    (workdir / "fig5_recovery.png").write_bytes(figures.png(picture(found)))
+    tables.write_csv(workdir / "fig5_recovery.csv", table(found))
     tables.write_csv(workdir / "fig5_claims.csv", claims(found))
+    figures.save(picture(found), epath.Path(workdir) / "fig5_recovery.png")
     for row in claims(found):
         print(tables.one_line(row))
 
 
 if __name__ == "__main__":
-    command.start(main, "fig5", half=tuple(PRESETS))
+    command.start(main, "fig5", part=PARTS)

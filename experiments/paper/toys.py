@@ -73,7 +73,8 @@ def config(toy: Toy, member: Member) -> ConfigDict:
     """What the package would be told, but for the size of the data."""
     c = config_lib.base()
     c.seed = member.seed
-    c.sae.update(n_features=toy.n, k=toy.k, unit_decoder=member.unit, freeze_bias="frozen" in member.condition)
+    c.sae.update(n_features=toy.n, k=toy.k, unit_decoder=member.unit, freeze_bias="frozen" in member.condition,
+                 balance=member.condition == "balanced")  # fmt: skip
     c.data.update(signal="sparse", d_model=toy.d, n_true_features=toy.n_true, n_active=toy.active,
                   mean_direction=member.direction)  # fmt: skip
     c.train.update(steps=toy.steps, batch_size=toy.batch, learning_rate=member.rate, decay_fraction=0.0,
