@@ -17,7 +17,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import command
-from experiments.death.race import LAYERS, said
 from experiments.paper import figS7_real_dynamics
 from sae_jax.models import sources
 from sae_jax.outliers import moments
@@ -71,7 +70,7 @@ def compared(wake: int, base: list[dict[str, Any]], auxk: list[dict[str, Any]]) 
 def main(workdir: Path, scale: str) -> None:
     """Trains, prints and writes the table."""
     rows: list[dict[str, Any]] = []
-    for on in said(LAYERS):
+    for on in figS7_real_dynamics.layers("13"):
         base = train(workdir, scale, on, 0)
         for wake in WAKES[scale]:
             rows += compared(wake, base, train(workdir, scale, on, wake))

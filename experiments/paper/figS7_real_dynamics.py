@@ -142,10 +142,15 @@ def read(path: Path) -> list[dict[str, Any]]:
         return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
+def layers(otherwise: str) -> list[str]:
+    """Those that the command line names; one alone if it names none, as several would take longer than three hours."""
+    return list(LAYERS.value) if flags.FLAGS.is_parsed() and LAYERS.present else [otherwise]
+
+
 def main(workdir: Path, scale: str) -> None:
     """Trains, writes the table, in which other layers and conditions stay, and the picture of all that it has."""
     path = workdir / "figS7_real_dynamics.csv"
-    for on in said(LAYERS):
+    for on in layers("9"):
         for condition in [name.replace("+", ", ") for name in said(CHOSEN)] or CONDITIONS:
             found = train(workdir, scale, on, [condition])
             others = [row for row in read(path) if (row["on"], row["condition"]) != (on, condition)]
