@@ -41,4 +41,6 @@ def start(main: Callable[..., None], name: str, **choices: tuple[str, ...]) -> N
     workdir = flags.DEFINE_string("workdir", f"runs/{name}", "folder for the runs, the table and the picture")
     scale = flags.DEFINE_enum("scale", "cpu", SCALES, "smoke: seconds; cpu: as in the READMEs; paper: an accelerator")
     more = {key: flags.DEFINE_enum(key, None, values, "this part alone") for key, values in choices.items()}
+    for name in ("workdir", "scale", *choices):  # --help lists the flags of the script itself
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     run(lambda: main(Path(workdir.value), scale.value, **{key: flag.value for key, flag in more.items() if flag.value}))

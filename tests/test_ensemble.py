@@ -108,8 +108,6 @@ def test_ledger_counts_births_deaths_and_revivals():
     assert found.born() == [0, 10, 20, None]
     assert found.deaths() == [1, 1, 1, 0]
     assert found.revivals() == [1, 1, 1, 0]
-    table = fates.transitions(found.fates[0], found.fates[2])
-    assert {key: share for key, share in table.items() if share} == {"AR": 0.25, "TA": 0.25, "RA": 0.25, "RR": 0.25}
     line = fates.rows("sae", found, np.zeros(4), np.ones(4), np.arange(4), np.array([9, 0, 50, 1]), 200)[2]
     assert (line["init"], line["final"], line["born"], line["tokens_since_fired"]) == ("R", "R", 20, 2)
     assert (line["frequency"], line["frequency_low"], line["frequency_high"]) == (0.25, 0.1916, 0.316)

@@ -79,7 +79,14 @@ def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ("death.race --layers=99", "data.model.layer = 99: 0 to 18 for gemma-3-270m"),
+    ("death.race --workdir={tmp}/w --layers=99", "data.model.layer = 99: 0 to 18 for gemma-3-270m"),
+    ("death.race --layers=9,gpt-3", "--layers = 'gpt-3': a number, or MODEL-NUMBER of {models}"),
+    ("death.race --arms=plain,pain", "--arms = 'pain': {arms}"),
+    ("paper.figS7_real_dynamics --workdir={tmp}/w --layers=synthetic",
+     "--layers = 'synthetic': a number, or MODEL-NUMBER of {models}"),
+    ("paper.figS7_real_dynamics --activations=13=x",
+     "--activations = '13=x': LAYER=PATH of one of the layers 9"),
+    ("paper.auxk_when --workdir={tmp}/w --layers=13,99", "data.model.layer = 99: 0 to 18 for gemma-3-270m"),
     ("death.race {there}", "words = '{there}': flags alone, as --workdir=PATH (--help lists them)"),
     ("paper.fig2a_death_by_model --tabel=x",
      "Unknown command line flag 'tabel'. Did you mean: table ? (--help lists the flags)"),
@@ -89,31 +96,53 @@ def test_a_script_writes_its_table_and_its_picture(script, tables, pictures, tmp
 def test_a_script_refuses_in_one_line(tmp_path, words, said):
     there = tmp_path / "there.csv"
     there.write_text(",".join(jobs.COLUMNS) + "\n")
-    name, *rest = words.format(there=there).split()
-    command = [sys.executable, "-m", f"experiments.{name}", f"--workdir={tmp_path}/w"][: 4 if "race" in name else 3]
+    known = {"there": there, "tmp": tmp_path, "models": ", ".join(MODELS), "arms": ", ".join(race.ARMS)}
+    name, *rest = words.format(**known).split()
     done = subprocess.run(
-        command + rest, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert (done.returncode, done.stderr) == (2, f"sae_jax: {said.format(there=there)}\n")
+        [sys.executable, "-m", f"experiments.{name}", *rest], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, f"sae_jax: {said.format(**known)}\n")
     assert os.listdir(tmp_path) == ["there.csv"]
 
 
-def test_every_script_with_flags_starts_through_command():
+def test_no_script_reads_its_flags_but_through_command():
     for path in (ROOT / "experiments").glob("*/*.py"):
         assert "app.run" not in path.read_text(), path
 
 
+def test_help_lists_the_flags_of_a_script():
+    command = [sys.executable, "-m", "experiments.paper.figS7_real_dynamics", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    for flag in ("--workdir", "--scale", "--condition", "--layers", "--activations"):
+        assert f"  {flag}:" in done.stdout
+
+
 COLUMNS = ",".join(jobs.COLUMNS)
+GOOD = {float: "1", str: "a", int: "2"}
+
+
+def test_a_table_of_a_sweep_is_read_as_what_it_holds_or_has_none_of_what_is_wanted(tmp_path):
+    path = tmp_path / "results.csv"
+    line = ",".join("" if key == "fve" else GOOD[kind] for key, kind in jobs.KINDS.items())
+    path.write_text(f"\ufeff{COLUMNS}\n{line}\n", encoding="utf-8")  # as spreadsheets save it
+    (row,) = jobs.read_table(path)
+    assert (row["name"], row["gamma"], row["steps"], row["fve"]) == ("a", 1.0, 2, None)
+    with pytest.raises(Refused, match="results.csv of a sweep, with untrained layers"):
+        jobs.read_table(path, "untrained layers", lambda row: row["steps"] == 0)
 
 
 @pytest.mark.parametrize(("text", "said"), [
     (None, "that can be read"),
-    ("", f"of this kind, with the columns {', '.join((*jobs.TEXT, *jobs.NUMBERS))}"),
+    ("", f"of this kind, with the columns {', '.join(jobs.COLUMNS)}"),
     (COLUMNS.replace(",gamma,", ",gama,") + "\n", "of this kind, with the columns gamma"),
     (COLUMNS + "\n", "of this kind, with a line or more"),
     (COLUMNS + "\n1,2\n", "another number of columns"),
     (COLUMNS + "\n" + "," * len(jobs.COLUMNS) + "\n", "another number of columns"),
-    (COLUMNS + "\n" + ",".join("x" for _ in jobs.COLUMNS) + "\n", "could not convert"),
+    (COLUMNS + "\n" + ",".join("x" for _ in jobs.COLUMNS) + "\n", "invalid literal for int"),
+    (COLUMNS + "\n" + ",".join("1.5" for _ in jobs.COLUMNS) + "\n", "invalid literal for int"),
+    (COLUMNS + "\n" + ",".join("x" if kind is float else GOOD[kind] for kind in jobs.KINDS.values()) + "\n",
+     "could not convert"),
     ("\udcff", "that can be read"),
 ])  # fmt: skip
 def test_a_table_that_is_none_of_a_sweep_is_refused(tmp_path, text, said):
@@ -150,7 +179,7 @@ def test_a_slice_of_the_fault_campaign(tmp_path):
 @pytest.mark.long
 def test_recovery_trains_its_parts_and_draws_what_there_is(tmp_path, monkeypatch, capsys):
     script = importlib.import_module("experiments.paper.fig5_recovery")
-    monkeypatch.setattr(script, "GAMMAS", (5.0, 40.0))
+    monkeypatch.setattr(script, "GAMMAS", (20.0, 40.0))
     script.main(tmp_path, "smoke", "1_plain")
     script.main(tmp_path, "smoke", "0_auxk")
     found = rows(tmp_path / "fig5_recovery.csv")
@@ -182,8 +211,17 @@ def test_figure_5_has_means_and_bands_over_the_seeds_up_to_where_all_have_come(t
     assert (row["dead_by_topk"], row["dead_by_topk_end"], row["bias_projection"]) == (
         "70 → 70 → 50", "40 to 60", "0.10 (0.10 to 0.10)"
     )  # fmt: skip
+    assert (row["steps"], row["tenth"], row["lowest"]) == ("10", "0", "50")
+    assert row["half"] == "–"  # one of them has not fallen
     assert script.first(np.array([0, 10, 100]), np.array([[0, 1, 1], [0, 0, 0]], bool)) == [10, None]
-    assert (script.said([10, 200, 3000]), script.said([7]), script.said([10, None])) == ("10 to 3,000", "7", "–")
+    assert (script.told([10, 200, 3000], 1), script.told([7], 7), script.told([10, None], 1)) == (
+        "10 to 3,000", "≤7", "–"
+    )  # fmt: skip
+    other = json.loads((tmp_path / "3_plain.json").read_text())
+    other["history"][1]["step"] = 11
+    (tmp_path / "3_plain.json").write_text(json.dumps(other))
+    with pytest.raises(Refused, match="of one scale"):
+        script.curves(tmp_path)
 
 
 def test_a_figure_of_layers_has_each_arm_of_each_architecture_by_pathway():
@@ -373,6 +411,26 @@ def test_what_auxk_does_is_told_by_the_fve_of_its_own_baseline():
     assert (low["fewer"], low["more"], low["dead_total"], low["dead_by_relu"]) == ("0", "100", "5.0", "10.0")
     assert (high["fewer"], high["more"], high["dead_total"], high["dead_by_relu"]) == ("100", "0", "-20.0", "20.0")
     assert (low["mmcs"], high["mmcs"]) == ("-0.100", "0.100")
+    again = [({**entry, "fve": [9, 0.65, 9, 0.65 if i else 0.25, 9]}) for i, entry in enumerate(history)]
+    *_, row = regimes.by_fve([(members, again)], wakes=9)  # a pair counts once, whatever its evaluations
+    assert (row["pairs"], row["evaluations"], row["dead_total"]) == (2, 5, "-7.5")
+    assert (row["fewer"], row["more"]) == ("50", "50")
+    assert regimes.by_fve([([nobodys], history)], wakes=10) == []
+
+
+def test_auxk_is_compared_with_its_baseline_after_it_wakes():
+    script = importlib.import_module("experiments.paper.auxk_when")
+    base = [{"on": "13", "step": step, "fve": 0.5, "dead_total": 0.5, "dead_by_relu": 0.1, "dead_total_low": 0.4,
+             "dead_total_high": 0.6} for step in (1, 2, 3)]  # fmt: skip
+    auxk = [row | {"dead_total": 0.7, "dead_total_low": low, "dead_total_high": 0.8, "dead_by_relu": 0.3}
+            for row, low in zip(base, (0.65, 0.65, 0.55), strict=True)]  # fmt: skip
+    rows = script.compared(1, base, auxk)
+    assert [(row["step"], row["apart"]) for row in rows] == [("2", "yes"), ("3", "no")]
+    assert [rows[0][key] for key in ("dead_total", "dead_total_auxk", "dead_by_relu_auxk", "more")] == [
+        "50.0", "70.0", "30.0", "20.0"
+    ]  # fmt: skip
+    assert [row["apart"] for row in script.compared(1, auxk, base)] == ["yes", "no"]
+    assert script.compared(1, auxk, base)[0]["more"] == "-20.0"
 
 
 def test_ghost_gradients_move_the_dead_and_change_nothing_where_none_is(x64):

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from configs import synthetic as synthetic_config
 from experiments import command
-from experiments.death.race import GIVEN, said
+from experiments.layers import GIVEN, said
 from sae_jax.config import base
 from sae_jax.models import facts
 from sae_jax.outliers import selections

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from experiments import command
+from sae_jax.errors import Refused
 from sae_jax.outliers import theory
 from sae_jax.outliers.statistics import interval, spearman
 from sae_jax.runtime import disk
@@ -53,10 +54,12 @@ def _column(found: list[theory.Deaths], key: str) -> np.ndarray:
 
 def main() -> None:
     """Reads the table, prints the comparison."""
-    rows = disk.read_csv("--table", TABLE.value, ("model", "layer"), COLUMNS)
-    rows = [row for row in rows if all(row[name] not in ("", "nan") for name in COLUMNS)]
+    rows = disk.read_csv("--table", TABLE.value, {"model": str, "layer": str} | dict.fromkeys(COLUMNS, float))
+    rows = [row for row in rows if all(np.isfinite(np.nan if row[c] is None else row[c]) for c in COLUMNS)]
+    if not rows:
+        raise Refused("--table", TABLE.value, f"lines with {', '.join(COLUMNS)}")
     models = np.array([row["model"] for row in rows])
-    column = {name: np.array([float(row[name]) for row in rows]) for name in COLUMNS}
+    column = {name: np.array([row[name] for row in rows]) for name in COLUMNS}
     laws = predictions(column)
     print(f"{len(rows)} layers of {len(set(models))} models")
     for which, (name, counted) in enumerate((("total", "dead_pct_init_topk"), ("by ReLU", "dead_pct_init_relu"))):

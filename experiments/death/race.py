@@ -12,7 +12,6 @@ has ended is read. Writes race.csv. An arm takes 3 to 8 minutes on 2 CPU cores, 
 """
 
 import contextlib
-import importlib.util
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,13 +21,15 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import synthetic as synthetic_config
-from experiments import command
+from experiments import command, layers
 from experiments.death import rivals
+from experiments.layers import said
 from sae_jax.activations import synthetic
 from sae_jax.config import base
 from sae_jax.diagnosis import pilot
+from sae_jax.errors import Refused
 from sae_jax.exchange import sharing
-from sae_jax.models import facts, inputs
+from sae_jax.models import facts
 from sae_jax.reports import tables
 from sae_jax.training import recovery
 from sae_jax.training import run as run_lib
@@ -55,59 +56,22 @@ ARMS: dict[str, dict[str, Any]] = {  # settings, and `step` in place of the pack
     "uncentred_auxk": UNCENTRED | AUXK,
     "uncentred_balance": UNCENTRED | BALANCE,
 }
-GIVEN = flags.DEFINE_multi_string("activations", [], "LAYER=PATH: those of one layer, in place of extracting them")
-SYNTHETIC = "synthetic"
-LAYERS = flags.DEFINE_list("layers", ["2", "9", "13"], "blocks of Gemma 3 270M, MODEL-BLOCK, or synthetic")
 CHOSEN = flags.DEFINE_list("arms", [], "which of them; all, if none is named")
 SIZE = flags.DEFINE_list("size", ["1024", "8", "5000"], "n, k, steps")
 SHORTER = flags.DEFINE_integer("shorter", 1, "pilots in place of the runs: so many times fewer steps", 1)
 KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0", "mmcs", "mcc")
-PACKAGES = ("numpy", "scipy", "matplotlib", "jax")
-
-
-def said(flag: flags.FlagHolder[Any]) -> Any:
-    """Its value, also where no command line was read."""
-    return flag.value if flags.FLAGS.is_parsed() else flag.default
-
-
-def documentation(folder: Path) -> str:
-    """The path of a text of some 9M characters: the docstrings of `PACKAGES`, file by file."""
-    path = folder / "documentation.txt"
-    if not path.exists():
-        found: list[str] = []
-        for name in PACKAGES:
-            spec = importlib.util.find_spec(name)
-            assert spec is not None
-            (root,) = map(Path, spec.submodule_search_locations or ())
-            for file in sorted(root.rglob("*.py")):
-                if "tests" not in file.relative_to(root).parts:
-                    found += inputs.docstrings(file)
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n\n".join(found), encoding="utf-8")
-    return str(path)
-
-
-def point(c: ConfigDict, layer: str, folder: Path) -> None:
-    """Points a run at the activations that are given for its layer; else a model of text at `documentation`."""
-    for given in said(GIVEN):
-        name, _, path = given.partition("=")
-        if name == layer:
-            c.data.path = path
-    if c.data.model.id and not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
-        c.data.model.text = documentation(folder)
 
 
 def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> ConfigDict:
     """Members that differ in the seed alone."""
     n, k, steps = map(int, said(SIZE))
-    if layer == SYNTHETIC:
+    if layer == layers.SYNTHETIC:
         c, width = synthetic_config.get_config(), n
     else:
-        model, _, block = layer.rpartition("-")
         c = base()
-        c.train.batch_size, c.data.model.id, c.data.model.layer = 256, model or facts.GEMMA, int(block)
+        c.train.batch_size = 256
+        c.data.model.id, c.data.model.layer = layers.model_of(layer)
         c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000  # a fifth is held out
-        facts.check(c.data.model, [c.data.model.layer])
         width = facts.width(c.data.model) or n
     c.sae.n_features, c.sae.k, c.sae.center, c.auxk.preset = min(n, 4 * width), k, "geometric_median", "none"
     c.train.steps, c.train.devices, c.checkpoint.every = steps, 1, max(1, steps // 5)
@@ -117,7 +81,7 @@ def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> Confi
         c.data.model.id, c.data.signal, c.data.d_model, c.data.statistics_tokens = "", "sparse", 16, 1000
         c.sae.n_features, c.train.steps, c.eval.n_tokens, c.eval.batch_size = 64, 20, 1000, 500
         c.checkpoint.every, c.auxk.dead_after_tokens = 20, 256
-    point(c, layer, folder)
+    layers.point(c, layer, folder)
     c.update_from_flattened_dict({key: value for key, value in arm.items() if key != "step"})
     c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
     return pilot.shortened(c, said(SHORTER)) if said(SHORTER) > 1 else c
@@ -134,9 +98,11 @@ def found_again(config: ConfigDict, folder: str, member: str) -> dict[str, float
 def main(workdir: Path, scale: str) -> None:
     """Trains, prints and writes the table."""
     rows: list[dict[str, Any]] = []
-    for layer in said(LAYERS):
-        settings(layer, scale, {}, workdir)  # a layer that is not there is refused before hours of others
-    for layer in said(LAYERS)[: 1 if scale == "smoke" else None]:
+    unknown = [name for name in said(CHOSEN) if name not in ARMS]
+    if unknown:
+        raise Refused("--arms", unknown[0], ", ".join(ARMS))
+    chosen = layers.named("2", "9", "13", synthetic=True)
+    for layer in chosen[: 1 if scale == "smoke" else None]:
         for name in said(CHOSEN) or ARMS:
             own, config = ARMS[name].get("step"), settings(layer, scale, ARMS[name], workdir)
             folder = str(workdir / f"{layer}_{name}")

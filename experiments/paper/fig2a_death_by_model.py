@@ -47,7 +47,7 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     """The figure."""
-    rows = [r for r in jobs_lib.read_table(TABLE.value) if r["steps"]]
+    rows = jobs_lib.read_table(TABLE.value, "trained layers", lambda r: r["steps"])
     (Path(TABLE.value).parent / "fig2a_death_by_model.png").write_bytes(figures.png(picture(rows)))
 
 

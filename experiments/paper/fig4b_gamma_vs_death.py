@@ -31,17 +31,19 @@ MARKERS = dict(zip(DOMAINS, "os^", strict=True))
 
 def plain_rows(path: str) -> list[dict[str, Any]]:
     """Untreated layers at initialisation."""
-    return [r for r in jobs_lib.read_table(path) if r["condition"] == "none" and r["steps"] == 0]
+    return jobs_lib.read_table(
+        path, "untreated layers at initialisation", lambda r: r["condition"] == "none" and r["steps"] == 0
+    )
 
 
 def authors_rows(path: str) -> list[dict[str, Any]]:
     """The authors' table in the same columns."""
-    rows = disk.read_csv("--authors", path, ("model", "domain"), ("layer", *AUTHORS_NUMBERS))
+    columns = {"model": str, "domain": str, "layer": int} | dict.fromkeys(AUTHORS_NUMBERS, float)
     return [
         {
-            "model": r["model"], "layer": int(r["layer"]), "domain": r["domain"], "gamma": float(r["gamma"]),
-            "dead_total": float(r["dead_pct_init_topk"]) / 100, "dead_by_relu": float(r["dead_pct_init_relu"]) / 100,
-        } for r in rows if all(r[name] for name in AUTHORS_NUMBERS)
+            **{key: r[key] for key in ("model", "layer", "domain", "gamma")},
+            "dead_total": r["dead_pct_init_topk"] / 100, "dead_by_relu": r["dead_pct_init_relu"] / 100,
+        } for r in disk.read_csv("--authors", path, columns) if None not in [r[key] for key in AUTHORS_NUMBERS]
     ]  # fmt: skip
 
 

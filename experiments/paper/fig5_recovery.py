@@ -6,9 +6,9 @@ Sparse signal with its mean in one dimension (`toys.Toy`), gamma_raw 5, 20 and 4
 without AuxK and with it, and balanced selection; each seed has true features, tokens and initial rows of its own. A
 part is one seed without AuxK, or with it: 18 and 39 minutes of one core. Parts can be trained side by side, and killed,
 one goes on from its last evaluation. Without --part those of three seeds are trained, one after another. Writes, of the
-parts there are, fig5_recovery.csv (means over seeds, least and most), fig5_claims.csv (the numbers behind the claims)
-and fig5_recovery.png. Expect dead-by-TopK to fall early whatever the condition, dead-by-ReLU only as b comes to mu,
-later the larger gamma.
+parts there are, as far as all of a kind have come, fig5_recovery.csv (means over seeds, least and most),
+fig5_claims.csv (the numbers behind the claims) and fig5_recovery.png. Expect dead-by-TopK to fall early whatever the
+condition, dead-by-ReLU only as b comes to mu, later the larger gamma.
 """
 
 from pathlib import Path
@@ -23,13 +23,14 @@ from matplotlib.figure import Figure
 from experiments import command
 from experiments.paper import toys
 from experiments.paper.toys import Member, Toy
+from sae_jax.errors import Refused
 from sae_jax.reports import figures, tables
 
 GAMMAS, RATE, SEEDS = (5.0, 20.0, 40.0), 3e-4, (0, 1, 2, 3, 4)
 HALVES = {"plain": ("baseline", "frozen bias", "balanced"), "auxk": ("AuxK", "AuxK, frozen bias")}
 CONDITIONS = ("baseline", "AuxK", "frozen bias", "AuxK, frozen bias", "balanced")
 PARTS = tuple(f"{seed}_{half}" for seed in SEEDS for half in HALVES)
-THREE = 3  # seeds that one command trains, in three hours; the others where they are named
+FIRST = PARTS[:6]  # three seeds: what one command trains, in three hours
 STEPS = {"smoke": 200, "cpu": 2_000_000, "paper": 2_000_000}
 Curves = dict[tuple[str, float], tuple[np.ndarray, dict[str, np.ndarray]]]
 
@@ -41,7 +42,11 @@ def members(part: str) -> list[Member]:
 
 
 def curves(workdir: Path) -> Curves:
-    """(condition, gamma) → steps, and of every measure the values of each seed there is (seeds, evaluations)."""
+    """(condition, gamma) → steps, and of every measure the values of each seed there is (seeds, evaluations).
+
+    Raises:
+      Refused: the parts are of different scales.
+    """
     found: dict[tuple[str, float], tuple[np.ndarray, dict[str, list[list[float]]]]] = {}
     for part in PARTS:
         if not (workdir / f"{part}.json").exists():
@@ -53,6 +58,8 @@ def curves(workdir: Path) -> Curves:
             values["dead_total"] = [a + b for a, b in zip(values["dead_by_relu"], values["dead_by_topk"], strict=True)]
             seen, so_far = found.setdefault((member.condition, member.gamma), (steps, {key: [] for key in values}))
             shorter = min(len(seen), len(steps))  # where a part is still on its way
+            if (seen[:shorter] != steps[:shorter]).any():
+                raise Refused("--workdir", str(workdir), "a folder whose parts are of one scale")
             found[member.condition, member.gamma] = seen[:shorter], {
                 key: [row[:shorter] for row in [*so_far[key], values[key]]] for key in values
             }
@@ -77,15 +84,18 @@ def first(steps: np.ndarray, there: np.ndarray) -> list[int | None]:
     return [int(steps[seed.argmax()]) if seed.any() else None for seed in there]
 
 
-def said(values: list[int | None]) -> str:
-    """Least to most; – where a seed never came there."""
+def told(values: list[int | None], earliest: int) -> str:
+    """Least to most; – where a seed has not come there. ≤ marks the earliest step at which anybody looked."""
     if None in values:
         return "–"
-    return " to ".join(f"{value:,}" for value in sorted({min(values), max(values)}))  # type: ignore[type-var]
+    ends = sorted({min(values), max(values)})  # type: ignore[type-var]
+    return " to ".join(f"{'≤' if value == earliest else ''}{value:,}" for value in ends)
 
 
 def claims(found: Curves) -> list[dict[str, Any]]:
-    """The numbers behind the paper's claims: percent of features at the start, after a tenth, and at the end; steps."""
+    """The numbers behind the paper's claims: percent of features at the start, at a tenth (`tenth`: which step), at the
+    end (`steps`); `half`: by when half of the fall of dead-by-TopK to its lowest has happened, if it is a tenth of all.
+    """
     rows = []
     for gamma in GAMMAS:
         for condition in CONDITIONS:
@@ -94,17 +104,20 @@ def claims(found: Curves) -> list[dict[str, Any]]:
             steps, values = found[condition, gamma]
             marks = [0, int(np.flatnonzero(steps <= steps[-1] / 10)[-1]), len(steps) - 1]
             topk, bias = values["dead_by_topk"], values["bias_projection"]
-            halfway = (topk[:, :1] + topk.min(axis=1, keepdims=True)) / 2
-            row: dict[str, Any] = {"gamma": f"{gamma:g}", "condition": condition, "seeds": len(topk)}
+            start, lowest = topk[:, :1], topk.min(axis=1, keepdims=True)
+            fallen = (topk <= (start + lowest) / 2) & (start - lowest >= 0.1)
+            row: dict[str, Any] = {"gamma": f"{gamma:g}", "condition": condition, "seeds": str(len(topk)),
+                                   "tenth": str(steps[marks[1]]), "steps": str(steps[-1])}  # fmt: skip
             for key in ("dead_by_topk", "dead_by_relu"):
                 last = 100 * values[key][:, -1]
                 row[key] = " → ".join(f"{100 * values[key][:, at].mean():.0f}" for at in marks)
                 row[f"{key}_end"] = f"{last.min():.0f} to {last.max():.0f}"
             rows.append(row | {
-                "half": said(first(steps, topk <= halfway)),
+                "lowest": f"{100 * lowest.mean():.0f}",
+                "half": told(first(steps, fallen), steps[1]),
                 **{key: f"{100 * values[key][:, -1].mean():.0f}" for key in ("collateral", "revived")},
                 "bias_projection": f"{bias[:, -1].mean():.2f} ({bias[:, -1].min():.2f} to {bias[:, -1].max():.2f})",
-                **{f"steps_{share}": said(first(steps, bias >= share / 100)) for share in (50, 90)},
+                **{f"steps_{share}": told(first(steps, bias >= share / 100), steps[1]) for share in (50, 90)},
                 "mmcs": f"{values['mmcs'][:, -1].mean():.3f}",
             })  # fmt: skip
     return rows
@@ -132,10 +145,10 @@ def picture(found: Curves) -> Figure:
         upper, lower = (row[0].get_legend_handles_labels() for row in axes)
         figure.legend(*upper, loc="outside upper center", ncols=3)
         figure.legend(*lower, loc="outside lower center", ncols=3)
-        end = max(steps[-1] for steps, _ in found.values())
+        earliest, end = (max(steps[at] for steps, _ in found.values()) for at in (1, -1))
         for axis, letter in zip(axes.ravel(), "abcdef", strict=True):
             axis.set_title(letter, loc="left", weight="bold")
-            axis.set(xscale="log", xlim=(min(200, end / 10), end))  # nothing moves before
+            axis.set(xscale="log", xlim=(earliest, end))
     return figure
 
 
@@ -151,7 +164,7 @@ def band(axis: Axes, curve: Any, key: str, factor: float, label: str, **look: An
 def main(workdir: Path, scale: str, part: str = "") -> None:
     """Trains the parts that are asked for, one after another; then the tables and the picture."""
     toy = Toy(steps=STEPS[scale], held_out=1000 if scale == "smoke" else 20_000)
-    for name in [part] if part else PARTS[: 2 * THREE]:
+    for name in [part] if part else FIRST:
         toys.train(toy, members(name), workdir / name, points=60)
     found = curves(workdir)
     tables.write_csv(workdir / "fig5_recovery.csv", table(found))

@@ -15,6 +15,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import command
+from sae_jax.errors import Refused
 from sae_jax.reports import figures
 from sae_jax.sweeps import jobs as jobs_lib
 
@@ -26,14 +27,15 @@ CONDITIONS = (
 
 def layers(path: str) -> dict[str, list[dict[str, Any]]]:
     """Trained jobs: "model, layer" → a row for each of the four conditions."""
-    rows = jobs_lib.read_table(path)
+    wanted = [(condition, trained) for _, condition, trained in CONDITIONS]
+    rows = jobs_lib.read_table(path, "trained layers", lambda r: (r["condition"], bool(r["steps"])) in wanted)
     found: dict[str, list[dict[str, Any]]] = {}
     for name in dict.fromkeys(r["name"] for r in rows if r["steps"]):
-        mine = [r for r in rows if r["name"] == name]
-        found[f"{mine[0]['model']}, {mine[0]['layer']}"] = [
-            next(r for r in mine if r["condition"] == condition and bool(r["steps"]) == trained)
-            for _, condition, trained in CONDITIONS
-        ]
+        mine = {(r["condition"], bool(r["steps"])): r for r in rows if r["name"] == name}
+        if len(mine) < len(wanted):
+            raise Refused("--table", path, f"{name} in the conditions {', '.join(dict(wanted))}")
+        first = mine[wanted[0]]
+        found[f"{first['model']}, {first['layer']}"] = [mine[key] for key in wanted]
     return found
 
 

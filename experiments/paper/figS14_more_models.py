@@ -59,7 +59,9 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 def main() -> None:
     """The figure."""
-    rows = [r for r in jobs_lib.read_table(TABLE.value) if r["condition"] in LOOK and r["steps"] == 0]
+    rows = jobs_lib.read_table(
+        TABLE.value, "layers at initialisation", lambda r: r["condition"] in LOOK and r["steps"] == 0
+    )
     (Path(TABLE.value).parent / "figS14_more_models.png").write_bytes(figures.png(picture(rows)))
 
 

@@ -7,27 +7,23 @@ n 2048, k 16, 20,000 steps of 256 at 3e-4 without decay; 1.2M tokens of a layer,
 text are shown the docstrings of the packages that this one needs. A number is a block of Gemma 3 270M, MODEL-NUMBER one
 of another model; `--activations=9=PATH` takes one from a file. Death by pathway, bias and FVE (with LayerNorm of what
 it leaves) at steps even in log. A layer takes some two hours of one core, half of them with AuxK. Every condition is a
-run of its own under the workdir (`--conditions` names some): what is stopped goes on, what has ended is read. Writes
+run of its own under the workdir (`--condition` names one): what is stopped goes on, what has ended is read. Writes
 figS7_real_dynamics.csv, where rows of other layers and conditions stay, and .png; `fig6_centering.py` draws layer 9.
 `smoke` uses synthetic activations.
 """
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments import command
-from experiments.death.race import LAYERS, point, said
+from experiments import command, layers
 from sae_jax import config as config_lib
-from sae_jax.models import facts
 from sae_jax.reports import figures, tables
-from sae_jax.runtime import checkpoint
+from sae_jax.runtime import checkpoint, disk
 from sae_jax.training import run as run_lib
 
 SEEDS = (0, 1, 2)
@@ -52,7 +48,6 @@ LOOKS: dict[str, dict[str, Any]] = {
     "centred, balanced": {"color": figures.MEMBER_COLOURS[5], "lw": 1.6},
 }  # fmt: skip
 KEYS = ("dead_by_relu", "dead_by_topk", "dead_total", "bias_projection", "fve")
-CHOSEN = flags.DEFINE_list("conditions", [], "which of them, with + for a comma; all, if none is named")
 
 
 def settings(on: str, scale: str, condition: str, folder: Path) -> ConfigDict:
@@ -67,10 +62,9 @@ def settings(on: str, scale: str, condition: str, folder: Path) -> ConfigDict:
     if scale == "smoke":
         c.data.update(signal="sparse", gamma=5.0, d_model=16, n_true_features=64, n_active=2, statistics_tokens=1000)
     else:
-        model, _, block = on.rpartition("-")
-        c.data.model.update(id=model or facts.GEMMA, layer=int(block), n_tokens=N_TOKENS[scale])
-        facts.check(c.data.model, [c.data.model.layer])
-        point(c, on, folder)
+        model, block = layers.model_of(on)
+        c.data.model.update(id=model, layer=block, n_tokens=N_TOKENS[scale])
+        layers.point(c, on, folder)
     c.update_from_flattened_dict(CONDITIONS[condition])
     c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
     return c
@@ -102,21 +96,21 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     """Each pathway, the bias and the FVE over steps, a row of panels a layer."""
     panels = (("dead_by_topk", "dead by TopK (%)", 100), ("dead_by_relu", "dead by ReLU (%)", 100),
               ("bias_projection", "b·mu / ‖mu‖²", 1), ("fve", "FVE about the mean", 1))  # fmt: skip
-    layers = list(dict.fromkeys(row["on"] for row in rows))
+    shown_layers = list(dict.fromkeys(row["on"] for row in rows))
     with matplotlib.rc_context(figures.STYLE):
-        figure = Figure(figsize=(9.6, 2.1 * len(layers) + 0.8), layout="constrained")
-        axes = figure.subplots(len(layers), len(panels), squeeze=False, sharex=True)
-        for layer, across in zip(layers, axes, strict=True):
+        figure = Figure(figsize=(9.6, 2.1 * len(shown_layers) + 0.8), layout="constrained")
+        axes = figure.subplots(len(shown_layers), len(panels), squeeze=False, sharex=True)
+        for layer, across in zip(shown_layers, axes, strict=True):
             for axis, (key, label, factor) in zip(across, panels, strict=True):
                 for name, look in LOOKS.items():
                     mine = [row for row in rows if (row["on"], row["condition"]) == (layer, name)]
                     if mine:
                         draw(axis, mine, key, factor, name, look)
-                axis.set(xscale="log", title=label if layer == layers[0] else "")
+                axis.set(xscale="log", title=label if layer == shown_layers[0] else "")
                 if key == "fve":
                     axis.set_ylim(-0.05, 1.02)
-            model, _, block = layer.rpartition("-")
-            across[0].set_ylabel(f"{model or facts.GEMMA}\nblock {block}")
+            model, block = layers.model_of(layer)
+            across[0].set_ylabel(f"{model}\nblock {block}")
         for axis in axes[-1]:
             axis.set_xlabel("step (0 at the left edge)")
         shown = {line.get_label(): line for across in axes for line in across[0].get_lines()}
@@ -135,28 +129,22 @@ def draw(axis: Any, mine: list[dict[str, Any]], key: str, factor: float, name: s
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows that a table has, if it is there."""
-    if not path.exists():
-        return []
-    kinds: dict[str, Any] = {"on": str, "condition": str, "step": int, "seeds": int}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: kinds.get(key, float)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    columns = {"on": str, "condition": str, "step": int, "seeds": int} | {
+        f"{key}{end}": float for key in KEYS for end in ("", "_low", "_high")
+    }
+    return disk.read_csv("--workdir", path, columns) if path.exists() else []
 
 
-def layers(otherwise: str) -> list[str]:
-    """Those that the command line names; one alone if it names none, as several would take longer than three hours."""
-    return list(LAYERS.value) if flags.FLAGS.is_parsed() and LAYERS.present else [otherwise]
-
-
-def main(workdir: Path, scale: str) -> None:
+def main(workdir: Path, scale: str, condition: str = "") -> None:
     """Trains, writes the table, in which other layers and conditions stay, and the picture of all that it has."""
     path = workdir / "figS7_real_dynamics.csv"
-    for on in layers("9"):
-        for condition in [name.replace("+", ", ") for name in said(CHOSEN)] or CONDITIONS:
-            found = train(workdir, scale, on, [condition])
-            others = [row for row in read(path) if (row["on"], row["condition"]) != (on, condition)]
+    for on in layers.named("9"):  # one: several would take longer than three hours
+        for name in [condition.replace("+", ", ")] if condition else CONDITIONS:
+            found = train(workdir, scale, on, [name])
+            others = [row for row in read(path) if (row["on"], row["condition"]) != (on, name)]
             tables.write_csv(path, others + found)
     path.with_suffix(".png").write_bytes(figures.png(picture(read(path))))
 
 
 if __name__ == "__main__":
-    command.start(main, "real_dynamics")
+    command.start(main, "real_dynamics", condition=tuple(name.replace(", ", "+") for name in CONDITIONS))

@@ -18,6 +18,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import jax
 import matplotlib
 import numpy as np
 from etils import epath
@@ -38,7 +39,6 @@ OTHER: dict[str, Any] = {"decoder": {"unit": False}, "clip": {"clip": toys.FREE}
 STEPS = {"smoke": 200, "cpu": 200_000, "paper": 2_000_000}
 CURVES = ("dead_by_relu", "dead_by_topk", "bias_projection")  # what the table has of the start and on the way too
 BIAS = (0.5, 0.6, 0.7)  # where the paper's bias is when it has features stuck
-DIFFERENCES = ("dead_by_relu", "dead_by_topk", "mmcs")
 EDGES = (-np.inf, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # of the baseline's FVE
 PANELS = (
     (("baseline, mean in one dimension", "base", "baseline"), ("AuxK", "base", "AuxK"),
@@ -101,9 +101,10 @@ def rows(part: str, of: list[Member], history: list[dict[str, Any]]) -> list[dic
 def by_fve(parts: list[tuple[list[Member], list[dict[str, Any]]]], wakes: int) -> list[dict[str, Any]]:
     """What AuxK has more than its baseline, in points, by the baseline's FVE: at evaluations later than step `wakes`.
 
-    `fewer`, `more`: percent of the evaluations at which it has fewer, and more, dead in total by a point and over.
+    A pair counts once in each row: as the mean of its evaluations there. `fewer`, `more`: percent of the pairs that
+    have fewer, and more, dead in total with AuxK by a point and over.
     """
-    seen: list[tuple[Any, ...]] = []
+    seen: dict[float, dict[Any, list[tuple[float, ...]]]] = {low: {} for low, _ in itertools.pairwise(EDGES)}
     for part, (of, history) in enumerate(parts):
         place = {member: i for i, member in enumerate(of)}
         for member, i in place.items():
@@ -112,19 +113,18 @@ def by_fve(parts: list[tuple[list[Member], list[dict[str, Any]]]], wakes: int) -
                 continue
             for entry in history:
                 if entry["step"] > wakes:
-                    relu, by_topk, mmcs = (entry[key][j] - entry[key][i] for key in DIFFERENCES)
-                    seen.append(((part, member), entry["fve"][i], 100 * (relu + by_topk), 100 * relu, mmcs))
+                    relu, by_topk, mmcs = (entry[k][j] - entry[k][i] for k in ("dead_by_relu", "dead_by_topk", "mmcs"))
+                    low = max(edge for edge in EDGES[:-1] if edge <= entry["fve"][i])
+                    seen[low].setdefault((part, member), []).append((100 * (relu + by_topk), 100 * relu, mmcs))
     rows = []
     for low, high in itertools.pairwise(EDGES):
-        mine = [row for row in seen if low <= row[1] < high]
-        if mine:
-            more = np.array([row[2] for row in mine])
+        if seen[low]:
+            more, relu, mmcs = np.array([np.mean(pair, axis=0) for pair in seen[low].values()]).T
             rows.append({
-                "fve_from": max(low, -1.0), "fve_to": high, "pairs": len({row[0] for row in mine}),
-                "evaluations": len(mine), "fewer": f"{100 * np.mean(more <= -1):.0f}",
+                "fve_from": low if low > -1 else "", "fve_to": high, "pairs": len(more),
+                "evaluations": sum(map(len, seen[low].values())), "fewer": f"{100 * np.mean(more <= -1):.0f}",
                 "more": f"{100 * np.mean(more >= 1):.0f}", "dead_total": f"{more.mean():.1f}",
-                "dead_by_relu": f"{np.mean([row[3] for row in mine]):.1f}",
-                "mmcs": f"{np.mean([row[4] for row in mine]):.3f}",
+                "dead_by_relu": f"{relu.mean():.1f}", "mmcs": f"{mmcs.mean():.3f}",
             })  # fmt: skip
     return rows
 
@@ -180,7 +180,8 @@ def fill(axis: Axes, those: list[dict[str, Any]], kinds: list[tuple[float, float
 
 def main(workdir: Path, scale: str, part: str = "") -> None:
     """Trains the parts that are asked for, one after another; then the table."""
-    several = PARTS[:1] if scale == "cpu" else [name for name in PARTS if not name.startswith("long")]
+    whole = scale == "smoke" or jax.default_backend() != "cpu"
+    several = [name for name in PARTS if not name.startswith("long")] if whole else PARTS[:1]
     for name in [part] if part else several:
         steps = STEPS[scale] * (10 if name.startswith("long") else 1)
         toy = Toy(steps=steps, held_out=1000 if scale == "smoke" else 20_000)
@@ -196,10 +197,12 @@ def summarise(workdir: Path, scale: str) -> None:
             of, history = toys.read(workdir / name)
             found += rows(name, of, history)
             told.append((of, history))
-    tables.write_csv(workdir / "regimes_auxk.csv", by_fve(told, Toy(steps=STEPS[scale]).wakes))
     columns = list(dict.fromkeys(key for row in found for key in row))
     tables.write_csv(workdir / "regimes.csv", [{key: row.get(key, "") for key in columns} for row in found])
     figures.save(picture(found), epath.Path(workdir) / "regimes.png")
+    pairs = by_fve(told, Toy(steps=STEPS[scale]).wakes)
+    if pairs:
+        tables.write_csv(workdir / "regimes_auxk.csv", pairs)
 
 
 if __name__ == "__main__":

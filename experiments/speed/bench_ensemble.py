@@ -2,7 +2,7 @@
 
     python -m experiments.speed.bench_ensemble --workdir=runs/bench_ensemble --scale=cpu
 
-The shapes of `fig5_recovery.py` and of a larger toy, without AuxK and with it at work in every step; thousands of steps
+A small toy and a larger one, without AuxK and with it at work in every step; thousands of steps
 to a dispatch, data made on the device. The median of five turns each, taken in turn. Writes bench_ensemble.csv; two
 minutes on 2 CPU cores.
 """
@@ -23,7 +23,7 @@ from sae_jax.activations import synthetic
 from sae_jax.reports import tables
 from sae_jax.training import step as step_lib
 
-# d, n, k, batch: of the recovery figure, and a larger one
+# d, n, k, batch
 SHAPES = ((32, 128, 3, 32), (32, 256, 2, 64))
 MEMBERS, TURNS = 8, 5
 STEPS = {"smoke": 20, "cpu": 1000, "paper": 20_000}

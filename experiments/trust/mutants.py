@@ -161,14 +161,14 @@ def drawn(seed: int) -> list[Fault]:
 
 def named(path: str) -> Iterator[Fault]:
     """The faults of a table, whose `was` stands once in its module."""
-    for row in disk.read_csv("--named", path, ("module", "was", "is"), ()):
+    for row in disk.read_csv("--named", path, dict.fromkeys(("module", "was", "is"), str)):
         if not row["was"] or not (ROOT / (row["module"] or "/")).is_file():
             raise Refused("--named", path, f"modules that are there, and what stands in them; not {row}")
         before, was, after = (ROOT / row["module"]).read_text().partition(row["was"])
         if not was or was in after:
             raise Refused("--named", path, f"what stands in a module once; in {row['module']} not {row['was']!r}")
         line, start, stop = before.count("\n") + 1, len(before.encode()), len((before + was).encode())
-        yield Fault(row["module"], line, start, stop, "named", was, row["is"])
+        yield Fault(row["module"], line, start, stop, "named", was, row["is"] or "")
 
 
 def wanted(fault: Fault) -> set[int]:

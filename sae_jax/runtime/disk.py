@@ -7,7 +7,7 @@ import json
 import os
 import resource
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,28 +49,26 @@ def read_json(field: str, path: epath.Path, keys: tuple[str, ...] = ()) -> dict[
         raise Refused(field, str(path), f"a whole file, as it was written; this one is damaged ({error})") from error
 
 
-def read_csv(field: str, path: str | Path, texts: Iterable[str], numbers: Iterable[str]) -> list[dict[str, str]]:
-    """The lines of a table that has at least these columns; those of `numbers` are numbers or empty.
+def read_csv(field: str, path: str | Path, columns: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The lines of a table that has at least these columns, each cell of them as its type; None where it is empty.
 
     Raises:
       Refused: it is not there, is no such table, or has no line; `field` is how the user named it.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:  # -sig: as some spreadsheets write it
             reader = csv.DictReader(file, strict=True)
             rows, names = list(reader), reader.fieldnames or ()
-        missing = [name for name in (*texts, *numbers) if name not in names]
-        for row in rows if not missing else ():
-            if None in row or None in row.values():
-                raise ValueError("a line has another number of columns than the first")
-            for name in numbers:
-                float(row[name] or 0)
+        missing = [name for name in columns if name not in names]
+        if not missing and any(None in row or None in row.values() for row in rows):
+            raise ValueError("a line has another number of columns than the first")
+        found = [{k: columns.get(k, str)(v) if v else None for k, v in row.items()} for row in rows if not missing]
     except (OSError, ValueError, csv.Error) as error:
         raise Refused(field, str(path), f"a table (CSV) that can be read ({first_line(error)})") from error
     if missing or not rows:
         lacks = f"the columns {', '.join(missing)}" if missing else "a line or more"
         raise Refused(field, str(path), f"a table (CSV) of this kind, with {lacks}")
-    return rows
+    return found
 
 
 def check_reachable(field: str, path: str) -> None:

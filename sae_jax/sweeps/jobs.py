@@ -36,8 +36,10 @@ COLUMNS = (
     "gamma_direction", "effective_rank", "condition", "steps", "dead_by_relu", "dead_by_topk", "dead_total",
     "forecast_total", "fve", "l0", "bias_projection", "status", "error", "data", "config_hash", "versions",
 )  # fmt: skip
-TEXT = ("name", "model", "domain", "hook", "condition", "status", "error", "data", "config_hash", "versions")
-NUMBERS = tuple(name for name in COLUMNS if name not in TEXT)
+TEXTS = ("name", "model", "domain", "hook", "condition", "status", "error", "data", "config_hash", "versions")
+KINDS = dict.fromkeys(COLUMNS, float) | dict.fromkeys(TEXTS, str) | dict.fromkeys(
+    ("layer", "d_model", "n_features", "k", "seed", "n_tokens", "steps"), int
+)  # fmt: skip
 Launcher = Callable[[str, list[list[Job]]], None]  # of a workdir and of groups that share a forward pass
 JOBS, IDENTITY, RESULTS = "jobs", "sweep.json", "results.csv"
 
@@ -261,17 +263,15 @@ def summary(workdir: str, found: list[Job]) -> str:
     return "\n".join(lines)
 
 
-def read_table(path: str | Path) -> list[dict[str, Any]]:
-    """results.csv as rows, numbers as numbers, what is empty as None.
+def read_table(
+    path: str | Path, what: str = "a line or more", wanted: Callable[[dict[str, Any]], Any] = bool
+) -> list[dict[str, Any]]:
+    """The rows of a results.csv that are wanted, numbers as numbers, what is empty as None.
 
     Raises:
-      Refused: it is no such table.
+      Refused: it is no such table, or has none of `what`.
     """
-    rows = disk.read_csv("--table", path, TEXT, NUMBERS)
-    return [{key: _value(key, text) for key, text in row.items()} for row in rows]
-
-
-def _value(key: str, text: str) -> Any:
-    if text == "" or key in TEXT:
-        return text or None
-    return float(text) if key not in ("layer", "d_model", "n_features", "k", "seed", "n_tokens", "steps") else int(text)
+    rows = [row for row in disk.read_csv("--table", path, KINDS) if wanted(row)]
+    if not rows:
+        raise Refused("--table", str(path), f"results.csv of a sweep, with {what}")
+    return rows

@@ -5,13 +5,12 @@ A alive, T dead by TopK (or by what else selects), R dead by ReLU. A string of n
 else follows from those.
 """
 
-from itertools import product
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from sae_jax.autoencoder import topk
 from sae_jax.autoencoder.death import Sightings
@@ -57,13 +56,6 @@ def ledger(history: list[dict[str, Any]], name: str) -> Ledger:
     for code, letter in enumerate(LETTERS):
         codes[fates == ord(letter)] = code
     return Ledger(np.array([entry["step"] for entry in history]), codes)
-
-
-def transitions(before: UInt8[np.ndarray, "n"], after: UInt8[np.ndarray, "n"]) -> dict[str, float]:
-    """Fractions of all n features that went from one fate to another: `AR` is alive before, dead by ReLU after."""
-    return {
-        LETTERS[a] + LETTERS[b]: float(np.mean((before == a) & (after == b))) for a, b in product(range(3), repeat=2)
-    }
 
 
 @jax.jit
