@@ -24,6 +24,9 @@ def run(main: Callable[[], None]) -> None:
             print(f"sae_jax: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
 
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined if module.startswith("experiments.") else ():  # for --help, beside the script's own
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(parsed, flags_parser=read)
 
 
@@ -41,6 +44,4 @@ def start(main: Callable[..., None], name: str, **choices: tuple[str, ...]) -> N
     workdir = flags.DEFINE_string("workdir", f"runs/{name}", "folder for the runs, the table and the picture")
     scale = flags.DEFINE_enum("scale", "cpu", SCALES, "smoke: seconds; cpu: as in the READMEs; paper: an accelerator")
     more = {key: flags.DEFINE_enum(key, None, values, "this part alone") for key, values in choices.items()}
-    for name in ("workdir", "scale", *choices):  # --help lists the flags of the script itself
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     run(lambda: main(Path(workdir.value), scale.value, **{key: flag.value for key, flag in more.items() if flag.value}))

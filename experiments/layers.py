@@ -4,7 +4,6 @@ A layer is a number, of Gemma 3 270M, or MODEL-NUMBER. Models of text are shown 
 """
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from sae_jax.models import facts, inputs
 
 LAYERS = flags.DEFINE_list("layers", None, "blocks of Gemma 3 270M, or MODEL-BLOCK")
 GIVEN = flags.DEFINE_multi_string("activations", [], "LAYER=PATH: those of one layer, in place of extracting them")
-for _name in ("layers", "activations"):  # --help lists the flags of the script itself
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[_name])
 PACKAGES = ("numpy", "scipy", "matplotlib", "jax")
 SYNTHETIC = "synthetic"  # a layer to scripts that say so
 
@@ -44,15 +41,15 @@ def named(*otherwise: str, synthetic: bool = False) -> list[str]:
     return layers
 
 
-def model_of(layer: str) -> tuple[str, int]:
-    """The model and the block of a layer.
+def model_of(layer: str, flag: str = "--layers") -> tuple[str, int]:
+    """The model and the block of a layer, which `flag` named.
 
     Raises:
       Refused: it has no such name, or the model no such block.
     """
     model, _, block = layer.rpartition("-")
     if (model or facts.GEMMA) not in facts.MODELS or not block.isdecimal():
-        raise Refused("--layers", layer, f"a number, or MODEL-NUMBER of {', '.join(facts.MODELS)}")
+        raise Refused(flag, layer, f"a number, or MODEL-NUMBER of {', '.join(facts.MODELS)}")
     c = base().data.model
     c.id, c.layer = model or facts.GEMMA, int(block)
     facts.check(c, [c.layer])
@@ -76,11 +73,16 @@ def documentation(folder: Path) -> str:
     return str(path)
 
 
-def point(c: ConfigDict, layer: str, folder: Path) -> None:
-    """Points a run at the activations that are given for its layer; else a model of text at `documentation`."""
+def give(c: ConfigDict, layer: str) -> None:
+    """Points a run at the activations that are given for its layer, if there are."""
     for given in said(GIVEN):
         name, _, path = given.partition("=")
         if name == layer:
             c.data.path = path
+
+
+def point(c: ConfigDict, layer: str, folder: Path) -> None:
+    """`give`; where nothing is given, a model of text is shown `documentation`."""
+    give(c, layer)
     if c.data.model.id and not c.data.path and facts.MODELS[c.data.model.id].inputs == "text":
         c.data.model.text = documentation(folder)

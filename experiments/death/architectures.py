@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from configs import synthetic as synthetic_config
-from experiments import command
-from experiments.layers import GIVEN, said
+from experiments import command, layers
+from experiments.layers import said
 from sae_jax.config import base
 from sae_jax.models import facts
 from sae_jax.outliers import selections
@@ -76,11 +76,10 @@ def settings(on: str, scale: str, architecture: str, arm: str) -> ConfigDict:
         c.sae.n_features, c.sae.k, c.train.steps = 256, L0, 4000
         c.data.statistics_tokens, c.eval.n_tokens = 20_000, 20_000  # which are made anew each time they are needed
     else:
-        model, _, block = on.rpartition("-")
         c = base()
-        c.train.batch_size, c.data.model.id, c.data.model.layer = 256, model or facts.GEMMA, int(block)
+        c.train.batch_size = 256
+        c.data.model.id, c.data.model.layer = layers.model_of(on, "--on")
         c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000
-        facts.check(c.data.model, [c.data.model.layer])
         c.sae.n_features, c.sae.k, c.train.steps = min(1024, 4 * (facts.width(c.data.model) or 1024)), L0, 2000
     c.train.devices, c.auxk.preset, c.train.steps_per_dispatch = 1, "none", 100
     if scale == "smoke":
@@ -89,10 +88,7 @@ def settings(on: str, scale: str, architecture: str, arm: str) -> ConfigDict:
         c.eval.n_tokens, c.eval.batch_size, c.train.steps_per_dispatch = 1000, 500, 20
     c.checkpoint.every = c.train.steps
     c.auxk.dead_after_tokens = c.train.batch_size * max(1, c.train.steps // 20)
-    for given in said(GIVEN):
-        name, _, path = given.partition("=")
-        if name == on:
-            c.data.path = path
+    layers.give(c, on)
     own = {**ARCHITECTURES[architecture], **ARMS[arm]}
     if "sae.groups" in own:
         own["sae.groups"] = f"{c.sae.n_features // 4},{c.sae.n_features}"
@@ -282,18 +278,18 @@ def of_gammas(rows: list[dict[str, Any]]) -> Figure:
 
 def of_layers(rows: list[dict[str, Any]]) -> Figure:
     """Dead at the end, a row of panels an architecture, a column a layer: the arms side by side."""
-    names, layers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("architecture", "on"))
+    names, shown = (list(dict.fromkeys(row[key] for row in rows)) for key in ("architecture", "on"))
     with matplotlib.rc_context(figures.STYLE):
         figure = Figure(figsize=(figures.WIDE, 1.1 * len(names) + 1.2), layout="constrained")
-        axes = figure.subplots(len(names), len(layers), squeeze=False, sharex=True, sharey=True)
+        axes = figure.subplots(len(names), len(shown), squeeze=False, sharex=True, sharey=True)
         for name, across in zip(names, axes, strict=True):
-            for layer, axis in zip(layers, across, strict=True):
+            for layer, axis in zip(shown, across, strict=True):
                 mine = [row for row in rows if (row["architecture"], row["on"]) == (name, layer)]
                 bars(axis, [[row for row in mine if row["arm"] == arm] for arm in ARMS], list(SHOWN.values()))
             across[0].set_ylabel(NAMES.get(name, name).replace(" ", "\n"))
-        for layer, axis in zip(layers, axes[0], strict=True):
-            model, _, block = layer.rpartition("-")
-            axis.set_title(f"{model or facts.GEMMA}\nblock {block}")
+        for layer, axis in zip(shown, axes[0], strict=True):
+            model, block = layers.model_of(layer)
+            axis.set_title(f"{model}\nblock {block}")
         figure.supylabel("features dead (%)", size=9)
         figure.legend(axes[0][0].patches[:2], PATHWAYS, loc="outside lower center", ncols=2)
     return figure
