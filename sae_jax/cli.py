@@ -108,11 +108,11 @@ def diagnose(words: list[str]) -> int:
     _quiet()
     with _named(typed):
         if given["sae"] is not None:
-            from sae_jax.diagnosis import autopsy
+            from sae_jax.diagnosis import autopsy, diagnosis
 
             found = autopsy.dissect(
                 given["sae"], activations, given["workdir"], target=given["target"], member=given["member"],
-                n_probes=given["n_probes"], seed=given["seed"],
+                n_probes=diagnosis.N_PROBES if given["n_probes"] is None else given["n_probes"], seed=given["seed"],
             )  # fmt: skip
             print(tables.autopsy_table(found))
             print(f"report, page, features.csv, figures: {given['workdir']}")

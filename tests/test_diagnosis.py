@@ -124,6 +124,37 @@ def test_a_second_look_is_taken_only_where_the_choice_hangs_on_it():
     assert undecided(none=5, mean=200, median=4, whitening=0) == ["none", "median"]
 
 
+def test_what_is_not_known_to_a_point_and_a_half_is_looked_at_again_if_that_is_cheap():
+    def forecast(n_dead, by_relu, count=512):
+        best = np.r_[-np.ones(by_relu), np.full(n_dead - by_relu, 0.1), np.full(count - n_dead, 9.0)]
+        return Forecast(np.zeros((count, 64)), np.random.default_rng(0).permutation(best))
+
+    dead = {"none": (500, 200), "mean": (100, 0), "median": (3, 0), "whitening": (90, 0)}  # in total, by ReLU
+    found = {name: forecast(*counts) for name, counts in dead.items()}
+
+    def wide(cosines):
+        return remedies.wide(found, 4096, 32, cosines)
+
+    assert wide(1) == ["none", "mean", "whitening"]  # of the first by ReLU alone
+    assert wide(remedies.CLOSER / 64) == ["none"]
+    assert wide(remedies.CLOSER / 128) == ["none", "mean"]
+    assert wide(remedies.CLOSER / 64 + 1) == wide(0) == []
+    many = {"none": forecast(2000, 800, 4096)}
+    assert remedies.wide(many, 4096, 32, 1) == ["none"]
+    assert remedies.wide({"none": forecast(8000, 3200, 16384)}, 4096, 32, 1) == []
+
+
+def test_a_share_is_known_to_a_point_and_a_half_unless_the_probes_are_said(rng):
+    x = np.float32(rng.normal(size=(3000, 24)) + 0.8 * np.sqrt(24) * np.eye(24)[3])
+    found = sae_jax.diagnose(x, n_features=8192, k=64, measure=True)
+    none = found["remedies"]["none"]
+    assert 0.1 < none["measured"]["dead_total"] < 0.9
+    assert found["n_probes"] == 512 < none["n_probes"]
+    assert none["probe"]["dead_total"] == pytest.approx(none["measured"]["dead_total"], abs=0.02)
+    said = sae_jax.diagnose(x, n_features=8192, k=64, n_probes=512)["remedies"]["none"]
+    assert said["n_probes"] == 512
+
+
 @pytest.mark.parametrize(("n_probes", "most"), [(15, 60), (16, 16), (20, 20)])
 def test_as_many_probes_as_features_are_enough(rng, n_probes, most):
     """Of so few no share can be told from 1 %."""

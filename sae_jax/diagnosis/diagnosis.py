@@ -48,7 +48,7 @@ class Report(dict[str, Any]):
 def diagnose(
     activations: np.ndarray | tokens.Rows | str | ConfigDict, workdir: str | None = None, *, n_features: int = 8192,
     k: int = 64, selection: str = "topk", threshold: float | None = None, measure: bool = False,
-    n_probes: int = N_PROBES, seed: int = 0, pilot: bool = False,
+    n_probes: int | None = None, seed: int = 0, pilot: bool = False,
 ) -> Report:  # fmt: skip
     """Outlier severity, predicted death at initialisation by every law, and the cheapest remedy.
 
@@ -63,7 +63,8 @@ def diagnose(
         many of their ‖sigma‖. Of a configuration of such SAEs it is where they start, if left out.
       measure: also count deaths in an untrained SAE of that size under every remedy.
       n_probes: random directions to forecast with; a forecast errs by 1/√n_probes. Remedies that may be on either side
-        of 1 % are looked at again with more, up to about n_features.
+        of 1 % are looked at again with more, up to about n_features. Not given: 512, and more too where the share is
+        not known to 1.5 points, if that takes no more than some seconds.
       seed: of probes and measured SAEs.
       pilot: also forecast what is dead after training, for every member of a configuration, by a run of an eighth of
         its steps, at least 500, in WORKDIR/pilot; n_features and k are then the configuration's.
@@ -79,6 +80,7 @@ def diagnose(
       Refused: the activations cannot be diagnosed; nothing was written.
       RunFailed: activations made or extracted on the way are not finite.
     """
+    closer, n_probes = n_probes is None, N_PROBES if n_probes is None else n_probes
     check(n_features, k, n_probes, seed, workdir)
     theta = None  # where a run of a configuration starts its thresholds, of tokens with ‖sigma‖ = √d
     if threshold is None and isinstance(activations, ConfigDict) and activations.sae.activation == selection:
@@ -107,7 +109,10 @@ def diagnose(
     with ThreadPoolExecutor(1) as beside:  # XLA leaves the interpreter to the laws, and to what can be drawn by now
         laws = beside.submit(predictions, severity, sample, n_features, k)
         early = beside.submit(_of_tokens, severity, sample, workdir is not None)
-        found = remedies.forecast_closely(tokens, choices, severity.raw.mean, n_features, k, n_probes, seed, each)
+        found = remedies.forecast_closely(
+            tokens, choices, severity.raw.mean, n_features, k, n_probes, seed, each,
+            severity.raw.n_tokens if closer else 0,
+        )  # fmt: skip
     from sae_jax.diagnosis import pictures
     from sae_jax.reports import figures
 

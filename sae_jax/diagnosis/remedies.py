@@ -29,6 +29,8 @@ PIECE = 2**27  # cosines of tokens with probes at a time
 LENGTHS = 2**18  # tokens whose norms BatchTopK's bar is taken of
 MATRICES = 16  # d × d, float64: scatters of three views, of a batch, their sum, without giants, whitening
 HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
+WIDE = 0.015  # half of a 95 % band that is to be narrower
+CLOSER = 2.0**40  # multiplications of a closer look for the sake of the band alone: a third of a minute on 2 CPU cores
 # In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
 # another loss (every direction counts alike) and a matrix folded into the weights.
 REMEDIES = {
@@ -120,21 +122,38 @@ def forecast(
 
 def forecast_closely(
     tokens: Tokens, choices: dict[str, Preprocessing], mean: Float[np.ndarray, "d"], n_features: int, k: int,
-    n_probes: int, seed: int, selections: dict[str, Selection] | None = None,
+    n_probes: int, seed: int, selections: dict[str, Selection] | None = None, n_tokens: int = 0,
 ) -> dict[str, Forecast]:  # fmt: skip
     """`forecast`, then again and again with four times as many probes for the remedies that `undecided` names.
 
     It ends where there are as many probes as features, as more would tell nothing more about one SAE; or as many as
-    have a place in memory.
+    have a place in memory. Told that there are n_tokens, it also looks again at what is not known to `WIDE`, as long as
+    that costs no more than `CLOSER`.
     """
     found, d_model = forecast(tokens, choices, mean, n_probes, seed, selections), len(mean)
     while (
         n_probes < n_features and memory.fits(_probe_bytes(4 * n_probes, d_model))
-        and (doubtful := undecided(found, n_features, k))
+        and (doubtful := undecided(found, n_features, k) + wide(found, n_features, k, 4.0 * n_probes * n_tokens))
     ):  # fmt: skip
         n_probes, seed = 4 * n_probes, seed + 2
         found |= forecast(tokens, {name: choices[name] for name in doubtful}, mean, n_probes, seed, selections)
     return found
+
+
+def wide(found: dict[str, Forecast], n_features: int, k: int, cosines: float) -> list[str]:
+    """Remedies whose dead, in total or by ReLU, are not known to `WIDE`, of as many as `CLOSER` is enough for.
+
+    Args:
+      cosines: of tokens with probes that a closer look at one remedy takes; 0 where there is to be none.
+    """
+    names: list[str] = []
+    for name, one in found.items():
+        by_relu = 0.5 if one.selection.rule in selections_lib.COUNTED else 0.0  # k/n, or threshold, whose bar is 0
+        band = one.curve(np.array([one.at(n_features, k), by_relu]))
+        dear = cosines * one.rows.shape[1] * (len(names) + 1) > CLOSER
+        if cosines and not dear and np.max(band.high - band.low) > 2 * WIDE:
+            names.append(name)
+    return names
 
 
 def undecided(found: dict[str, Forecast], n_features: int, k: int) -> list[str]:

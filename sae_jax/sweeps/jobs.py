@@ -161,6 +161,7 @@ def results(workdir: str, job: Job, path: str) -> list[dict[str, Any]]:
     found = diagnosis.diagnose(
         tokens.first(files.open_array(path), limit) if path else config, n_features=config.sae.n_features,
         k=config.sae.k or 1, selection=config.sae.activation, measure=True, seed=config.seed,
+        n_probes=diagnosis.N_PROBES,  # the count beside it is the number
     )  # fmt: skip
     base |= {key: found[key] for key in
              ("gamma", "gamma_raw", "gamma_direction", "effective_rank", "d_model", "n_tokens")}  # fmt: skip
