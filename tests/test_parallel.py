@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import sae_jax
-from sae_jax.autoencoder import kept, topk
+from sae_jax.autoencoder import kept, objective, topk
 from sae_jax.config import base, members
 from sae_jax.errors import Refused
 from sae_jax.runtime import checkpoint
@@ -51,15 +51,19 @@ def plain(state, static, n=5):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.two_devices
-def test_shards_of_a_large_sae_are_one(monkeypatch):
-    """Compressed rows on each device, tokens in pieces, and AuxK of as many features as all devices have."""
+@pytest.mark.parametrize("counts", [(52, 51), (64, 64), (1, 0), (0, 40), (3, 8), (9, 33), (0, 0)])
+def test_shards_of_a_large_sae_are_one(monkeypatch, counts):
+    """Compressed rows on each device, tokens in pieces, and AuxK of as many features as all devices have; however many
+    are dead on each, both make room for the same number."""
     monkeypatch.setattr(kept, "LARGE", 1)
     monkeypatch.setattr(topk, "CHUNK", 4)
     assert kept.form(2, 64, D) == "compressed"
     config = base({"sae.n_features": 128, "sae.k": 2, "data.signal": "gaussian", "auxk.preset": "openai"})
     static = step_lib.Static.of(config)
     state = step_lib.init_group([config], jnp.zeros((1, D)))
-    state = state.replace(tokens_since_fired=jnp.where(jnp.arange(128) % 5 < 4, 2**30, 0)[None])
+    dead = jnp.arange(128) % 5 < 4 if counts == (52, 51) else jnp.arange(128) % 64 < jnp.repeat(jnp.asarray(counts), 64)
+    assert (int(dead[:64].sum()), int(dead[64:].sum())) == counts
+    state = state.replace(tokens_since_fired=jnp.where(dead, 2**30, 0)[None])
     expected = plain(state, static, n=1)
     mesh = devices_lib.make_mesh(jax.devices(), feature=2)
     step = devices_lib.mesh_step(mesh, partial(step_lib.group_step, static=static), state)
@@ -294,3 +298,18 @@ def test_a_batch_is_folded_along_its_axis(rng, shape, axis):
     found = devices_lib.Devices(2)._fold(x, axis)
     for device, part in enumerate(np.split(x, 2, axis=axis)):
         np.testing.assert_array_equal(np.take(found, device, axis=axis), part)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("counts", [(0, 3), (8, 9), (40, 64), (33, 0)])
+def test_large_members_with_other_numbers_of_dead_features_are_trained_as_each_alone(monkeypatch, counts):
+    monkeypatch.setattr(kept, "LARGE", 1)
+    configs = [base({"sae.n_features": 64, "sae.k": 2, "data.signal": "gaussian", "seed": seed}) for seed in (0, 1)]
+    static = step_lib.Static.of(configs[0])
+    assert objective.rooms(64, D) == (8, 32, 64)
+    silent = jnp.where(jnp.arange(64) < jnp.asarray(counts)[:, None], 2**30, 0)
+    together = step_lib.init_group(configs, jnp.zeros((2, D))).replace(tokens_since_fired=silent)
+    found = plain(together, static, n=1)
+    for i in range(2):
+        alone = plain(jax.tree.map(lambda a, i=i: a[i : i + 1], together), static, n=1)
+        assert_equal(jax.tree.map(lambda a, i=i: a[i : i + 1], found), alone)

@@ -201,6 +201,25 @@ def test_loss_and_gradients_agree_with_the_naive_formula_and_finite_differences(
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
+@pytest.mark.parametrize(("n_dead", "room"), [(0, 3), (1, 1), (1, 4), (2, 3), (15, 15), (15, 23), (15, 24), (24, 24)])
+def test_auxk_in_a_room_for_the_dead_is_auxk(rng, preset, n_dead, room):
+    """The same features are kept wherever they lie, and no gradient goes to the room that is left."""
+    sae, x = a_sae(rng), jnp.asarray(rng.normal(size=(10, 6)) + 1)
+    dead, weight = jnp.asarray(rng.permutation(24) < n_dead), jnp.asarray(0.7)
+    mine = lambda sae: objective.loss(sae, x, dead, weight, preset=preset, room=room)[0]  # noqa: E731
+    assert_naive(mine, sae, x, dead, weight, preset)
+
+
+@pytest.mark.parametrize(("n", "d", "found"), [
+    (8192, 768, (1024, 4096, 8192)), (2**20, 1, (2**17, 2**19, 2**20)), (1, 2**20, (1,)), (3, 2**20, (1, 3)),
+    (512, 64, (512,)),
+])  # fmt: skip
+def test_a_large_sae_has_a_few_rooms_of_which_the_last_holds_all(n, d, found):
+    assert objective.rooms(n, d) == found
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
 def test_auxk_gradient_agrees_with_finite_differences_of_the_frozen_error(rng, preset):
     """AuxK alone: the error held fixed by hand, as stop-gradient does it."""
     sae, x = a_sae(rng), jnp.asarray(rng.normal(size=(10, 6)) + 1)
@@ -210,7 +229,7 @@ def test_auxk_gradient_agrees_with_finite_differences_of_the_frozen_error(rng, p
 
     def auxiliary(s):
         e = x - sae_lib.decode(sae, sae_lib.encode(sae, x))  # of the unperturbed SAE
-        square = objective._auxiliary_square(s, x, e, dead, objective.PRESETS[preset])
+        square = objective._auxiliary_square(s, x, e, dead, objective.PRESETS[preset], None)
         divisor = {"saelens": 10.0, "sparsify": jnp.sum((x - x.mean(0)) ** 2)}.get(
             preset, jnp.sum((e - e.mean(0)) ** 2)
         )

@@ -188,9 +188,7 @@ def _each(one: Callable[..., Any], states: Any, x: Float[Array, "M B d"]) -> Any
 
 def _step(state: step_lib.TrainState, signal: Float[Array, "B d"], *, static: step_lib.Static) -> Any:
     x = state.hyper.before(signal)
-    return step_lib.train_step(
-        state, x, static=static, anywhere=lambda flag: jax.lax.pmax(flag.astype(jnp.int32), sae_lib.MEMBER) > 0
-    )[0]
+    return step_lib.train_step(state, x, static=static, most=lambda number: jax.lax.pmax(number, sae_lib.MEMBER))[0]
 
 
 def _sight(state: step_lib.TrainState, signal: Float[Array, "B d"]) -> Any:

@@ -14,13 +14,14 @@ sides, which trains the bias a second time and confounds its convergence (its va
 openai's factor 1 / mean (x − x̄)² on the first term is 1 here, because the data is scaled to unit variance.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sae_jax.autoencoder import dense, topk
+from sae_jax.autoencoder import dense, kept, topk
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE, AllSum
 
@@ -71,7 +72,7 @@ def loss(
     auxk_weight: Float[Array, ""],
     *,
     preset: str,
-    auxk: bool = True,
+    room: int | None = None,
     allsum: AllSum = lambda tree: tree,
     shards: str | None = None,
     precision: str = "float32",
@@ -87,7 +88,8 @@ def loss(
       dead: features that AuxK may use.
       auxk_weight: weight w of the auxiliary term.
       preset: a name in `PRESETS`.
-      auxk: False leaves the auxiliary term out of the program: its value while nothing is dead, or w is 0.
+      room: static; no more features than this are dead (on this shard). AuxK works on so many: what it costs. 0 leaves
+        it out of the program: its value while nothing is dead, or w is 0. None: on all.
       allsum: adds a pytree up over the devices that share the batch.
       shards: the mesh axis over which the features are split, where they are.
       precision: of the encoder's matmul: float32 | bfloat16.
@@ -125,9 +127,9 @@ def loss(
             sae, found, dead, sparsity.preset, weight=jnp.asarray(sparsity_weight), target=sparsity.target,
             bandwidth=sparsity.bandwidth, n_tokens=n_tokens, allsum=allsum,
         )  # fmt: skip
-    if auxk and preset != "none":
+    if room != 0 and preset != "none":
         n_dead = topk.over_shards(dead.sum(), shards)
-        aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], shards, precision)
+        aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], room, shards, precision)
         # Of tokens that are all alike only rounding is left of this variance.
         e_variance = jnp.where(e_variance > (4 * jnp.finfo(x.dtype).eps) ** 2 * e_square, e_variance, 0.0)
         aux_divisors = {"saelens": n_tokens, "sparsify": variance}
@@ -140,14 +142,29 @@ def loss(
 
 
 def _auxiliary_square(
-    sae: SAE, x: Float[Array, "B d"], e: Float[Array, "B d"], dead: Bool[Array, "n"], preset: Preset,
+    sae: SAE, x: Float[Array, "B d"], e: Float[Array, "B d"], dead: Bool[Array, "n"], preset: Preset, room: int | None,
     shards: str | None = None, precision: str = "float32",
 ) -> Float[Array, ""]:  # fmt: skip
-    """Σ(W_decᵀa − e)² over this device's tokens. Its pre-activations are those of the main term: computed once."""
-    k_aux = min(preset.k_aux or _half(x.shape[1]), sae.W_enc.shape[0] * topk.n_shards(shards))
+    """Σ(W_decᵀa − e)² over this device's tokens.
+
+    Without room all pre-activations are looked at, which are those of the main term: computed once.
+    """
+    W_enc, W_dec, b_enc = sae.W_enc, sae.W_dec, jnp.where(dead, sae.b_enc, -jnp.inf)  # −inf: never chosen
+    n = len(b_enc)
+    if room is not None and room < n:
+        places = jnp.flatnonzero(dead, size=room, fill_value=n)
+        rows = partial(jnp.take, indices=places, axis=0, mode="fill", unique_indices=True, indices_are_sorted=True)
+        W_enc, W_dec = (rows(w, fill_value=0.0) for w in (W_enc, W_dec))
+        b_enc = rows(b_enc, fill_value=-jnp.inf)
+    k_aux = min(preset.k_aux or _half(x.shape[1]), len(b_enc) * topk.n_shards(shards))
     way = topk.Way(k_aux, rectified=preset.rectified, shards=shards, precision=precision)
-    square, *_ = topk.square_error(x, e, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, None, way)
+    square, *_ = topk.square_error(x, e, W_enc, b_enc, W_dec, sae.b_dec, None, way)
     return square
+
+
+def rooms(n: int, d: int) -> tuple[int, ...]:
+    """For how many dead features of n a large SAE has programs of its own: AuxK costs what its room does."""
+    return tuple(sorted({max(1, n // 8), max(1, n // 2), n})) if kept.is_large(n, d) else (n,)
 
 
 def _half(d: int) -> int:

@@ -77,7 +77,7 @@ def encode(
 ) -> Kept:
     """`top_k` of `preactivations`."""
     with exact():
-        values, indices = _chosen(x, W_enc, b_enc, b_dec, None, None, Way(k))
+        values, indices = _chosen(x, W_enc, b_enc, b_dec, None, Way(k))
     return Kept(jax.nn.relu(values), indices)
 
 
@@ -93,7 +93,7 @@ class Way(NamedTuple):
     precision: str = "float32"  # of the operands of the encoder's matmul: float32 (as they are) | bfloat16
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(8,))
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
 def square_error(
     x: Float[Array, "B d"],
     target: Float[Array, "B d"],
@@ -101,25 +101,23 @@ def square_error(
     b_enc: Float[Array, "n"],
     W_dec: Float[Array, "n d"],
     b_dec: Float[Array, "d"],
-    only: Bool[Array, "n"] | None,
     lift: Float[Array, "n"] | None,
     way: Way,
 ) -> tuple[Float[Array, ""], Float[Array, "B d"], Kept]:
     """Σ‖e‖² with e = target − W_decᵀ z; e itself; and the kept entries z of this shard.
 
-    `b_dec` is what the encoder subtracts, `only` limits the choice to some features, `lift` is what positive
-    pre-activations have more in the choice of the k, and there alone. The gradient is that of Σ‖e‖², through the kept
-    entries; e and z are results without one.
+    `b_dec` is what the encoder subtracts, `lift` is what positive pre-activations have more in the choice of the k, and
+    there alone. A feature whose b_enc is −inf is never kept. The gradient is that of Σ‖e‖², through the kept entries; e
+    and z are results without one.
     """
-    return _square_error_fwd(x, target, W_enc, b_enc, W_dec, b_dec, only, lift, way)[0]
+    return _square_error_fwd(x, target, W_enc, b_enc, W_dec, b_dec, lift, way)[0]
 
 
 def _square_error_fwd(
-    x: Array, target: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, only: Array | None,
-    lift: Array | None, way: Way,
+    x: Array, target: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, lift: Array | None, way: Way
 ) -> tuple[Any, tuple[Any, ...]]:
     with exact(way.precision):
-        values, indices = _chosen(x, W_enc, b_enc, b_dec, only, lift, way)
+        values, indices = _chosen(x, W_enc, b_enc, b_dec, lift, way)
         live = ~(values <= 0) if way.rectified else values != -jnp.inf  # a NaN stays one, and stops the run
         values = jnp.where(live, values, 0.0)
         kept = Kept(values, indices)
@@ -138,7 +136,7 @@ def _square_error_bwd(way: Way, residuals: tuple[Any, ...], cotangents: tuple[Ar
         g_dec, g_enc = scatter((values, g_kept), indices, (g, x - b_dec), W_enc.shape[0])
         g_x = over_shards(combine(Kept(g_kept, indices), W_enc), way.shards)
         g_b_dec = -over_shards(g_sum @ W_enc, way.shards)
-    return g_x, -g, g_enc, g_sum, g_dec, g_b_dec, None, None
+    return g_x, -g, g_enc, g_sum, g_dec, g_b_dec, None
 
 
 square_error.defvjp(_square_error_fwd, _square_error_bwd)
@@ -169,17 +167,13 @@ def _error(target: Array, kept: Kept, W_dec: Array, shards: str | None) -> tuple
 
 
 def _chosen(
-    x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None, lift: Array | None, way: Way
+    x: Array, W_enc: Array, b_enc: Array, b_dec: Array, lift: Array | None, way: Way
 ) -> tuple[Array, Array]:
     """The k largest pre-activations of this shard, −inf where they are not among the k largest of all shards."""
     k = min(way.k, W_enc.shape[0])
 
-    def choose(
-        x: Array, W_enc: Array, b_enc: Array, b_dec: Array, only: Array | None, lift: Array | None
-    ) -> tuple[Array, Array]:
+    def choose(x: Array, W_enc: Array, b_enc: Array, b_dec: Array, lift: Array | None) -> tuple[Array, Array]:
         score = product(x - b_dec, W_enc) + b_enc
-        if only is not None:
-            score = jnp.where(only, score, -jnp.inf)
         if lift is not None:  # what is not positive would only take the place of something that is
             score = jnp.where(score > 0, score + lift, score)
         return largest(score, k)
@@ -188,7 +182,7 @@ def _chosen(
         return values if lift is None else jnp.where(values > 0, values - lift[indices], values)
 
     operand = W_enc.astype(jnp.bfloat16) if way.precision == "bfloat16" else W_enc
-    values, indices = in_pieces(choose, (jnp.concatenate,) * 2, (x,), operand, b_enc, b_dec, only, lift)
+    values, indices = in_pieces(choose, (jnp.concatenate,) * 2, (x,), operand, b_enc, b_dec, lift)
     if way.shards is None:
         return lowered(values, indices), indices
     # Candidates in order of shard, so that of equal values the lowest feature wins, as on one device.

@@ -1,5 +1,6 @@
 """TrainState and the pure training step: no I/O, no data, no device in here."""
 
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -168,25 +169,24 @@ def train_step(
     *,
     static: Static,
     allsum: AllSum = lambda tree: tree,
-    anywhere: AllSum = lambda flag: flag,
+    most: AllSum = lambda number: number,
     shards: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on this device's share of a batch, scaled to ‖sigma‖ = √d. Returns the next state and scalars.
 
-    `allsum` adds a pytree up over the devices that share the batch (gradients, denominators, fired flags); `anywhere`
-    spreads a flag over the members of an ensemble. Both are the identity on one device, for one SAE. `shards` names
-    the mesh axis over which the features are split, where they are.
+    `allsum` adds a pytree up over the devices that share the batch (gradients, denominators, fired flags); `most` takes
+    the largest of a number over the members of an ensemble. Both are the identity on one device, for one SAE. `shards`
+    names the mesh axis over which the features are split, where they are.
     """
     dead = state.tokens_since_fired >= state.hyper.dead_after_tokens
-    n_dead = topk.over_shards(dead.sum(), shards)
 
     weight = sparsity_weight(state, static)
     lift = state.beta * balance.fading(state.step, static.steps) if isinstance(state, BalancedState) else None
 
-    def gradients(auxk: bool) -> Any:
+    def gradients(room: int) -> Any:
         def share(sae: SAE) -> tuple[jax.Array, objective.Batch]:
             return objective.loss(
-                sae, x, dead, state.hyper.auxk_weight, preset=static.preset, auxk=auxk, allsum=allsum, shards=shards,
+                sae, x, dead, state.hyper.auxk_weight, preset=static.preset, room=room, allsum=allsum, shards=shards,
                 precision=static.precision, lift=lift, sparsity=static.sparsity, sparsity_weight=weight,
             )  # fmt: skip
 
@@ -194,11 +194,14 @@ def train_step(
         return loss, grads, sae_lib.fired(batch.codes, dead.shape[0]), batch.fve, batch.l0, batch.least
 
     if static.preset == "none":
-        found = gradients(auxk=False)
+        found = gradients(0)
     else:
-        # Two whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
-        awake = anywhere((state.hyper.auxk_weight > 0) & (n_dead > 0))
-        found = jax.lax.cond(awake, lambda: gradients(auxk=True), lambda: gradients(auxk=False))
+        # Whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
+        n_dead = most(jnp.where(state.hyper.auxk_weight > 0, dead.sum(), 0))
+        n_dead = n_dead if shards is None else jax.lax.pmax(n_dead, shards)
+        rooms = (0, *objective.rooms(len(dead), x.shape[1]))
+        which = jnp.searchsorted(jnp.asarray(rooms), n_dead)
+        found = jax.lax.switch(which, [partial(gradients, room) for room in rooms])
     loss_share, grads, fired, fve, l0, least = found
     loss, grads, n_fired, n_tokens = allsum((loss_share, grads, fired, jnp.asarray(x.shape[0], jnp.int32)))
 
@@ -262,13 +265,13 @@ def group_step(
 
     alone = state.step.shape == (1,)
 
-    def anywhere(flag: jax.Array) -> jax.Array:
-        # The maximum over the vmapped axis is no longer batched: lax.cond stays a branch instead of computing both.
-        return flag if alone else jax.lax.pmax(flag.astype(jnp.int32), sae_lib.MEMBER) > 0
+    def most(number: jax.Array) -> jax.Array:
+        # The maximum over the vmapped axis is no longer batched: a branch stays one instead of computing all.
+        return number if alone else jax.lax.pmax(number, sae_lib.MEMBER)
 
     def one(s: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
         own = x if s.hyper.before is None else s.hyper.before(x)
-        return train_step(s, own, static=static, allsum=allsum, anywhere=anywhere, shards=shards)
+        return train_step(s, own, static=static, allsum=allsum, most=most, shards=shards)
 
     return sae_lib.each_member(one, state)
 
