@@ -12,6 +12,7 @@ round, so that all meet the same machine; medians. The floors are what a step ca
 `lax.top_k` of its result, reading and writing parameters and moments in Adam's update (ours, alone). Peak memory is
 that of a process that does nothing but three such steps. Without a peer installed its rows are left out. Deaths at
 initialisation are counted beside the matmuls that this takes. About 12 minutes on 2 CPU cores; on an idle machine.
+--auxk times our step alone, with more and more of the dictionary dead; two minutes.
 
 Where JAX has a GPU, larger SAEs and batches, without small ones and peak memory; torch runs on the same GPU, sparsify
 with its Triton kernels and in bfloat16 as its trainer has it, the other two in float32 and with their autocast.
@@ -94,8 +95,11 @@ def data(shape: Shape) -> np.ndarray:
 # -- ours ------------------------------------------------------------------------------------------------------------
 
 
-def ours(shape: Shape, half_dead: bool, precision: str = "float32", balance: bool = False) -> Step:
-    """`training.group_step`, AuxK enabled."""
+def ours(
+    shape: Shape, half_dead: bool, precision: str = "float32", balance: bool = False, dead: float = 0.5
+) -> Step:
+    """`training.group_step`, AuxK enabled; `dead` is the share of the dictionary that `half_dead` says is dead."""
+    n_dead = int(shape.n * dead)
     config = config_lib.base()
     config.sae.n_features, config.sae.k, config.sae.balance, config.data.signal = shape.n, shape.k, balance, "gaussian"
     config.train.update(steps=10**6, batch_size=shape.batch, precision=precision)
@@ -103,8 +107,8 @@ def ours(shape: Shape, half_dead: bool, precision: str = "float32", balance: boo
     state = step_lib.init_group([config] * shape.members, jnp.zeros((shape.members, shape.d)))
     if half_dead:
         state = state.replace(
-            sae=state.sae.replace(b_enc=state.sae.b_enc.at[:, : shape.n // 2].set(LOW)),
-            tokens_since_fired=state.tokens_since_fired.at[:, : shape.n // 2].set(NEVER),
+            sae=state.sae.replace(b_enc=state.sae.b_enc.at[:, :n_dead].set(LOW)),
+            tokens_since_fired=state.tokens_since_fired.at[:, :n_dead].set(NEVER),
         )
     static, x = step_lib.Static.of(config), jnp.asarray(data(shape))
     return looped(shape, lambda _, s, x: step_lib.group_step(s, x, static=static, allsum=lambda t: t)[0], state, x)
@@ -354,6 +358,22 @@ def measured(shape: Shape, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def of_auxk(shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    """Medians of our step with AuxK at work, in turns with one in which nothing is dead."""
+    steps = {dead: ours(shape, dead > 0, dead=dead) for dead in (0.0, 0.05, 0.125, 0.25, 0.5, 0.9)}
+    times: dict[float, list[float]] = {dead: [] for dead in steps}
+    for number in range(rounds + 1):
+        for dead, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if number:
+                times[dead].append(time.perf_counter() - began)
+    asleep = float(np.median(times[0.0]))
+    return [{**shape._asdict(), "dead": f"{dead:g}", "ms": f"{1e3 * np.median(found):.4g}",
+             "fastest_ms": f"{1e3 * min(found):.4g}", "of_asleep": f"{np.median(found) / asleep:.2f}"}
+            for dead, found in times.items()]  # fmt: skip
+
+
 def peak(name: str, shape: Shape) -> int:
     """Largest resident memory of a process that does three steps, in MB."""
     text = ",".join(map(str, shape))
@@ -368,6 +388,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench_step.csv"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--n", type=int, nargs="*", default=[], help="only these dictionary sizes")
+    parser.add_argument("--auxk", action="store_true", help="only our step, by how much of the dictionary is dead")
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.alone:
@@ -380,8 +401,8 @@ def main() -> None:
         print(int(held.split()[1]) // 1000)
         return
     rows = []
-    for shape in [s for s in (*LARGE, *SMALL) if not given.n or s.n in given.n]:
-        rows += measured(shape, given.rounds)
+    for shape in [s for s in (*LARGE, *(() if given.auxk else SMALL)) if not given.n or s.n in given.n]:
+        rows += of_auxk(shape, given.rounds) if given.auxk else measured(shape, given.rounds)
         tables.write_csv(given.out, rows)
 
 
