@@ -61,7 +61,7 @@ VERBS = {
             "threshold": Flag(float, None, "with --selection=jumprelu: in the units of the activations"),
             "measure": Flag(bool, False, "also count deaths in untrained SAEs"),
             "pilot": Flag(bool, False, "with --config: also what dies in training, by a run of fewer steps"),
-            "n_probes": Flag(int, None, "random directions to forecast with; not given: 512, or as many as are needed"),
+            "n_probes": Flag(int, None, "random directions to forecast with; not given: 512, more where not clear"),
             "seed": Flag(int, 0, "of probes and measured SAEs"),
             "sae": Flag(str, None, "to examine: " + AN_SAE),
             "member": MEMBER,

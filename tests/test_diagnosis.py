@@ -136,9 +136,8 @@ def test_what_is_not_known_to_a_point_and_a_half_is_looked_at_again_if_that_is_c
         return remedies.wide(found, 4096, 32, cosines)
 
     assert wide(1) == ["none", "mean", "whitening"]  # of the first by ReLU alone
-    assert wide(remedies.CLOSER / 64) == ["none"]
-    assert wide(remedies.CLOSER / 128) == ["none", "mean"]
-    assert wide(remedies.CLOSER / 64 + 1) == wide(0) == []
+    assert wide(remedies.CLOSER / (3 * 64)) == ["none", "mean", "whitening"]
+    assert wide(1.001 * remedies.CLOSER / (3 * 64)) == wide(0) == []  # all or none
     many = {"none": forecast(2000, 800, 4096)}
     assert remedies.wide(many, 4096, 32, 1) == ["none"]
     assert remedies.wide({"none": forecast(8000, 3200, 16384)}, 4096, 32, 1) == []

@@ -211,11 +211,18 @@ def test_auxk_in_a_room_for_the_dead_is_auxk(rng, preset, n_dead, room):
 
 
 @pytest.mark.parametrize(("n", "d", "found"), [
-    (8192, 768, (1024, 4096, 8192)), (2**20, 1, (2**17, 2**19, 2**20)), (1, 2**20, (1,)), (3, 2**20, (1, 3)),
-    (512, 64, (512,)),
+    (8192, 768, (0, 1024, 4096, 8192)), (2**20, 1, (0, 2**17, 2**19, 2**20)), (1, 2**20, (0, 1)), (3, 2**20, (0, 1, 3)),
+    (512, 64, (0, 512)),
 ])  # fmt: skip
 def test_a_large_sae_has_a_few_rooms_of_which_the_last_holds_all(n, d, found):
     assert objective.rooms(n, d) == found
+
+
+@pytest.mark.parametrize(("n_dead", "which"), [
+    (0, 0), (1, 1), (1024, 1), (1025, 2), (4096, 2), (4097, 3), (8192, 3),
+])  # fmt: skip
+def test_auxk_takes_the_least_room_that_holds_the_dead(n_dead, which):
+    assert objective.room_for(jnp.asarray(n_dead), objective.rooms(8192, 768)) == which
 
 
 @pytest.mark.usefixtures("x64")

@@ -117,8 +117,9 @@ def summary(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
         lines.append(f"{law:15s} mean error {np.mean(np.abs(error)):.1f} points, bias {np.mean(error):+.1f}, "
                      f"Spearman {rank:.3f}")  # fmt: skip
     wrong = [r for r in plain if r["recommended"] != r["right"]]
+    unlike = [f"{r['model']} {r['layer']}, seed {r['seed']} ({r['recommended']}, not {r['right']})" for r in wrong]
     lines.append(f"recommendation right on {len(plain) - len(wrong)} of {len(plain)} (layers × seeds); not on: "
-        + "; ".join(f"{r['model']} {r['layer']} ({r['recommended']}, not {r['right']})" for r in wrong))  # fmt: skip
+                 + "; ".join(unlike))  # fmt: skip
     lines.append(f"contradicted by the counts: {sum(r['contradicted'] for r in plain)} of {len(plain)}")
     for seed in SEEDS:
         mine = [r for r in plain if r["seed"] == seed]

@@ -12,7 +12,7 @@ round, so that all meet the same machine; medians. The floors are what a step ca
 `lax.top_k` of its result, reading and writing parameters and moments in Adam's update (ours, alone). Peak memory is
 that of a process that does nothing but three such steps. Without a peer installed its rows are left out. Deaths at
 initialisation are counted beside the matmuls that this takes. About 12 minutes on 2 CPU cores; on an idle machine.
---auxk times our step alone, with more and more of the dictionary dead; two minutes.
+--auxk times our step alone, with more and more of the dictionary dead; five minutes.
 
 Where JAX has a GPU, larger SAEs and batches, without small ones and peak memory; torch runs on the same GPU, sparsify
 with its Triton kernels and in bfloat16 as its trainer has it, the other two in float32 and with their autocast.
@@ -385,7 +385,7 @@ def peak(name: str, shape: Shape) -> int:
 def main() -> None:
     """All shapes, into one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_step.csv"))
+    parser.add_argument("--out", type=Path, help="the table; not given: runs/bench_step.csv, or bench_auxk.csv")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--n", type=int, nargs="*", default=[], help="only these dictionary sizes")
     parser.add_argument("--auxk", action="store_true", help="only our step, by how much of the dictionary is dead")
@@ -400,10 +400,11 @@ def main() -> None:
         held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         print(int(held.split()[1]) // 1000)
         return
+    out = given.out or Path("runs") / ("bench_auxk.csv" if given.auxk else "bench_step.csv")
     rows = []
     for shape in [s for s in (*LARGE, *(() if given.auxk else SMALL)) if not given.n or s.n in given.n]:
         rows += of_auxk(shape, given.rounds) if given.auxk else measured(shape, given.rounds)
-        tables.write_csv(given.out, rows)
+        tables.write_csv(out, rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ libtpu compiles ahead of time for a described topology, with no TPU present. For
 of data × feature) and n: FLOPs, bytes, memory a chip and collectives by kind and size, as XLA gives them, and a
 roofline: the step takes at least the largest of FLOPs / peak, bytes / memory bandwidth and bytes sent / link bandwidth.
 Nothing is run, so times are bounds, not measurements; what a sort, a gather or a scatter takes is not in them. The step
-is one branch while AuxK finds nothing dead, another from then on; the numbers of XLA are those of the dearer one, so
+is one branch while AuxK finds nothing dead, others by how much is dead; the numbers of XLA are those of the dearest, so
 `asleep` is the step compiled without AuxK. With train.precision float32 a product takes six passes of the matrix unit,
 which FLOPs here do not count but the roofline does. About ten minutes on 2 CPU cores.
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sae_jax.autoencoder import dense, kept, topk
 from sae_jax.autoencoder import sae as sae_lib
@@ -88,8 +88,8 @@ def loss(
       dead: features that AuxK may use.
       auxk_weight: weight w of the auxiliary term.
       preset: a name in `PRESETS`.
-      room: static; no more features than this are dead (on this shard). AuxK works on so many: what it costs. 0 leaves
-        it out of the program: its value while nothing is dead, or w is 0. None: on all.
+      room: static; AuxK works on so many features, which is what it costs: at least as many as are dead (on this
+        shard), unless w is 0. 0 leaves it out of the program: its value while nothing is dead, or w is 0. None: all.
       allsum: adds a pytree up over the devices that share the batch.
       shards: the mesh axis over which the features are split, where they are.
       precision: of the encoder's matmul: float32 | bfloat16.
@@ -147,7 +147,7 @@ def _auxiliary_square(
 ) -> Float[Array, ""]:  # fmt: skip
     """Σ(W_decᵀa − e)² over this device's tokens.
 
-    Without room all pre-activations are looked at, which are those of the main term: computed once.
+    In a room for all, the pre-activations are those of the main term: computed once.
     """
     W_enc, W_dec, b_enc = sae.W_enc, sae.W_dec, jnp.where(dead, sae.b_enc, -jnp.inf)  # −inf: never chosen
     n = len(b_enc)
@@ -163,8 +163,13 @@ def _auxiliary_square(
 
 
 def rooms(n: int, d: int) -> tuple[int, ...]:
-    """For how many dead features of n a large SAE has programs of its own: AuxK costs what its room does."""
-    return tuple(sorted({max(1, n // 8), max(1, n // 2), n})) if kept.is_large(n, d) else (n,)
+    """For how many dead features of n there are programs; 0 is for none. More of them would take long to compile."""
+    return (0, *sorted({max(1, n // 8), max(1, n // 2), n})) if kept.is_large(n, d) else (0, n)
+
+
+def room_for(n_dead: Int[Array, ""], rooms: tuple[int, ...]) -> Int[Array, ""]:
+    """Which is the least that has room for so many."""
+    return jnp.searchsorted(jnp.asarray(rooms), n_dead)
 
 
 def _half(d: int) -> int:

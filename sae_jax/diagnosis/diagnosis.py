@@ -1,6 +1,7 @@
 """`diagnose`: how severe the outliers are, what an untrained SAE would lose to them, and what to do about it.
 
-Two passes over the tokens: moments, then probes under every remedy at once. Measuring, with a real untrained SAE for
+Two passes over the tokens: moments, then probes under every remedy at once; more for what is not known well enough by
+then. Measuring, with a real untrained SAE for
 every remedy, is a third pass and costs what the first two save.
 """
 
@@ -63,8 +64,8 @@ def diagnose(
         many of their ‖sigma‖. Of a configuration of such SAEs it is where they start, if left out.
       measure: also count deaths in an untrained SAE of that size under every remedy.
       n_probes: random directions to forecast with; a forecast errs by 1/√n_probes. Remedies that may be on either side
-        of 1 % are looked at again with more, up to about n_features. Not given: 512, and more too where the share is
-        not known to 1.5 points, if that takes no more than some seconds.
+        of 1 % are looked at again with more, up to about n_features. Not given: 512, and more too where a share is not
+        known to 1.5 points, if that takes no more than some 20 seconds on 2 CPU cores.
       seed: of probes and measured SAEs.
       pilot: also forecast what is dead after training, for every member of a configuration, by a run of an eighth of
         its steps, at least 500, in WORKDIR/pilot; n_features and k are then the configuration's.

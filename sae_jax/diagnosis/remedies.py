@@ -30,7 +30,7 @@ LENGTHS = 2**18  # tokens whose norms BatchTopK's bar is taken of
 MATRICES = 16  # d × d, float64: scatters of three views, of a batch, their sum, without giants, whitening
 HARMLESS = 0.01  # a remedy that leaves fewer features dead at initialisation is good enough
 WIDE = 0.015  # half of a 95 % band that is to be narrower
-CLOSER = 2.0**40  # multiplications of a closer look for the sake of the band alone: a third of a minute on 2 CPU cores
+CLOSER = 2.0**40  # multiplications of a closer look for the sake of the band alone: some 20 seconds on 2 CPU cores
 # In the order of what they cost: nothing; a bias that starts elsewhere; an operation per token that no SAE can absorb;
 # another loss (every direction counts alike) and a matrix folded into the weights.
 REMEDIES = {
@@ -127,8 +127,8 @@ def forecast_closely(
     """`forecast`, then again and again with four times as many probes for the remedies that `undecided` names.
 
     It ends where there are as many probes as features, as more would tell nothing more about one SAE; or as many as
-    have a place in memory. Told that there are n_tokens, it also looks again at what is not known to `WIDE`, as long as
-    that costs no more than `CLOSER`.
+    have a place in memory. Told that there are n_tokens, it also looks again at what is not known to `WIDE`, if a look
+    at all of that costs no more than `CLOSER`: of some alone, remedies would differ by the luck of their probes.
     """
     found, d_model = forecast(tokens, choices, mean, n_probes, seed, selections), len(mean)
     while (
@@ -141,19 +141,19 @@ def forecast_closely(
 
 
 def wide(found: dict[str, Forecast], n_features: int, k: int, cosines: float) -> list[str]:
-    """Remedies whose dead, in total or by ReLU, are not known to `WIDE`, of as many as `CLOSER` is enough for.
+    """Remedies whose dead, in total or by ReLU, are not known to `WIDE`; none where a look at all costs over `CLOSER`.
 
     Args:
       cosines: of tokens with probes that a closer look at one remedy takes; 0 where there is to be none.
     """
-    names: list[str] = []
+    names = []
     for name, one in found.items():
         by_relu = 0.5 if one.selection.rule in selections_lib.COUNTED else 0.0  # k/n, or threshold, whose bar is 0
         band = one.curve(np.array([one.at(n_features, k), by_relu]))
-        dear = cosines * one.rows.shape[1] * (len(names) + 1) > CLOSER
-        if cosines and not dear and np.max(band.high - band.low) > 2 * WIDE:
+        if np.max(band.high - band.low) > 2 * WIDE:
             names.append(name)
-    return names
+    cost = cosines * sum(found[name].rows.shape[1] for name in names)
+    return names if 0 < cost <= CLOSER else []
 
 
 def undecided(found: dict[str, Forecast], n_features: int, k: int) -> list[str]:

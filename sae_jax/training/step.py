@@ -199,9 +199,8 @@ def train_step(
         # Whole gradients to choose from: a branch for AuxK alone would hand over zeros to add while it sleeps.
         n_dead = most(jnp.where(state.hyper.auxk_weight > 0, dead.sum(), 0))
         n_dead = n_dead if shards is None else jax.lax.pmax(n_dead, shards)
-        rooms = (0, *objective.rooms(len(dead), x.shape[1]))
-        which = jnp.searchsorted(jnp.asarray(rooms), n_dead)
-        found = jax.lax.switch(which, [partial(gradients, room) for room in rooms])
+        rooms = objective.rooms(len(dead), x.shape[1])
+        found = jax.lax.switch(objective.room_for(n_dead, rooms), [partial(gradients, room) for room in rooms])
     loss_share, grads, fired, fve, l0, least = found
     loss, grads, n_fired, n_tokens = allsum((loss_share, grads, fired, jnp.asarray(x.shape[0], jnp.int32)))
 
