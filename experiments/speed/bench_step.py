@@ -330,14 +330,8 @@ def measured(shape: Shape, rounds: int) -> list[dict[str, Any]]:
         built = pool.map(lambda key: STEPS[key[0]](shape, key[1]), ours_and_naive)
         runs |= dict(zip(ours_and_naive, built, strict=True))
     runs |= {key: STEPS[key[0]](shape, key[1]) for key in wanted if peer(key[0]) is not None}
-    times: dict[tuple[str, bool], list[float]] = {key: [] for key in runs}
-    for number in range(rounds + 1):
-        for key, run in runs.items():
-            began = time.perf_counter()
-            for _ in range(inner(shape) if peer(key[0]) else 1):
-                run()
-            if number:  # the first round compiles and warms up
-                times[key].append((time.perf_counter() - began) / inner(shape))
+    turns = {key: (run, inner(shape) if peer(key[0]) else 1) for key, run in runs.items()}
+    times = {key: [seconds / inner(shape) for seconds in found] for key, found in in_turns(turns, rounds).items()}
     median = {key: float(np.median(found)) for key, found in times.items()}
     parts = sum(median[name, False] for name in ("encode matmul", "its largest", "update"))
     rows = []
@@ -358,16 +352,23 @@ def measured(shape: Shape, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def in_turns(turns: dict[Any, tuple[Step, int]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of each turn in each round, a step or several; the first round compiles and warms up."""
+    times: dict[Any, list[float]] = {key: [] for key in turns}
+    for number in range(rounds + 1):
+        for key, (step, count) in turns.items():
+            began = time.perf_counter()
+            for _ in range(count):
+                step()
+            if number:
+                times[key].append(time.perf_counter() - began)
+    return times
+
+
 def of_auxk(shape: Shape, rounds: int) -> list[dict[str, Any]]:
     """Medians of our step with AuxK at work, in turns with one in which nothing is dead."""
-    steps = {dead: ours(shape, dead > 0, dead=dead) for dead in (0.0, 0.05, 0.125, 0.25, 0.5, 0.9)}
-    times: dict[float, list[float]] = {dead: [] for dead in steps}
-    for number in range(rounds + 1):
-        for dead, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if number:
-                times[dead].append(time.perf_counter() - began)
+    turns = {dead: (ours(shape, dead > 0, dead=dead), 1) for dead in (0.0, 0.05, 0.125, 0.25, 0.5, 0.9)}
+    times = in_turns(turns, rounds)
     asleep = float(np.median(times[0.0]))
     return [{**shape._asdict(), "dead": f"{dead:g}", "ms": f"{1e3 * np.median(found):.4g}",
              "fastest_ms": f"{1e3 * min(found):.4g}", "of_asleep": f"{np.median(found) / asleep:.2f}"}

@@ -45,7 +45,7 @@ def dissect(
     *,
     target: np.ndarray | str | None = None,
     member: str | None = None,
-    n_probes: int = 512,
+    n_probes: int = diagnosis.N_PROBES,
     seed: int = 0,
 ) -> Report:
     """Which features of an SAE are dead on these activations, by which pathway, and what the mean has to do with it.
