@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_jax.autoencoder import death, kept, objective, topk
+from sae_jax.autoencoder import death, kept, objective, threshold, topk
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.kept import Kept
 
@@ -226,6 +226,23 @@ def test_auxk_takes_the_least_room_that_holds_the_dead(n_dead, which):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rectified", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 40, 41])
+def test_the_kth_largest_is_found_bit_for_bit(rng, dtype, rectified, k):
+    """Of values over the whole range of floats, of equal ones, and where fewer than k are there to be chosen."""
+    scale = 10.0 ** rng.uniform(*((-36, 36) if dtype == np.float32 else (-300, 300)), size=(150, 41))
+    z = (np.where(rng.random((150, 41)) < 0.8, 1, scale) * rng.normal(size=(150, 41))).astype(dtype)
+    z[:40, ::2] = z[:40, 1::2].max(axis=1, keepdims=True)[:, :1]
+    z[:20, :30], z[20:30] = -np.inf, 0
+    expected = np.sort(z, axis=1)[:, -k]
+    found = threshold.kth_largest(jnp.asarray(z), topk.Way(k, rectified=rectified))
+    # XLA takes 0 and what is below the least normal number for the same.
+    tiny = np.finfo(dtype).tiny
+    np.testing.assert_allclose(found, np.maximum(expected, 0) if rectified else expected, rtol=0, atol=tiny)
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
 def test_auxk_gradient_agrees_with_finite_differences_of_the_frozen_error(rng, preset):
     """AuxK alone: the error held fixed by hand, as stop-gradient does it."""
@@ -236,7 +253,7 @@ def test_auxk_gradient_agrees_with_finite_differences_of_the_frozen_error(rng, p
 
     def auxiliary(s):
         e = x - sae_lib.decode(sae, sae_lib.encode(sae, x))  # of the unperturbed SAE
-        square = objective._auxiliary_square(s, x, e, dead, objective.PRESETS[preset], None)
+        square = objective._auxiliary_square(s, x, e, jnp.flatnonzero(dead), None, objective.PRESETS[preset])
         divisor = {"saelens": 10.0, "sparsify": jnp.sum((x - x.mean(0)) ** 2)}.get(
             preset, jnp.sum((e - e.mean(0)) ** 2)
         )

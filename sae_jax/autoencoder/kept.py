@@ -63,7 +63,8 @@ def by_platform(
     return jax.lax.platform_dependent(*args, **own, default=elsewhere) if own else elsewhere(*args)
 
 
-def _in_form(ways: dict[str, Callable[..., Any]], k: int, n: int, d: int, *args: Any) -> Any:
+def in_form(ways: dict[str, Callable[..., Any]], k: int, n: int, d: int, *args: Any) -> Any:
+    """The way named after the form that is cheapest where it runs."""
     return by_platform(*args, cpu=ways[form(k, n, d)], gpu=ways[form_on_gpu(k, n)], elsewhere=ways["dense"])
 
 
@@ -128,7 +129,7 @@ def combine(kept: Kept, rows: Array) -> Array:
         return product
 
     ways = {"dense": dense, "rows": gathered, "sorted": gathered, "compressed": compressed}
-    product: Array = _in_form(ways, k, n, d, kept, rows)
+    product: Array = in_form(ways, k, n, d, kept, rows)
     return product
 
 
@@ -153,7 +154,7 @@ def pick(g: Array, kept: Kept, rows: Array) -> Array:
         return picked
 
     ways = {"dense": dense, "rows": gathered, "sorted": fused, "compressed": few_tokens}
-    picked: Array = _in_form(ways, k, n, d, g, kept.indices, rows)
+    picked: Array = in_form(ways, k, n, d, g, kept.indices, rows)
     return picked
 
 
@@ -189,7 +190,7 @@ def scatter(values: tuple[Array, ...], indices: Array, tokens: tuple[Array, ...]
         )  # fmt: skip
 
     ways = {"dense": dense, "rows": scattered, "sorted": in_order, "compressed": compressed}
-    sums: tuple[Array, ...] = _in_form(ways, k, n, d, list(zip(values, tokens, strict=True)), indices)
+    sums: tuple[Array, ...] = in_form(ways, k, n, d, list(zip(values, tokens, strict=True)), indices)
     return sums
 
 
