@@ -108,8 +108,10 @@ def test_ledger_counts_births_deaths_and_revivals():
     assert found.born() == [0, 10, 20, None]
     assert found.deaths() == [1, 1, 1, 0]
     assert found.revivals() == [1, 1, 1, 0]
-    line = fates.rows("sae", found, np.zeros(4), np.ones(4), np.arange(4), np.array([9, 0, 50, 1]), 200)[2]
+    line = fates.rows("sae", found, np.zeros(4), np.ones(4), np.arange(4), np.array([9, 0, 50, 1]),
+                      np.array([1.0, 0.0, 2.34567, 3.0]), 200)[2]  # fmt: skip
     assert (line["init"], line["final"], line["born"], line["tokens_since_fired"]) == ("R", "R", 20, 2)
+    assert line["largest_activation"] == 2.346
     assert (line["frequency"], line["frequency_low"], line["frequency_high"]) == (0.25, 0.1916, 0.316)
     cosine = fates.alignment(np.array([[3.0, 0.0], [0.0, -2.0]]), np.array([0.0, 5.0]))
     np.testing.assert_allclose(cosine, [0, -1])
@@ -123,7 +125,8 @@ def test_alignment_knows_no_length_and_is_nothing_where_there_is_no_mean():
 
 def test_a_table_of_fates_has_cosines_of_four_decimals():
     found = fates.Ledger(np.array([0, 7]), np.array([[fates.ALIVE], [fates.BY_RELU]]))
-    (line,) = fates.rows("sae", found, np.array([0.123456]), np.array([-0.98765]), np.array([3]), np.array([0]), 50)
+    cosines = np.array([0.123456]), np.array([-0.98765])
+    (line,) = fates.rows("sae", found, *cosines, np.array([3]), np.array([0]), np.zeros(1), 50)
     assert (line["mu_cosine_init"], line["mu_cosine_final"]) == (0.1235, -0.9877)
     assert (line["init"], line["final"], line["born"], line["deaths"], line["revivals"]) == ("A", "R", 0, 1, 0)
 
@@ -175,7 +178,11 @@ def test_behind_whitening_an_sae_trains_as_on_whitened_activations_and_is_judged
 
     held_out = np.concatenate([x[valid] for x, valid in run.source.held_out()])  # x itself, in NumPy
     state = jax.tree.map(lambda a: a[0], run.states[0])
-    x_hat = before.invert(sae_lib.decode(state.sae, sae_lib.encode(state.sae, before(held_out * run.ensemble.scale))))
+    codes = sae_lib.encode(state.sae, before(held_out * run.ensemble.scale))
+    x_hat = before.invert(sae_lib.decode(state.sae, codes))
+    largest = np.zeros(64)
+    np.maximum.at(largest, np.asarray(codes.indices), np.asarray(codes.values))
+    np.testing.assert_allclose(run.ensemble.seen["one"].largest, largest, rtol=1e-5)
     error = held_out - np.asarray(x_hat) / run.ensemble.scale
     fve = 1 - np.sum(error**2) / np.sum((held_out - held_out.mean(axis=0)) ** 2)
     assert record["members"]["one"]["fve"] == pytest.approx(fve, abs=1e-5)

@@ -138,6 +138,19 @@ def test_a_run_from_its_path_on_a_mapped_file(runs, monkeypatch, norm, member):
     np.testing.assert_array_equal(again.indices, codes.indices)
 
 
+@pytest.mark.parametrize("member", ["centred", "white"])
+def test_the_largest_activation_of_a_run_is_that_of_one_of_its_tokens(runs, member):
+    """In the units that `features` says; held-out tokens are a fifth of all."""
+    table = np.genfromtxt(runs / "none" / "fates.csv", delimiter=",", names=True, dtype=None, encoding="utf-8")
+    found = table["largest_activation"][table["member"] == member]
+    values = dense(sae_jax.features(runs / "none", np.load(runs / "x.npy"), member=member), 96)
+    np.testing.assert_array_less(found, values.max(axis=0) * 1.001 + 1e-9)
+    nearest = np.abs(values - found).min(axis=0)
+    np.testing.assert_array_less(nearest, found * 1e-3 + 1e-9)
+    assert 5 < np.isclose(found, values.max(axis=0), rtol=1e-3).sum() < 60
+    np.testing.assert_array_equal(found > 0, table["final"][table["member"] == member] == "A")
+
+
 def test_an_exported_run_has_the_features_of_the_run(runs, tmp_path):
     x = np.load(runs / "x.npy")[:500]
     for norm in ("none", "layer_norm"):

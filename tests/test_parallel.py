@@ -200,6 +200,7 @@ def test_a_run_on_a_mesh_cut_short_and_continued_equals_one_device(tiny, tmp_pat
         np.testing.assert_array_equal(left["tokens_since_fired"], right["tokens_since_fired"])
         for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
             np.testing.assert_allclose(y, x, rtol=1e-9, atol=1e-9)
+    assert (tmp_path / "two" / "fates.csv").read_text() == (tmp_path / "one" / "fates.csv").read_text()
 
 
 @pytest.mark.parametrize(("key", "value", "said"), [

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sae_jax.autoencoder import dense, topk
 from sae_jax.autoencoder import sae as sae_lib
+from sae_jax.autoencoder.kept import Kept
 from sae_jax.autoencoder.sae import SAE, AllSum
 
 MAX_TOKENS = 2**31 - 1  # the counters saturate here instead of wrapping round
@@ -27,6 +28,7 @@ class Sightings(struct.PyTreeNode):
 
     positive: Any  # (n,) bool: z_pre > 0 on some token
     n_fired: Any  # (n,) int: tokens on which it was kept with a value > 0
+    largest: Any = 0.0  # (n,) its largest activation, 0 where it never fired
 
     @property
     def fired(self) -> Any:
@@ -34,7 +36,9 @@ class Sightings(struct.PyTreeNode):
         return self.n_fired > 0
 
     def __or__(self, other: "Sightings") -> "Sightings":
-        return Sightings(positive=self.positive | other.positive, n_fired=self.n_fired + other.n_fired)
+        return Sightings(
+            self.positive | other.positive, self.n_fired + other.n_fired, np.maximum(self.largest, other.largest)
+        )
 
 
 def sight(
@@ -47,9 +51,15 @@ def sight(
     if isinstance(sae, dense.DenseSAE):
         z = jnp.where(valid[:, None], sae_lib.preactivations(sae, x), -1.0)
         acts = dense.select(sae, z, allsum(valid.sum()), allsum)
-        return Sightings((z > 0).any(axis=0), sae_lib.fired(acts, z.shape[1])), acts
+        return Sightings((z > 0).any(axis=0), sae_lib.fired(acts, z.shape[1]), acts.max(axis=0)), acts
     positive, codes = topk.seen(x, valid, sae.W_enc, sae.b_enc, sae.b_dec, sae.k)
-    return Sightings(positive, sae_lib.fired(codes, len(positive))), codes
+    return kept_by(codes, positive), codes
+
+
+def kept_by(codes: Kept, positive: Bool[Array, "n"]) -> Sightings:
+    """Sightings of features that are `positive` somewhere, from what top-k kept of them."""
+    largest = jnp.zeros(len(positive), codes.values.dtype).at[codes.indices].max(codes.values)
+    return Sightings(positive, sae_lib.fired(codes, len(positive)), largest)
 
 
 def pathways(seen: Sightings) -> dict[str, float]:

@@ -154,6 +154,10 @@ class Devices:
 
         return call
 
+    def allmax(self, tree: Any) -> Any:
+        """The largest over the devices that share a batch, inside of what `compile` compiles."""
+        return jax.lax.pmax(tree, DATA) if self.shares > 1 else tree
+
     def made(self, make: Callable[[], Any]) -> Any:
         """What `make` returns, each device making its own members and features: no one could hold all."""
         if self._mesh is None:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
 from sae_jax.autoencoder import death
+from sae_jax.autoencoder.death import Sightings
 from sae_jax.errors import RunFailed
 from sae_jax.models.sources import Source
 from sae_jax.outliers import giants, preprocess, rounding
@@ -38,7 +39,7 @@ class Ensemble:
         self.norm = config.data.norm
         self.members = config_lib.members(config)
         self.groups = step_lib.group_members(self.members, source.d_model)
-        self.n_fired: dict[str, np.ndarray] = {}  # held-out tokens on which each feature fired, of the latest record
+        self.seen: dict[str, Sightings] = {}  # by the held-out tokens of the latest record
         found = statistics or self._statistics()
         self.statistics = processes.of_the_first(found, "data.path", "activations")
         if "giant_norm" not in self.statistics:  # a run that is older than these numbers
@@ -181,7 +182,7 @@ class Ensemble:
                     raise RunFailed(f"{name} no longer reconstructs anything finite")
                 seen = values[i].pop("seen")
                 letters[name] = fates.letters(seen)
-                self.n_fired[name] = seen.n_fired
+                self.seen[name] = seen
                 found[name] = {**values[i], **evaluation.bias_state(biases[i], self.mu(name))}
                 if self.source.truth is not None:
                     rows, truth = sae.W_dec[i], np.asarray(self.source.truth)
@@ -201,7 +202,11 @@ class Ensemble:
             for i, name in enumerate(group.names):
                 start, end = (processes.fetched(fates.alignment(w[i], self.mu(name))) for w in W_enc)
                 found = fates.ledger(history, name)
-                rows += fates.rows(name, found, start, end, silent[i], self.n_fired[name], self.source.n_eval_tokens)
+                seen = self.seen[name]
+                largest = seen.largest / self.scale
+                rows += fates.rows(
+                    name, found, start, end, silent[i], seen.n_fired, largest, self.source.n_eval_tokens
+                )
         return rows
 
 

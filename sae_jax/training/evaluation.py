@@ -45,6 +45,7 @@ def evaluate_batch(
     shards: str | None = None,
     ordinary_shift: Float[Array, "d"] | None = None,
     giant_norm: float = float("inf"),
+    allmax: AllSum = lambda tree: tree,
 ) -> Any:
     """Sightings and sums of all members (each group stacked), and the sums of the tokens that they share.
 
@@ -53,6 +54,7 @@ def evaluate_batch(
         apart: sums of squares are taken about them.
       shards: names the mesh axis over which the features are split, where they are.
       giant_norm: tokens of a larger norm are giants.
+      allmax: takes the largest over the devices that share the batch, as `allsum` adds up.
     """
     ordinary = valid & (jnp.linalg.norm(x, axis=1) <= giant_norm)
 
@@ -72,7 +74,7 @@ def evaluate_batch(
 
     data = (totals(valid, shift), totals(ordinary, shift if ordinary_shift is None else ordinary_shift))
     members = tuple(sae_lib.each_member(one, sae) for sae in groups)
-    seen = _added([seen for seen, _ in members], allsum)
+    seen = _added([seen for seen, _ in members], allsum, allmax)
     return seen, allsum((tuple(sums for _, sums in members), data))
 
 
@@ -83,13 +85,14 @@ def _sight_shard(
     _, error, codes = sae_lib.square_error(sae, x, shards)
     codes = codes._replace(values=jnp.where(valid[:, None], codes.values, 0.0))
     positive = (sae_lib.preactivations(sae, x) > 0) & valid[:, None]
-    n_fired = sae_lib.fired(codes, sae.W_enc.shape[0])
-    return Sightings(positive.any(axis=0) | (n_fired > 0), n_fired), error  # two products, which may round apart
+    seen = death.kept_by(codes, positive.any(axis=0))
+    return seen.replace(positive=seen.positive | seen.fired), error  # two products, which may round apart
 
 
-def _added(seen: list[Sightings], allsum: AllSum) -> tuple[Sightings, ...]:
+def _added(seen: list[Sightings], allsum: AllSum, allmax: AllSum) -> tuple[Sightings, ...]:
     added = allsum(tuple((s.positive.astype(jnp.int32), s.n_fired) for s in seen))
-    return tuple(Sightings(positive > 0, n_fired) for positive, n_fired in added)
+    largest = allmax(tuple(s.largest for s in seen))
+    return tuple(Sightings(count > 0, n_fired, most) for (count, n_fired), most in zip(added, largest, strict=True))
 
 
 class DeathCurve:
@@ -134,7 +137,8 @@ def frequency_band(n_fired: Int[np.ndarray, "n"], n_tokens: int) -> tuple[np.nda
 
 
 def _one(seen: Sightings, member: int) -> Sightings:
-    return Sightings(seen.positive[member], seen.n_fired[member])
+    own: Sightings = jax.tree.map(lambda of_group: of_group[member], seen)
+    return own
 
 
 def evaluate(
@@ -224,7 +228,8 @@ SHIFT_BATCHES = 10  # held-out batches that the picture of shifts is made from
 
 
 def shift_batch(
-    groups: tuple[SAE, ...], x: Float[Array, "B d"], valid: Bool[Array, "B"], allsum: AllSum, shards: str | None = None
+    groups: tuple[SAE, ...], x: Float[Array, "B d"], valid: Bool[Array, "B"], allsum: AllSum, shards: str | None = None,
+    allmax: AllSum = lambda tree: tree,
 ) -> Any:
     """What one batch shows of every pre-activation: sightings of each group, and sums of z_pre and of its square."""
 
@@ -234,7 +239,7 @@ def shift_batch(
         return seen, (z_pre.sum(axis=0), (z_pre**2).sum(axis=0))
 
     members = [sae_lib.each_member(one, sae) for sae in groups]
-    return _added([seen for seen, _ in members], allsum), allsum(tuple(sums for _, sums in members))
+    return _added([seen for seen, _ in members], allsum, allmax), allsum(tuple(sums for _, sums in members))
 
 
 def shifts(

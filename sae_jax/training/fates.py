@@ -70,11 +70,11 @@ def alignment(
 
 def rows(
     name: str, found: Ledger, at_init: Float[np.ndarray, "n"], at_end: Float[np.ndarray, "n"],
-    silent: Int[np.ndarray, "n"], n_fired: Int[np.ndarray, "n"], n_tokens: int,
+    silent: Int[np.ndarray, "n"], n_fired: Int[np.ndarray, "n"], largest: Float[np.ndarray, "n"], n_tokens: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The ledger as a table: one line a feature, with its alignment with mu at initialisation and at the end, the share
-    of the held-out tokens on which it fires with its 95 % interval, and the training tokens since it last fired: a
-    feature that is dead to held-out tokens may be one that fires seldom."""
+    of the held-out tokens on which it fires with its 95 % interval, its largest activation on them in the units of the
+    normed tokens, and the training tokens since it last fired: one that is dead to held-out tokens may fire seldom."""
     low, high = evaluation.frequency_band(n_fired, n_tokens)
     return [
         {
@@ -82,7 +82,8 @@ def rows(
             "born": born, "deaths": deaths, "revivals": revivals,
             "mu_cosine_init": round(float(at_init[i]), 4), "mu_cosine_final": round(float(at_end[i]), 4),
             "frequency": float(f"{n_fired[i] / n_tokens:.4g}"), "frequency_low": float(f"{low[i]:.4g}"),
-            "frequency_high": float(f"{high[i]:.4g}"), "tokens_since_fired": int(silent[i]),
+            "frequency_high": float(f"{high[i]:.4g}"), "largest_activation": float(f"{largest[i]:.4g}"),
+            "tokens_since_fired": int(silent[i]),
         }
         for i, (born, deaths, revivals) in enumerate(zip(found.born(), found.deaths(), found.revivals(), strict=True))
     ]  # fmt: skip

@@ -128,7 +128,8 @@ class Run:
         x = self.tokens("eval", given, device, self.config.eval.batch_size // self.devices.shares)
         shift, ordinary = (jnp.asarray(mu, x.dtype) for mu in (self.ensemble.shared_mu, self.ensemble.ordinary_mu))
         return evaluation.evaluate_batch(
-            groups, x, valid, shift, allsum, self.devices.shards, ordinary, self.ensemble.giant_norm
+            groups, x, valid, shift, allsum, self.devices.shards, ordinary, self.ensemble.giant_norm,
+            self.devices.allmax,
         )
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ class Run:
             "config": config_lib.identity(self.config),
             "versions": tables.versions(),
         }
-        if not self.ensemble.n_fired:  # the run had come to its end before
+        if not self.ensemble.seen:  # the run had come to its end before
             self._record()
         # All processes together open the checkpoints, and work on states of which each may have a part.
         kept, first_states = checkpoint.history(self.workdir), self.devices.made(self.ensemble.initial_states)
