@@ -5,8 +5,8 @@
 
 The residues of antibody variants (the built-in sequences) after block 4, annotated from the sequence alone: residue,
 class, the residue before, replaced or not, N-glycosylation sequons, the disulfide pair, framework and CDRs by the
-motifs that bound them, thirds, chain, antibody. Baseline and centred SAEs, a small one and one four times as large, are
-trained on the activations as they are and on x' = x − mu + g·mu with g such that gamma_raw is 8; beside them an
+motifs that bound them, thirds, chain, antibody. SAEs as they are, centred, and centred and balanced, small ones and
+some four times as large, are trained on the activations as they are and on x' = x − mu + g·mu with g such that gamma_raw is 8; beside them an
 untrained one. Features are divided by their largest value on the training tokens, feature and threshold picked on
 validation sequences, F1 counted on test sequences. A concept is found where that F1 is above 0.5. Writes
 concept_f1.csv, a row for each concept and SAE. About ten minutes of processor time.
@@ -36,8 +36,8 @@ LAYER, HIGH, SEEDS = 4, 8.0, range(3)
 # training tokens, validation and test tokens each, n of the large SAE, k, steps, batch
 SCALES = {"smoke": (3000, 1500, 64, 4, 20, 64), "cpu": (32_000, 8_000, 1024, 8, 800, 256),
           "paper": (10_000_000, 500_000, 8192, 64, 50_000, 2048)}  # fmt: skip
-ARMS = {f"{name} {share}": {"sae": {"center": center}, "share": share}
-        for name, center in (("baseline", "none"), ("centred", "mean")) for share in (1, 4)}  # fmt: skip
+KINDS = {"baseline": {"center": "none"}, "centred": {"center": "mean"}, "balanced": {"center": "mean", "balance": True}}
+ARMS = {f"{name} {share}": {"sae": sae, "share": share} for name, sae in KINDS.items() for share in (1, 4)}
 MIN_INSTANCES = 25  # of a concept, in the validation tokens and again in those of the test
 CLASSES = {"aromatic": "FWY", "positive": "KRH", "negative": "DE", "small": "GAS", "hydrophobic": "AVILM",
            "polar": "STNQ"}  # fmt: skip
