@@ -6,7 +6,7 @@
 The residues of antibody variants (the built-in sequences) after block 4, annotated from the sequence alone: residue,
 class, the residue before, replaced or not, N-glycosylation sequons, the disulfide pair, framework and CDRs by the
 motifs that bound them, thirds, chain, antibody. SAEs as they are, centred, and centred and balanced, small ones and
-some four times as large, are trained on the activations as they are and on x' = x − mu + g·mu with g such that gamma_raw
+some four times as large, are trained on the activations as they are and on x' = x − mu + g·mu, g such that gamma_raw
 is 8; beside them an untrained one. Features are divided by their largest value on the training tokens, feature and
 threshold picked on validation sequences, F1 counted on test sequences. A concept is found where that F1 is above 0.5.
 Writes concept_f1.csv, a row for each concept and SAE. About ten minutes of processor time.
