@@ -2,13 +2,13 @@
 
     python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=9,minilm-l6-3 --arms=plain,balance
 
-n 1024 (4 d_model where that is fewer), k 8 (`--size`), 5,000 steps of 256 at 3e-4, three initialisations; b_dec starts
-at the geometric median but where an arm says uncentred. Counted on the held-out fifth of 520,000 tokens; models of text
-are shown the docstrings of the packages that this one needs (Gemma's rows of today are of 417,000 tokens of Python's).
-A layer is a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic` (configs/synthetic.py); `--activations=9=PATH` takes
-one from a file or a dataset. Every arm of a layer is a run of its own under the workdir: what is stopped goes on, what
-has ended is read. Writes race.csv. An arm takes 3 to 8 minutes on 2 CPU cores, the extraction of a layer up to 40.
-`--shorter=8` runs the pilots of `diagnose --pilot` in their place.
+n 1024 (4 d_model where that is fewer), k 8 (`--size`), 5,000 steps of 256 at 3e-4 (`--learning_rate`), three
+initialisations (`--seeds`); b_dec starts at the geometric median but where an arm says uncentred. Counted on the
+held-out fifth of 520,000 tokens; models of text are shown the docstrings of the packages that this one needs. A layer is
+a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic` (configs/synthetic.py); `--activations=9=PATH` takes one from a
+file or a dataset. Every arm of a layer is a run of its own under the workdir: what is stopped goes on, what has ended is
+read. Writes race.csv. An arm takes 3 to 8 minutes on 2 CPU cores, the extraction of a layer up to 40. `--shorter=8` runs
+the pilots of `diagnose --pilot` in their place.
 """
 
 import contextlib
@@ -35,7 +35,6 @@ from sae_jax.training import recovery
 from sae_jax.training import run as run_lib
 from sae_jax.training import step as step_lib
 
-SEEDS = (0, 1, 2)
 AUXK = {"auxk.preset": "dictionary_learning"}
 UNCENTRED = {"sae.center": "none"}
 BALANCE = {"sae.balance": True}
@@ -58,6 +57,8 @@ ARMS: dict[str, dict[str, Any]] = {  # settings, and `step` in place of the pack
 }
 CHOSEN = flags.DEFINE_list("arms", [], "which of them; all, if none is named")
 SIZE = flags.DEFINE_list("size", ["1024", "8", "5000"], "n, k, steps")
+SEEDS = flags.DEFINE_integer("seeds", 3, "initialisations of each arm", 1)
+RATE = flags.DEFINE_float("learning_rate", None, "of real layers; not given: 3e-4", 0)
 SHORTER = flags.DEFINE_integer("shorter", 1, "pilots in place of the runs: so many times fewer steps", 1)
 KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0", "mmcs", "mcc")
 
@@ -69,7 +70,7 @@ def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> Confi
         c, width = synthetic_config.get_config(), n
     else:
         c = base()
-        c.train.batch_size = 256
+        c.train.batch_size, c.train.learning_rate = 256, said(RATE) or 3e-4
         c.data.model.id, c.data.model.layer = layers.model_of(layer)
         c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000  # a fifth is held out
         width = facts.width(c.data.model) or n
@@ -83,7 +84,7 @@ def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> Confi
         c.checkpoint.every, c.auxk.dead_after_tokens = 20, 256
     layers.point(c, layer, folder)
     c.update_from_flattened_dict({key: value for key, value in arm.items() if key != "step"})
-    c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in SEEDS})
+    c.members = ConfigDict({f"seed{seed}": {"seed": seed} for seed in range(said(SEEDS))})
     return pilot.shortened(c, said(SHORTER)) if said(SHORTER) > 1 else c
 
 
@@ -113,10 +114,11 @@ def main(workdir: Path, scale: str) -> None:
                 rows.append({
                     "layer": layer, "arm": name, "seed": member["name"].removeprefix("seed"),
                     "n": str(config.sae.n_features), "k": str(config.sae.k), "steps": str(report["step"]),
+                    "learning_rate": f"{config.train.learning_rate:g}",
                     "tokens": str(report["n_eval_tokens"]), "dead_at_init": member["init"]["dead_total"],
                     **{key: end.get(key) for key in KEYS},
                 })  # fmt: skip
-            mine = rows[-len(SEEDS) :]
+            mine = rows[-said(SEEDS) :]
             means = {key: np.mean([np.nan if row[key] is None else row[key] for row in mine]) for key in KEYS}
             print(f"layer {layer}  {name:18s} {tables.one_line(means)}", flush=True)
             tables.write_csv(workdir / "race.csv", rows)
