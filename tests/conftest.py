@@ -38,8 +38,8 @@ from sae_jax.training import run as run_lib  # noqa: E402
 
 NUMERIC = (
     "autoencoder.balance", "autoencoder.death", "autoencoder.kept", "autoencoder.objective", "autoencoder.optimizer",
-    "autoencoder.sae", "autoencoder.topk", "outliers.moments", "activations.synthetic", "training.recovery",
-    "training.fates", "training.step", "training.evaluation",
+    "autoencoder.sae", "autoencoder.threshold", "autoencoder.topk", "outliers.moments", "activations.synthetic",
+    "training.recovery", "training.fates", "training.step", "training.evaluation",
 )  # fmt: skip
 
 

@@ -472,8 +472,10 @@ def test_a_large_batch_has_the_same_bar(rng, seed, monkeypatch):
 def test_of_a_large_batch_a_few_entries_of_each_token_are_looked_at(monkeypatch, shape, more, looked_at):
     """About work: that the bar is the same is tested elsewhere."""
     monkeypatch.setattr(batch_topk, "LARGE", 2400)
-    seen, nth_largest = [], batch_topk._nth_largest
-    monkeypatch.setattr(batch_topk, "_nth_largest", lambda z, *rest: seen.append(z.shape) or nth_largest(z, *rest))
+    seen, kth_largest = [], batch_topk.kth_largest
+    monkeypatch.setattr(
+        batch_topk, "kth_largest", lambda z, *rest, **axis: seen.append(z.shape) or kth_largest(z, *rest, **axis)
+    )
     jax.eval_shape(partial(batch_topk.bar, **more), jnp.zeros(shape), jnp.asarray(5))
     assert seen == looked_at
 

@@ -244,7 +244,7 @@ def evaluated(x, W, padded, **points):
         rows[valid] = part
         batches.append((rows, valid))
     run = jax.jit(lambda groups, x, valid: evaluation.evaluate_batch(
-        groups, x, valid, jnp.full(4, 5.0), lambda tree: tree, ordinary_shift=jnp.full(4, 2.0), **points
+        groups, x, valid, jnp.full(4, 5.0), *[lambda tree: tree] * 2, ordinary_shift=jnp.full(4, 2.0), **points
     ))  # fmt: skip
     moved = np.array([np.zeros(4), [1.0, -2.0, 0.5, 3.0]])
     return evaluation.evaluate(run, groups, iter(batches), len(x), np.full(4, 5.0), [moved])[0], moved
@@ -333,7 +333,7 @@ def test_what_is_explained_does_not_hang_on_the_point_that_sums_are_taken_about(
     x, W = rng.normal(size=(60, 4)) + 3.0, rng.normal(size=(12, 4))
     group = jax.tree.map(lambda a: a[None], untrained(12, 4, W))
     point = np.full(4, shift)
-    run = jax.jit(lambda *given: evaluation.evaluate_batch(*given, jnp.asarray(point), lambda tree: tree))
+    run = jax.jit(lambda *given: evaluation.evaluate_batch(*given, jnp.asarray(point), *[lambda tree: tree] * 2))
     batches = iter([(x[:30], np.ones(30, bool)), (x[30:], np.ones(30, bool))])
     ((found,),) = evaluation.evaluate(run, (group,), batches, 60, point, [np.zeros((1, 4))])
     _, codes = death.sight(untrained(12, 4, W), jnp.asarray(x), jnp.ones(60, bool))

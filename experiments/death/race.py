@@ -58,7 +58,7 @@ ARMS: dict[str, dict[str, Any]] = {  # settings, and `step` in place of the pack
 CHOSEN = flags.DEFINE_list("arms", [], "which of them; all, if none is named")
 SIZE = flags.DEFINE_list("size", ["1024", "8", "5000"], "n, k, steps")
 SEEDS = flags.DEFINE_integer("seeds", 3, "initialisations of each arm", 1)
-RATE = flags.DEFINE_float("learning_rate", None, "of real layers; not given: 3e-4", 0)
+RATE = flags.DEFINE_float("learning_rate", 3e-4, "of real layers", 1e-9)
 SHORTER = flags.DEFINE_integer("shorter", 1, "pilots in place of the runs: so many times fewer steps", 1)
 KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0", "mmcs", "mcc")
 
@@ -70,7 +70,7 @@ def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> Confi
         c, width = synthetic_config.get_config(), n
     else:
         c = base()
-        c.train.batch_size, c.train.learning_rate = 256, said(RATE) or 3e-4
+        c.train.batch_size, c.train.learning_rate = 256, said(RATE)
         c.data.model.id, c.data.model.layer = layers.model_of(layer)
         c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000  # a fifth is held out
         width = facts.width(c.data.model) or n

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sae_jax.autoencoder import death, threshold, topk
+from sae_jax.autoencoder import death, threshold
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.training import step as step_lib
@@ -28,7 +28,7 @@ Loss = Callable[[SAE, jax.Array, TrainState, Static], tuple[jax.Array, jax.Array
 
 def kept(z_pre: jax.Array, k: int | jax.Array) -> jax.Array:
     """The k largest of each token that are positive, zeros elsewhere; k may change from step to step."""
-    bar = threshold.kth_largest(jax.lax.stop_gradient(z_pre), topk.Way(k))[:, None]  # type: ignore[arg-type]
+    bar = threshold.kth_largest(jax.lax.stop_gradient(z_pre), k)[:, None]
     return jnp.where((z_pre >= bar) & (z_pre > 0), z_pre, 0.0)
 
 

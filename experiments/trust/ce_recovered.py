@@ -54,6 +54,8 @@ def reconstruction(sae: SAE) -> splicing.Replace:
 def runs() -> tuple[ConfigDict, dict[str, Packed]]:
     """The model that all runs are on, and their SAEs by RUN/MEMBER, or by member where there is one run.
 
+    Its `n_tokens` is that of the run that may have seen the most.
+
     Raises:
       Refused: a run is on something else than the first.
     """
@@ -62,11 +64,13 @@ def runs() -> tuple[ConfigDict, dict[str, Packed]]:
     for run in RUNS.value:
         config = config_lib.from_identity(checkpoint.saved(run).identity)
         own = config.data.model
-        if model is None:
-            model = own
-        if not own.id or (own.id, own.layer) != (model.id, model.layer):
-            first = f"{model.id}, layer {model.layer}" if model.id else "of a decoder of text"
-            raise Refused("--run", run, f"a run on activations {first}")
+        if not own.id:
+            raise Refused("--run", run, "a run whose data.model.id names the decoder of its text")
+        model = own if model is None else model
+        for key in ("id", "layer", "hook", "context", *(() if TEXT.value else ("text",))):
+            if own[key] != model[key]:
+                raise Refused("--run", f"{run} (data.model.{key} {own[key]!r})", f"{model[key]!r}, as of the first run")
+        model.n_tokens = max(model.n_tokens, own.n_tokens)
         prefix = f"{Path(run).name}/" if len(RUNS.value) > 1 else ""
         if any(key.startswith(prefix) for key in packed):
             raise Refused("--run", run, "runs in folders of different names, as the table names them so")

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from sae_jax.autoencoder.kept import largest
 from sae_jax.autoencoder.sae import AllSum
+from sae_jax.autoencoder.threshold import kth_largest
 
 FOLLOWS = 0.01
 FEW, LARGE = 4, 2**20  # entries of a token that are looked at, over k; entries of a batch from which that pays
@@ -32,25 +33,11 @@ def bar(
     """
     count, few = jnp.clip(allsum((z > 0).sum()), 1, count), FEW * a_token
     if not a_token or z.size < LARGE or FEW * few > z.shape[1]:
-        return _nth_largest(z, count, allsum)
+        return kth_largest(z, count, allsum, axis=None)
     most = largest(z, few)[0]
-    found = _nth_largest(most, count, allsum)
+    found = kth_largest(most, count, allsum, axis=None)
     more = allsum((most[:, -1] >= found).sum())
-    return jax.lax.cond(more == 0, lambda: found, lambda: _nth_largest(z, count, allsum))
-
-
-def _nth_largest(z: Float[Array, "B m"], count: Int[Array, ""], allsum: AllSum) -> Float[Array, ""]:
-    """Bit by bit, without a sort: positive floats are in the order of their bits. 0 where there are fewer."""
-    width = jnp.finfo(z.dtype).bits
-    kind = jnp.int32 if width == 32 else jnp.int64
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(z, 0), kind)
-
-    def one(i: Array, found: Array) -> Array:
-        tried = found | jnp.left_shift(jnp.asarray(1, kind), (width - 2 - i).astype(kind))
-        return jnp.where(allsum((bits >= tried).sum()) >= count, tried, found)
-
-    found = jax.lax.fori_loop(0, width - 1, one, jnp.zeros((), kind))
-    return jax.lax.bitcast_convert_type(found, z.dtype)
+    return jax.lax.cond(more == 0, lambda: found, lambda: kth_largest(z, count, allsum, axis=None))
 
 
 def follow(threshold: Float[Array, ""], least: Float[Array, ""]) -> Float[Array, ""]:

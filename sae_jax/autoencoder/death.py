@@ -28,7 +28,7 @@ class Sightings(struct.PyTreeNode):
 
     positive: Any  # (n,) bool: z_pre > 0 on some token
     n_fired: Any  # (n,) int: tokens on which it was kept with a value > 0
-    largest: Any = 0.0  # (n,) its largest activation, 0 where it never fired
+    largest: Any = None  # (n,) its largest activation, 0 where it never fired; None where nobody asks
 
     @property
     def fired(self) -> Any:
@@ -36,9 +36,8 @@ class Sightings(struct.PyTreeNode):
         return self.n_fired > 0
 
     def __or__(self, other: "Sightings") -> "Sightings":
-        return Sightings(
-            self.positive | other.positive, self.n_fired + other.n_fired, np.maximum(self.largest, other.largest)
-        )
+        largest = None if self.largest is None else np.maximum(self.largest, other.largest)
+        return Sightings(self.positive | other.positive, self.n_fired + other.n_fired, largest)
 
 
 def sight(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sae_jax.autoencoder import dense, kept, threshold, topk
+from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE, AllSum
 
 
@@ -100,19 +101,13 @@ def loss(
     n_tokens = allsum(jnp.asarray(x.shape[0], x.dtype))
     found: dense.Loss | None = None
     codes: Any
-    asleep = preset == "none" or room == 0
-    places = None if asleep else jnp.flatnonzero(dead, size=room or len(dead), fill_value=len(dead))
-    z_dead: Array | None = None
     if isinstance(sae, dense.DenseSAE) or sparsity.groups:
         found = dense.square_error(
             sae, x, sparsity.groups, n_tokens, allsum, sparsity.bandwidth, sparsity.preset, lift
         )  # fmt: skip
         square, e, codes = found.square, found.e, jax.lax.stop_gradient(found.acts)
     else:
-        way = topk.Way(sae.k, shards=shards, precision=precision)
-        square, e, codes, z_dead = topk.square_error(
-            x, x - sae.b_dec, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, lift, places, way
-        )
+        square, e, codes = sae_lib.square_error(sae, x, shards, precision, lift)
     fixed_e = jax.lax.stop_gradient(e)
 
     x_sum, e_sum = allsum((x.sum(0), fixed_e.sum(0)))
@@ -132,9 +127,9 @@ def loss(
             sae, found, dead, sparsity.preset, weight=jnp.asarray(sparsity_weight), target=sparsity.target,
             bandwidth=sparsity.bandwidth, n_tokens=n_tokens, allsum=allsum,
         )  # fmt: skip
-    if places is not None:
+    if room != 0 and preset != "none":
         n_dead = topk.over_shards(dead.sum(), shards)
-        aux = _auxiliary_square(sae, x, fixed_e, places, z_dead, PRESETS[preset], shards, precision)
+        aux = _auxiliary_square(sae, x, fixed_e, dead, PRESETS[preset], room, shards, precision)
         # Of tokens that are all alike only rounding is left of this variance.
         e_variance = jnp.where(e_variance > (4 * jnp.finfo(x.dtype).eps) ** 2 * e_square, e_variance, 0.0)
         aux_divisors = {"saelens": n_tokens, "sparsify": variance}
@@ -147,24 +142,28 @@ def loss(
 
 
 def _auxiliary_square(
-    sae: SAE, x: Float[Array, "B d"], e: Float[Array, "B d"], places: Int[Array, "m"],
-    z_dead: Float[Array, "B m"] | None, preset: Preset, shards: str | None = None, precision: str = "float32",
+    sae: SAE, x: Float[Array, "B d"], e: Float[Array, "B d"], dead: Bool[Array, "n"], preset: Preset, room: int | None,
+    shards: str | None = None, precision: str = "float32",
 ) -> Float[Array, ""]:  # fmt: skip
-    """Σ(W_decᵀa − e)² over this device's tokens, by the rows at `places`; z_dead are their z_pre, if they are there."""
-    W_enc, W_dec = (topk.taken(w, places, 0, 0.0) for w in (sae.W_enc, sae.W_dec))
-    b_enc = topk.taken(sae.b_enc, places, 0, -jnp.inf)  # −inf: never chosen
-    k_aux = min(preset.k_aux or _half(x.shape[1]), len(places) * topk.n_shards(shards))
-    way = topk.Way(k_aux, rectified=preset.rectified, shards=shards, precision=precision)
-    if z_dead is None:
-        z_dead = topk.preactivations(x, W_enc, b_enc, sae.b_dec)
+    """Σ(W_decᵀa − e)² over this device's tokens.
 
-    def few(_: Array, *args: Array) -> Array:
-        return topk.square_error(*args, None, None, way)[0]
+    In a room for all, the pre-activations are those of the main term: computed once.
+    """
+    W_enc, W_dec, b_enc = sae.W_enc, sae.W_dec, jnp.where(dead, sae.b_enc, -jnp.inf)  # −inf: never chosen
+    n = len(b_enc)
+    if room is not None and room < n:
+        places = jnp.flatnonzero(dead, size=room, fill_value=n)
+        rows = partial(jnp.take, indices=places, axis=0, mode="fill", unique_indices=True, indices_are_sorted=True)
+        W_enc, W_dec = (rows(w, fill_value=0.0) for w in (W_enc, W_dec))
+        b_enc = rows(b_enc, fill_value=-jnp.inf)
+    k_aux = min(preset.k_aux or _half(x.shape[1]), len(b_enc) * topk.n_shards(shards))
+    way = topk.Way(k_aux, rectified=preset.rectified, shards=shards, precision=precision)
+
+    def few(*args: Array) -> Array:
+        return topk.square_error(*args, None, way)[0]
 
     ways = dict.fromkeys(("rows", "sorted", "compressed"), few) | {"dense": partial(threshold.square_error, way=way)}
-    square: Array = kept.in_form(
-        ways, k_aux, *W_enc.shape, jax.lax.stop_gradient(z_dead), x, e, W_enc, b_enc, W_dec, sae.b_dec
-    )
+    square: Array = kept.in_form(ways, k_aux, *W_enc.shape, x, e, W_enc, b_enc, W_dec, sae.b_dec)
     return square
 
 

@@ -111,7 +111,7 @@ def square_error(
     `precision` as in `topk.Way`, `lift` as in `topk.square_error`.
     """
     way = topk.Way(sae.k, shards=shards, precision=precision)
-    return topk.square_error(x, x - sae.b_dec, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, lift, None, way)[:3]
+    return topk.square_error(x, x - sae.b_dec, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, lift, way)
 
 
 def fired(codes: Kept | Float[Array, "B n"], n_features: int) -> Int[Array, "n"]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from sae_jax.autoencoder.kept import FEW, Kept, by_platform, combine, form, is_large, largest, pick, scatter
 
@@ -72,12 +72,24 @@ def product(x: Float[Array, "B d"], W_enc: Float[Array, "n d"]) -> Float[Array, 
     return jnp.matmul(operand, W_enc.T, preferred_element_type=x.dtype)
 
 
+def scores(
+    x: Float[Array, "B d"], W_enc: Float[Array, "n d"], b_enc: Float[Array, "n"], b_dec: Float[Array, "d"],
+    precision: str,
+) -> Float[Array, "B n"]:  # fmt: skip
+    """z_pre by the product that the choice of the k is made from, so that a program that needs both computes one."""
+    operand = W_enc.astype(jnp.bfloat16) if precision == "bfloat16" else W_enc
+    one = lambda x, W_enc, b_enc, b_dec: (product(x - b_dec, W_enc) + b_enc,)  # noqa: E731
+    (z_pre,) = in_pieces(one, (jnp.concatenate,), (x,), operand, b_enc, b_dec)
+    found: Array = z_pre
+    return found
+
+
 def encode(
     x: Float[Array, "B d"], W_enc: Float[Array, "n d"], b_enc: Float[Array, "n"], b_dec: Float[Array, "d"], k: int
 ) -> Kept:
     """`top_k` of `preactivations`."""
     with exact():
-        values, indices, _ = _chosen(x, W_enc, b_enc, b_dec, None, None, Way(k))
+        values, indices = _chosen(x, W_enc, b_enc, b_dec, None, Way(k))
     return Kept(jax.nn.relu(values), indices)
 
 
@@ -93,7 +105,7 @@ class Way(NamedTuple):
     precision: str = "float32"  # of the operands of the encoder's matmul: float32 (as they are) | bfloat16
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(8,))
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
 def square_error(
     x: Float[Array, "B d"],
     target: Float[Array, "B d"],
@@ -102,32 +114,30 @@ def square_error(
     W_dec: Float[Array, "n d"],
     b_dec: Float[Array, "d"],
     lift: Float[Array, "n"] | None,
-    places: Int[Array, "m"] | None,
     way: Way,
-) -> tuple[Float[Array, ""], Float[Array, "B d"], Kept, Float[Array, "B m"] | None]:
-    """Σ‖e‖² with e = target − W_decᵀ z; e itself; the kept entries z of this shard; and z_pre at `places`, if given.
+) -> tuple[Float[Array, ""], Float[Array, "B d"], Kept]:
+    """Σ‖e‖² with e = target − W_decᵀ z; e itself; and the kept entries z of this shard.
 
     `b_dec` is what the encoder subtracts, `lift` is what positive pre-activations have more in the choice of the k, and
-    there alone. A feature whose b_enc is −inf is never kept. `places` ascend; at n, behind all features, z_pre is −inf.
-    The gradient is that of Σ‖e‖², through the kept entries; the others are results without one.
+    there alone. A feature whose b_enc is −inf is never kept. The gradient is that of Σ‖e‖², through the kept entries; e
+    and z are results without one.
     """
-    return _square_error_fwd(x, target, W_enc, b_enc, W_dec, b_dec, lift, places, way)[0]
+    return _square_error_fwd(x, target, W_enc, b_enc, W_dec, b_dec, lift, way)[0]
 
 
 def _square_error_fwd(
-    x: Array, target: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, lift: Array | None,
-    places: Array | None, way: Way,
-) -> tuple[Any, tuple[Any, ...]]:  # fmt: skip
+    x: Array, target: Array, W_enc: Array, b_enc: Array, W_dec: Array, b_dec: Array, lift: Array | None, way: Way
+) -> tuple[Any, tuple[Any, ...]]:
     with exact(way.precision):
-        values, indices, beside = _chosen(x, W_enc, b_enc, b_dec, lift, places, way)
+        values, indices = _chosen(x, W_enc, b_enc, b_dec, lift, way)
         live = ~(values <= 0) if way.rectified else values != -jnp.inf  # a NaN stays one, and stops the run
         values = jnp.where(live, values, 0.0)
         kept = Kept(values, indices)
         e, along = _error(target, kept, W_dec, way.shards)
-    return (jnp.sum(e * e), e, kept, beside), (x, W_enc, b_dec, kept, live, e, along)
+    return (jnp.sum(e * e), e, kept), (x, W_enc, b_dec, kept, live, e, along)
 
 
-def _square_error_bwd(way: Way, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]) -> tuple[Any, ...]:
+def _square_error_bwd(way: Way, residuals: tuple[Any, ...], cotangents: tuple[Array, Any, Any]) -> tuple[Any, ...]:
     x, W_enc, b_dec, (values, indices), live, e, along = residuals
     factor = -2 * cotangents[0]
     g, g_kept = factor * e, jnp.where(live, factor * along, 0.0)
@@ -138,7 +148,7 @@ def _square_error_bwd(way: Way, residuals: tuple[Any, ...], cotangents: tuple[An
         g_dec, g_enc = scatter((values, g_kept), indices, (g, x - b_dec), W_enc.shape[0])
         g_x = over_shards(combine(Kept(g_kept, indices), W_enc), way.shards)
         g_b_dec = -over_shards(g_sum @ W_enc, way.shards)
-    return g_x, -g, g_enc, g_sum, g_dec, g_b_dec, None, None
+    return g_x, -g, g_enc, g_sum, g_dec, g_b_dec, None
 
 
 square_error.defvjp(_square_error_fwd, _square_error_bwd)
@@ -169,43 +179,31 @@ def _error(target: Array, kept: Kept, W_dec: Array, shards: str | None) -> tuple
 
 
 def _chosen(
-    x: Array, W_enc: Array, b_enc: Array, b_dec: Array, lift: Array | None, places: Array | None, way: Way
-) -> tuple[Array, Array, Array | None]:
-    """The k largest z_pre of this shard, −inf where they are not among the k largest of all shards; and z_pre there."""
+    x: Array, W_enc: Array, b_enc: Array, b_dec: Array, lift: Array | None, way: Way
+) -> tuple[Array, Array]:
+    """The k largest pre-activations of this shard, −inf where they are not among the k largest of all shards."""
     k = min(way.k, W_enc.shape[0])
 
-    def choose(
-        x: Array, W_enc: Array, b_enc: Array, b_dec: Array, lift: Array | None, places: Array | None
-    ) -> tuple[Array, ...]:
-        score = z_pre = product(x - b_dec, W_enc) + b_enc
+    def choose(x: Array, W_enc: Array, b_enc: Array, b_dec: Array, lift: Array | None) -> tuple[Array, Array]:
+        score = product(x - b_dec, W_enc) + b_enc
         if lift is not None:  # what is not positive would only take the place of something that is
-            score = jnp.where(z_pre > 0, z_pre + lift, z_pre)
-        return largest(score, k) if places is None else (*largest(score, k), taken(z_pre, places, 1, -jnp.inf))
+            score = jnp.where(score > 0, score + lift, score)
+        return largest(score, k)
 
     def lowered(values: Array, indices: Array) -> Array:
         return values if lift is None else jnp.where(values > 0, values - lift[indices], values)
 
     operand = W_enc.astype(jnp.bfloat16) if way.precision == "bfloat16" else W_enc
-    joins = (jnp.concatenate,) * (2 if places is None else 3)
-    values, indices, *more = in_pieces(choose, joins, (x,), operand, b_enc, b_dec, lift, places)
-    beside = more[0] if more else None
+    values, indices = in_pieces(choose, (jnp.concatenate,) * 2, (x,), operand, b_enc, b_dec, lift)
     if way.shards is None:
-        return lowered(values, indices), indices, beside
+        return lowered(values, indices), indices
     # Candidates in order of shard, so that of equal values the lowest feature wins, as on one device.
     candidates = jax.lax.all_gather(values, way.shards, axis=1, tiled=True)  # (B, shards · k)
     winners = largest(candidates, way.k)[1]
     rows = jnp.arange(values.shape[0])[:, None]
     won = jnp.zeros(candidates.shape, bool).at[rows, winners].set(True)
     mine = jax.lax.dynamic_slice_in_dim(won, jax.lax.axis_index(way.shards) * k, k, axis=1)
-    return jnp.where(mine, lowered(values, indices), -jnp.inf), indices, beside
-
-
-def taken(a: Array, places: Int[Array, "m"], axis: int, otherwise: float) -> Array:
-    """What stands at `places`, which ascend, and `otherwise` behind the last."""
-    found: Array = jnp.take(
-        a, places, axis, mode="fill", fill_value=otherwise, unique_indices=True, indices_are_sorted=True
-    )
-    return found
+    return jnp.where(mine, lowered(values, indices), -jnp.inf), indices
 
 
 def seen(

@@ -63,7 +63,7 @@ def _shifts(
 
     def one_batch(allsum: AllSum, device: Int[Array, ""], groups: Any, given: Any, valid: Any) -> Any:
         x = run.tokens("eval", given, device, run.config.eval.batch_size // run.devices.shares)
-        return evaluation.shift_batch(groups, x, valid, allsum, run.devices.shards, run.devices.allmax)
+        return evaluation.shift_batch(groups, x, valid, allsum, run.devices.shards)
 
     compiled = run.devices.compile(
         one_batch, split=(None, run.source.split_axis, 0), out=lambda *_: sae_lib.FEATURES

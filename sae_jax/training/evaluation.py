@@ -42,19 +42,19 @@ def evaluate_batch(
     valid: Bool[Array, "B"],
     shift: Float[Array, "d"],
     allsum: AllSum,
+    allmax: AllSum,
     shards: str | None = None,
     ordinary_shift: Float[Array, "d"] | None = None,
     giant_norm: float = float("inf"),
-    allmax: AllSum = lambda tree: tree,
 ) -> Any:
     """Sightings and sums of all members (each group stacked), and the sums of the tokens that they share.
 
     Args:
+      allsum, allmax: add up, and take the largest, over the devices that share the batch.
       shift, ordinary_shift: points near the mean of all tokens, and of those that are no giants, which can be far
         apart: sums of squares are taken about them.
       shards: names the mesh axis over which the features are split, where they are.
       giant_norm: tokens of a larger norm are giants.
-      allmax: takes the largest over the devices that share the batch, as `allsum` adds up.
     """
     ordinary = valid & (jnp.linalg.norm(x, axis=1) <= giant_norm)
 
@@ -74,8 +74,9 @@ def evaluate_batch(
 
     data = (totals(valid, shift), totals(ordinary, shift if ordinary_shift is None else ordinary_shift))
     members = tuple(sae_lib.each_member(one, sae) for sae in groups)
-    seen = _added([seen for seen, _ in members], allsum, allmax)
-    return seen, allsum((tuple(sums for _, sums in members), data))
+    largest = allmax(tuple(seen.largest for seen, _ in members))
+    seen = [s.replace(largest=most) for s, most in zip(_added([s for s, _ in members], allsum), largest, strict=True)]
+    return tuple(seen), allsum((tuple(sums for _, sums in members), data))
 
 
 def _sight_shard(
@@ -89,10 +90,9 @@ def _sight_shard(
     return seen.replace(positive=seen.positive | seen.fired), error  # two products, which may round apart
 
 
-def _added(seen: list[Sightings], allsum: AllSum, allmax: AllSum) -> tuple[Sightings, ...]:
+def _added(seen: list[Sightings], allsum: AllSum) -> tuple[Sightings, ...]:
     added = allsum(tuple((s.positive.astype(jnp.int32), s.n_fired) for s in seen))
-    largest = allmax(tuple(s.largest for s in seen))
-    return tuple(Sightings(count > 0, n_fired, most) for (count, n_fired), most in zip(added, largest, strict=True))
+    return tuple(Sightings(positive > 0, n_fired) for positive, n_fired in added)
 
 
 class DeathCurve:
@@ -228,8 +228,7 @@ SHIFT_BATCHES = 10  # held-out batches that the picture of shifts is made from
 
 
 def shift_batch(
-    groups: tuple[SAE, ...], x: Float[Array, "B d"], valid: Bool[Array, "B"], allsum: AllSum, shards: str | None = None,
-    allmax: AllSum = lambda tree: tree,
+    groups: tuple[SAE, ...], x: Float[Array, "B d"], valid: Bool[Array, "B"], allsum: AllSum, shards: str | None = None
 ) -> Any:
     """What one batch shows of every pre-activation: sightings of each group, and sums of z_pre and of its square."""
 
@@ -239,7 +238,7 @@ def shift_batch(
         return seen, (z_pre.sum(axis=0), (z_pre**2).sum(axis=0))
 
     members = [sae_lib.each_member(one, sae) for sae in groups]
-    return _added([seen for seen, _ in members], allsum, allmax), allsum(tuple(sums for _, sums in members))
+    return _added([seen for seen, _ in members], allsum), allsum(tuple(sums for _, sums in members))
 
 
 def shifts(

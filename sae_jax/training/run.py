@@ -128,8 +128,8 @@ class Run:
         x = self.tokens("eval", given, device, self.config.eval.batch_size // self.devices.shares)
         shift, ordinary = (jnp.asarray(mu, x.dtype) for mu in (self.ensemble.shared_mu, self.ensemble.ordinary_mu))
         return evaluation.evaluate_batch(
-            groups, x, valid, shift, allsum, self.devices.shards, ordinary, self.ensemble.giant_norm,
-            self.devices.allmax,
+            groups, x, valid, shift, allsum, self.devices.allmax, self.devices.shards, ordinary,
+            self.ensemble.giant_norm,
         )
 
     # -- the loop ------------------------------------------------------------------------------------------------
