@@ -3,7 +3,7 @@
 What kills is the competition of features, and how far it has come hangs on the sum of the learning rates, as Adam moves
 a weight by about the learning rate a step. So a pilot takes SHORTER times fewer steps at as many times the rate, on
 batches of the same size, and its held-out tokens are those of the run: a share of dead features means little without
-their number. How near it comes, and where it does not: experiments/death/README.md. Reconstruction it says little of.
+their number. How near it comes, and where it does not: experiments/death/alive.md. Reconstruction it says little of.
 """
 
 from typing import Any
