@@ -6,10 +6,10 @@
 Mean of −log p(next token) in nats over sequences that lie behind the text which the run was extracted from, evenly
 spaced over the rest: clean; with the stream of that layer at zero, at the mean of the training tokens; and with each
 member's reconstruction. BOS is left as it is and predicts nothing that counts. Intervals are 95 % over sequences drawn
-again. Writes ce_recovered.csv; about two minutes of processor time a member for 48 sequences of 256 tokens.
+again. Writes ce_recovered.csv; about a minute of processor time a stream for 48 sequences of 256 tokens.
 
 Several runs on one layer are compared on the same sequences: --run=A --run=B. A run on activations from a file does not
-know their text: --text=FILE names it.
+know their text: --text=FILE names it, of which its data.model.n_tokens tokens were extracted.
 """
 
 from pathlib import Path
