@@ -201,8 +201,10 @@ def test_loss_and_gradients_agree_with_the_naive_formula_and_finite_differences(
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
-@pytest.mark.parametrize(("n_dead", "room"), [(0, 3), (1, 1), (1, 4), (2, 3), (15, 15), (15, 23), (15, 24), (24, 24)])
-@pytest.mark.parametrize("sparse", [kept.SPARSE, 1])
+@pytest.mark.parametrize(("n_dead", "room", "sparse"), [
+    *[(*case, kept.SPARSE) for case in ((0, 3), (1, 1), (1, 4), (2, 3), (15, 15), (15, 23), (15, 24), (24, 24))],
+    (1, 4, 1), (15, 23, 1), (24, 24, 1),
+])  # fmt: skip
 def test_auxk_in_a_room_for_the_dead_is_auxk(rng, monkeypatch, preset, n_dead, room, sparse):
     """By threshold and by top-k: the same features wherever they lie, and no gradient to the room that is left."""
     monkeypatch.setattr(kept, "SPARSE", sparse)
