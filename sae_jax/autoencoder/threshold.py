@@ -13,13 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from sae_jax.autoencoder import topk
 from sae_jax.autoencoder.kept import by_platform
+from sae_jax.autoencoder.sae import AllSum
 from sae_jax.autoencoder.topk import Way
 
 PIECE = 128  # tokens at a time on a CPU, whose cache then holds them for all passes
 
 
 def kth_largest(
-    z: Float[Array, "B n"], k: int | Int[Array, ""], added: Any = lambda count: count, axis: int | None = 1,
+    z: Float[Array, "B n"], k: int | Int[Array, ""], added: AllSum = lambda count: count, axis: int | None = 1,
     rectified: bool = True,
 ) -> Float[Array, "*B"]:  # fmt: skip
     """The k-th largest (k ≥ 1) of each token, or of all of a batch (axis None); 0 and −inf are one where rectified.

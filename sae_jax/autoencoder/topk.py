@@ -77,11 +77,18 @@ def scores(
     precision: str,
 ) -> Float[Array, "B n"]:  # fmt: skip
     """z_pre by the product that the choice of the k is made from, so that a program that needs both computes one."""
-    operand = W_enc.astype(jnp.bfloat16) if precision == "bfloat16" else W_enc
-    one = lambda x, W_enc, b_enc, b_dec: (product(x - b_dec, W_enc) + b_enc,)  # noqa: E731
-    (z_pre,) = in_pieces(one, (jnp.concatenate,), (x,), operand, b_enc, b_dec)
+    one = lambda *args: (_score(*args),)  # noqa: E731
+    (z_pre,) = in_pieces(one, (jnp.concatenate,), (x,), _operand(W_enc, precision), b_enc, b_dec)
     found: Array = z_pre
     return found
+
+
+def _score(x: Array, W_enc: Array, b_enc: Array, b_dec: Array) -> Array:
+    return product(x - b_dec, W_enc) + b_enc
+
+
+def _operand(W_enc: Array, precision: str) -> Array:
+    return W_enc.astype(jnp.bfloat16) if precision == "bfloat16" else W_enc
 
 
 def encode(
@@ -185,7 +192,7 @@ def _chosen(
     k = min(way.k, W_enc.shape[0])
 
     def choose(x: Array, W_enc: Array, b_enc: Array, b_dec: Array, lift: Array | None) -> tuple[Array, Array]:
-        score = product(x - b_dec, W_enc) + b_enc
+        score = _score(x, W_enc, b_enc, b_dec)
         if lift is not None:  # what is not positive would only take the place of something that is
             score = jnp.where(score > 0, score + lift, score)
         return largest(score, k)
@@ -193,7 +200,7 @@ def _chosen(
     def lowered(values: Array, indices: Array) -> Array:
         return values if lift is None else jnp.where(values > 0, values - lift[indices], values)
 
-    operand = W_enc.astype(jnp.bfloat16) if way.precision == "bfloat16" else W_enc
+    operand = _operand(W_enc, way.precision)
     values, indices = in_pieces(choose, (jnp.concatenate,) * 2, (x,), operand, b_enc, b_dec, lift)
     if way.shards is None:
         return lowered(values, indices), indices
