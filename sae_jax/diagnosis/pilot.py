@@ -50,7 +50,8 @@ def shortened(config: ConfigDict, most: int = SHORTER) -> ConfigDict:
         own = pilot.members[name] if config.members else pilot
         for section, values in {
             "train": {"learning_rate": member.train.learning_rate * shorter,
-                      "warmup_steps": round(member.train.warmup_steps / shorter)},
+                      "warmup_steps": round(member.train.warmup_steps / shorter),
+                      "beta2": member.train.beta2**shorter},
             "auxk": {"dead_after_tokens": max(1, round(config_lib.dead_after_tokens(member) / shorter))},
         }.items():  # fmt: skip
             own[section] = ConfigDict({**own.get(section, {}), **values})
