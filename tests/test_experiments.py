@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,9 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+import sae_jax
 from experiments.death import architectures, bias_timescales, race, rivals
 from experiments.paper import regimes, toys
+from experiments.trust import ce_recovered
 from sae_jax.activations import synthetic
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.errors import Refused
@@ -467,3 +471,39 @@ def test_the_table_of_models_is_that_of_the_facts():
         assert ("gated" in row["licence"]) == known.gated
         said = {"class": "random weights", "stand-in": "a stand-in", "weights": "the weights"}[known.checked]
         assert row["adapter_tested_on"].startswith("a file" if known.family == "activations" else said)
+
+
+def test_runs_are_compared_on_one_model_and_none_of_their_members_passes_for_the_stream(tiny, tmp_path, monkeypatch):
+    tiny.train.steps, tiny.members = 4, ConfigDict({"mean": {"sae": {"center": "mean"}}})
+    sae_jax.train(tiny, str(tmp_path / "one"))
+    flat = json.loads((tmp_path / "one/config.json").read_text())
+
+    def read(given, text="", **other):
+        for name in given:
+            path = tmp_path / name / "config.json"
+            changed = {"data.signal": "", "data.model.id": "gpt2", "data.model.text": "a.txt"} | other.get(name, {})
+            if path.exists():
+                path.write_text(json.dumps(flat | changed))
+        monkeypatch.setattr(ce_recovered, "RUNS", SimpleNamespace(value=[str(tmp_path / name) for name in given]))
+        monkeypatch.setattr(ce_recovered, "TEXT", SimpleNamespace(value=text))
+        model, packed = ce_recovered.runs()
+        return model, list(packed)
+
+    for name in ("two", "b/one"):
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+    fewer = {"two": {"data.model.n_tokens": flat["data.model.n_tokens"] + 1}}
+    assert read(["one"])[1] == ["one/mean"]  # and "mean" is the mean of the tokens
+    model, names = read(["one", "two"], **fewer)
+    assert names == ["one/mean", "two/mean"]
+    assert model.n_tokens == flat["data.model.n_tokens"] + 1  # what neither has seen
+    other = {"two": {"data.model.text": "b.txt"}}
+    assert read(["one", "two"], text="c.txt", **other)[0].text == "c.txt"
+    for given, changed, said in [
+        (["one", "two"], other, "data.model.text 'b.txt'"),
+        (["one", "two"], {"two": {"data.model.layer": 3}}, "data.model.layer 3"),
+        (["one", "two"], {"two": {"data.model.id": ""}}, "a run whose data.model.id names"),
+        (["one", "b/one"], {}, "folders of different names"),
+        (["one", "none"], {}, "the folder of a run"),
+    ]:
+        with pytest.raises(Refused, match=said):
+            read(given, **changed)

@@ -102,6 +102,7 @@ def test_a_pilot_is_an_eighth_of_the_steps_and_at_least_five_hundred(steps, of_p
     assert shorter.train.steps == of_pilot
     assert shorter.train.learning_rate == pytest.approx(1e-3 * by)
     assert shorter.train.warmup_steps == round(steps // 10 / by)
+    assert (shorter.train.beta1, shorter.train.beta2) == (one.train.beta1, pytest.approx(one.train.beta2**by))
     assert shorter.checkpoint.every == round(steps // 5 / by)
     one.checkpoint.every = 1
     assert pilot.shortened(one).checkpoint.every == 1

@@ -37,6 +37,7 @@ from sae_jax.runtime import checkpoint
 RUNS = flags.DEFINE_multi_string("run", ["runs/quickstart"], "a run on a decoder of text, or several")
 TEXT = flags.DEFINE_string("text", "", "the text that the activations are of, where the run does not say")
 WORKDIR = flags.DEFINE_string("workdir", "runs/ce_recovered", "folder for the table")
+ABLATED = ("mean", "zero")
 SEQUENCES = flags.DEFINE_integer("sequences", 48, "of the model's context each")
 
 
@@ -52,7 +53,7 @@ def reconstruction(sae: SAE) -> splicing.Replace:
 
 
 def runs() -> tuple[ConfigDict, dict[str, Packed]]:
-    """The model that all runs are on, and their SAEs by RUN/MEMBER, or by member where there is one run.
+    """The model that all runs are on, and their SAEs by RUN/MEMBER, or by member where that says which stream is meant.
 
     Its `n_tokens` is that of the run that may have seen the most.
 
@@ -71,10 +72,12 @@ def runs() -> tuple[ConfigDict, dict[str, Packed]]:
             if own[key] != model[key]:
                 raise Refused("--run", f"{run} (data.model.{key} {own[key]!r})", f"{model[key]!r}, as of the first run")
         model.n_tokens = max(model.n_tokens, own.n_tokens)
-        prefix = f"{Path(run).name}/" if len(RUNS.value) > 1 else ""
-        if any(key.startswith(prefix) for key in packed):
+        names = list(config_lib.members(config))
+        plain = len(RUNS.value) == 1 and not {"clean", *ABLATED} & set(names)
+        named = {name: name if plain else f"{Path(run).resolve().name}/{name}" for name in names}
+        if packed.keys() & set(named.values()):
             raise Refused("--run", run, "runs in folders of different names, as the table names them so")
-        packed |= {prefix + name: sharing.packed_of(run, name) for name in config_lib.members(config)}
+        packed |= {named[name]: sharing.packed_of(run, name) for name in names}
     assert model is not None
     model.text = TEXT.value or model.text
     return model, packed
@@ -117,7 +120,7 @@ def main() -> None:
     rows = []
     for name in streams:
         row: dict[str, Any] = {"stream": name, "tokens": int(tokens.sum()), "ce": float(ce[name][0])}
-        for ablated in ("mean", "zero"):
+        for ablated in ABLATED:
             shares = [splicing.recovered(*of_draw) for of_draw in zip(ce["clean"], ce[ablated], ce[name], strict=True)]
             low, high = np.quantile(np.asarray(shares[1:], float), (0.025, 0.975))
             row |= {f"over_{ablated}": shares[0], f"over_{ablated}_low": low, f"over_{ablated}_high": high}
