@@ -207,6 +207,24 @@ def test_in_use_what_is_over_the_threshold_fires_whatever_the_batch(rng, kind, t
     np.testing.assert_array_equal(found, np.where(z > np.float32(threshold or 0), np.maximum(z, 0), 0))
 
 
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "jumprelu", "relu"])
+@pytest.mark.parametrize("threshold", [-1.0, 0.1])
+def test_what_is_no_number_stays_none_in_training_and_in_use(rng, kind, threshold):
+    """A bar or a threshold would else leave it out, and a feature without numbers pass for a dead one."""
+    x, W, W_dec = (rng.normal(size=(rows, D)).astype(np.float32) for rows in (9, N, N))
+    W[5, 3] = np.nan
+    plain = sae_lib.SAE(*map(jnp.asarray, (W, np.zeros(N, np.float32), W_dec, np.zeros(D, np.float32))), k=K)
+    sae = dense.of(plain, kind, 0.1)
+    if kind == "batch_topk":
+        sae = sae.replace(threshold=jnp.full((), threshold))
+    found = dense.square_error(sae, x, (12, N), jnp.asarray(9.0), lambda tree: tree, 0.01, "saelens", None)
+    assert np.isnan(found.acts[:, 5]).all()
+    assert np.isnan(found.square)
+    if kind != "topk":
+        acts = dense.select(sae, found.z, jnp.asarray(9), lambda tree: tree)
+        np.testing.assert_array_equal(np.isnan(acts), np.arange(N)[None] == np.full((9, 1), 5))
+
+
 @pytest.mark.parametrize("target", [0.5, 3.0])
 def test_the_target_of_dictionary_learning_pulls_at_theta_as_its_formula_says(rng, x64, target):
     """(mean L0 / L0* − 1)² of the batch, in two shares, and its slope by θ: −2 (mean L0 / L0* − 1) / L0* · K / ε."""

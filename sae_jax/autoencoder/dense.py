@@ -53,16 +53,16 @@ def of(sae: SAE, activation: str, threshold: float) -> SAE:
 
 
 def select(sae: DenseSAE, z: Float[Array, "B n"], n_tokens: Any, allsum: AllSum) -> Float[Array, "B n"]:
-    """Activations in use, of pre-activations that are not positive where there is no token."""
+    """Activations in use, of pre-activations that are not positive where there is no token; a NaN stays one."""
     acts = jax.nn.relu(z)
     if sae.activation == "relu":
         return acts
-    fires = z > sae.threshold
+    silent = z <= sae.threshold
     if sae.activation == "batch_topk":  # before a threshold is known, the budget of this batch
-        fires = jax.lax.cond(
-            sae.threshold < 0, lambda: z >= batch_topk.bar(z, sae.k * n_tokens, allsum, sae.k), lambda: fires
+        silent = jax.lax.cond(
+            sae.threshold < 0, lambda: z < batch_topk.bar(z, sae.k * n_tokens, allsum, sae.k), lambda: silent
         )
-    return jnp.where(fires, acts, 0.0)
+    return jnp.where(silent, 0.0, acts)
 
 
 class Loss(NamedTuple):
@@ -95,7 +95,7 @@ def square_error(
     elif sae.activation == "batch_topk":
         budget = (sae.k * n_tokens).astype(jnp.int32)
         least = batch_topk.bar(ranked, budget, allsum, sae.k)
-        acts = jnp.where(ranked >= least, acts, 0.0)
+        acts = jnp.where(ranked < least, 0.0, acts)
         if lift is not None:  # in use nothing is lifted
             least = batch_topk.bar(fixed, budget, allsum, sae.k)
     elif sae.activation == "jumprelu":
