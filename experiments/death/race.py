@@ -2,7 +2,7 @@
 
     python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=9,minilm-l6-3 --arms=plain,balance
 
-n 1024 (4 d_model where that is fewer), k 8 (`--size`), 5,000 steps of 256 at 3e-4 (`--learning_rate`), three
+n 1024 (at most 4 d_model where that is under 256), k 8 (`--size`), 5,000 steps of 256 at 3e-4 (`--learning_rate`), three
 initialisations (`--seeds`); b_dec starts at the geometric median but where an arm says uncentred. Counted on a fifth,
 held out, of 520,000 tokens; models of text are shown the docstrings of the packages that this one needs. A layer is a
 number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic` (configs/synthetic.py); `--activations=9=PATH` takes one from a
@@ -60,6 +60,7 @@ SIZE = flags.DEFINE_list("size", ["1024", "8", "5000"], "n, k, steps")
 SEEDS = flags.DEFINE_integer("seeds", 3, "initialisations of each arm", 1)
 RATE = flags.DEFINE_float("learning_rate", 3e-4, "of real layers", 1e-9)
 SHORTER = flags.DEFINE_integer("shorter", 1, "pilots in place of the runs: so many times fewer steps", 1)
+NARROW = 256  # a layer whose SAE has no more than four features a dimension
 KEYS = ("dead_by_relu", "dead_total", "fve", "fve_without_giants", "l0", "mmcs", "mcc")
 
 
@@ -74,7 +75,8 @@ def settings(layer: str, scale: str, arm: dict[str, Any], folder: Path) -> Confi
         c.data.model.id, c.data.model.layer = layers.model_of(layer)
         c.data.model.n_tokens, c.eval.n_tokens = 520_000, 104_000  # a fifth is held out
         width = facts.width(c.data.model) or n
-    c.sae.n_features, c.sae.k, c.sae.center, c.auxk.preset = min(n, 4 * width), k, "geometric_median", "none"
+    c.sae.n_features = min(n, 4 * width) if width < NARROW else n
+    c.sae.k, c.sae.center, c.auxk.preset = k, "geometric_median", "none"
     c.train.steps, c.train.devices, c.checkpoint.every = steps, 1, max(1, steps // 5)
     c.train.steps_per_dispatch = min(50, steps)
     c.auxk.dead_after_tokens = c.train.batch_size * max(1, steps // 20)
