@@ -2,8 +2,9 @@
 
 What kills is the competition of features, and how far it has come hangs on the sum of the learning rates, as Adam moves
 a weight by about the learning rate a step. So a pilot takes SHORTER times fewer steps at as many times the rate, on
-batches of the same size, and its held-out tokens are those of the run: a share of dead features means little without
-their number. How near it comes, and where it does not: experiments/death/alive.md. Reconstruction it says little of.
+batches of the same size; Adam forgets old squares of gradients, and AuxK counts as dead, after the same part of the
+run. Its held-out tokens are those of the run: a share of dead features means little without their number. How near it
+comes, and where it does not: experiments/death/alive.md. Reconstruction it says little of.
 """
 
 from typing import Any
