@@ -2,11 +2,11 @@
 
     python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=9,minilm-l6-3 --arms=plain,balance
 
-n 1024 (at most 4 d_model where that is under 256), k 8 (`--size`), 5,000 steps of 256 at 3e-4 (`--learning_rate`), three
-initialisations (`--seeds`); b_dec starts at the geometric median but where an arm says uncentred. Counted on a fifth,
-held out, of 520,000 tokens; models of text are shown the docstrings of the packages that this one needs. A layer is a
-number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic` (configs/synthetic.py); `--activations=9=PATH` takes one from a
-file or a dataset. Every arm of a layer is a run of its own under the workdir: what is stopped goes on, what has ended
+n 1024 (at most 4 d_model where that is under 256), k 8 (`--size`), 5,000 steps of 256 at 3e-4 (`--learning_rate`),
+three initialisations (`--seeds`); b_dec starts at the geometric median but where an arm says uncentred. Counted on a
+fifth, held out, of 520,000 tokens; models of text are shown the docstrings of the packages that this one needs. A layer
+is a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic` (configs/synthetic.py); `--activations=9=PATH` takes one from
+a file or a dataset. Every arm of a layer is a run of its own under the workdir: what is stopped goes on, what has ended
 is read. Writes race.csv. An arm takes 3 to 8 minutes on 2 CPU cores, the extraction of a layer up to 40. `--shorter=8`
 runs the pilots of `diagnose --pilot` in their place.
 """
