@@ -210,7 +210,7 @@ def test_in_use_what_is_over_the_threshold_fires_whatever_the_batch(rng, kind, t
 @pytest.mark.parametrize("kind", ["topk", "batch_topk", "jumprelu", "relu"])
 @pytest.mark.parametrize("threshold", [-1.0, 0.1])
 def test_what_is_no_number_stays_none_in_training_and_in_use(rng, kind, threshold):
-    """A bar or a threshold would else leave it out, and a feature without numbers pass for a dead one."""
+    """A bar or a threshold would else leave it out, and the loss be finite."""
     x, W, W_dec = (rng.normal(size=(rows, D)).astype(np.float32) for rows in (9, N, N))
     W[5, 3] = np.nan
     plain = sae_lib.SAE(*map(jnp.asarray, (W, np.zeros(N, np.float32), W_dec, np.zeros(D, np.float32))), k=K)

@@ -2,7 +2,7 @@
 
     python -m experiments.death.race --workdir=runs/race --scale=cpu --layers=9,minilm-l6-3 --arms=plain,balance
 
-n 1024 (at most 4 d_model where that is under 256), k 8 (`--size`), 5,000 steps of 256 at 3e-4 (`--learning_rate`),
+n 1024 (at most 4 d_model where d_model is under 256), k 8 (`--size`), 5,000 steps of 256 at 3e-4 (`--learning_rate`),
 three initialisations (`--seeds`); b_dec starts at the geometric median but where an arm says uncentred. Counted on a
 fifth, held out, of 520,000 tokens; models of text are shown the docstrings of the packages that this one needs. A layer
 is a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic` (configs/synthetic.py); `--activations=9=PATH` takes one from
@@ -24,6 +24,7 @@ from configs import synthetic as synthetic_config
 from experiments import command, layers
 from experiments.death import rivals
 from experiments.layers import said
+from sae_jax import config as config_lib
 from sae_jax.activations import synthetic
 from sae_jax.config import base
 from sae_jax.diagnosis import pilot
@@ -111,12 +112,13 @@ def main(workdir: Path, scale: str) -> None:
             folder = str(workdir / f"{layer}_{name}")
             with mock.patch.object(step_lib, "group_step", own) if own else contextlib.nullcontext():
                 report = run_lib.train(config, folder)
+            members = config_lib.members(config)
             for member in report["members"]:
                 end = member["final"] | found_again(config, folder, member["name"])
                 rows.append({
                     "layer": layer, "arm": name, "seed": member["name"].removeprefix("seed"),
                     "n": str(config.sae.n_features), "k": str(config.sae.k), "steps": str(report["step"]),
-                    "learning_rate": f"{config.train.learning_rate:g}",
+                    "learning_rate": f"{members[member['name']].train.learning_rate:g}",
                     "tokens": str(report["n_eval_tokens"]), "dead_at_init": member["init"]["dead_total"],
                     **{key: end.get(key) for key in KEYS},
                 })  # fmt: skip

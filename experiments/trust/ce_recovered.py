@@ -12,6 +12,7 @@ Several runs on one layer are compared on the same sequences: --run=A --run=B. A
 know their text: --text=FILE names it, of which its data.model.n_tokens tokens were extracted.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def reconstruction(sae: SAE) -> splicing.Replace:
 
 
 def runs() -> tuple[ConfigDict, dict[str, Packed]]:
-    """The model that all runs are on, and their SAEs by RUN/MEMBER, or by member where that says which stream is meant.
+    """The model that all runs are on, and their SAEs by RUN/MEMBER, or by member where there is one run and none is
+    called clean, mean or zero.
 
     Its `n_tokens` is that of the run that may have seen the most.
 
@@ -74,7 +76,7 @@ def runs() -> tuple[ConfigDict, dict[str, Packed]]:
         model.n_tokens = max(model.n_tokens, own.n_tokens)
         names = list(config_lib.members(config))
         plain = len(RUNS.value) == 1 and not {"clean", *ABLATED} & set(names)
-        named = {name: name if plain else f"{Path(run).resolve().name}/{name}" for name in names}
+        named = {name: name if plain else f"{Path(os.path.abspath(run)).name}/{name}" for name in names}
         if packed.keys() & set(named.values()):
             raise Refused("--run", run, "runs in folders of different names, as the table names them so")
         packed |= {named[name]: sharing.packed_of(run, name) for name in names}

@@ -48,8 +48,8 @@ PENALTIES = {
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def jump(z: Float[Array, "B n"], theta: Float[Array, "n"], bandwidth: float, to_input: bool) -> Float[Array, "B n"]:
-    """z where it is above theta; a NaN stays one."""
-    return jnp.where(z <= theta, 0.0, z)
+    """z where it is above theta; NaN where either is."""
+    return jnp.where(z > theta, z, jnp.where(z <= theta, 0.0, jnp.nan))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
