@@ -37,7 +37,6 @@ from sae_jax.runtime import checkpoint
 
 RUNS = flags.DEFINE_multi_string("run", ["runs/quickstart"], "a run on a decoder of text, or several")
 TEXT = flags.DEFINE_string("text", "", "the text that the activations are of, where the run does not say")
-WORKDIR = flags.DEFINE_string("workdir", "runs/ce_recovered", "folder for the table")
 ABLATED = ("mean", "zero")
 SEQUENCES = flags.DEFINE_integer("sequences", 48, "of the model's context each")
 
@@ -97,7 +96,7 @@ def unseen(network: Network, model: ConfigDict, start: int, count: int) -> list[
     return [left[i] for i in np.linspace(0, len(left) - 1, min(count, len(left))).astype(int)]
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """Loads, splices, counts."""
     model, packed = runs()
     start = model.n_tokens + CHUNK + model.batch_size * model.context  # extraction ends with a whole batch
@@ -129,8 +128,9 @@ def main() -> None:
         final = packed[name].metadata["final"] if name in packed else {}
         print(tables.one_line(row), flush=True)
         rows.append(row | {key: final.get(key) for key in ("fve", "dead_total")})
-    tables.write_csv(Path(WORKDIR.value) / "ce_recovered.csv", rows)
+    tables.write_csv(workdir / "ce_recovered.csv", rows)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    where = flags.DEFINE_string("workdir", "runs/ce_recovered", "folder for the table")  # here: tests import several
+    command.run(lambda: main(Path(where.value)))
