@@ -207,14 +207,15 @@ def test_in_use_what_is_over_the_threshold_fires_whatever_the_batch(rng, kind, t
     np.testing.assert_array_equal(found, np.where(z > np.float32(threshold or 0), np.maximum(z, 0), 0))
 
 
-@pytest.mark.parametrize("kind", ["topk", "batch_topk", "jumprelu", "relu"])
-@pytest.mark.parametrize("threshold", [-1.0, 0.1])
+@pytest.mark.parametrize(("kind", "threshold"), [
+    ("topk", None), ("batch_topk", batch_topk.UNSET), ("batch_topk", 0.1), ("jumprelu", 0.1), ("relu", None)
+])  # fmt: skip
 def test_what_is_no_number_stays_none_in_training_and_in_use(rng, kind, threshold):
     """A bar or a threshold would else leave it out, and the loss be finite."""
     x, W, W_dec = (rng.normal(size=(rows, D)).astype(np.float32) for rows in (9, N, N))
     W[5, 3] = np.nan
     plain = sae_lib.SAE(*map(jnp.asarray, (W, np.zeros(N, np.float32), W_dec, np.zeros(D, np.float32))), k=K)
-    sae = dense.of(plain, kind, 0.1)
+    sae = dense.of(plain, kind, threshold)
     if kind == "batch_topk":
         sae = sae.replace(threshold=jnp.full((), threshold))
     found = dense.square_error(sae, x, (12, N), jnp.asarray(9.0), lambda tree: tree, 0.01, "saelens", None)
