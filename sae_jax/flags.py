@@ -60,7 +60,7 @@ VERBS = {
                               "how it selects; not given: as in the configuration, or topk"),
             "threshold": Flag(float, None, "with --selection=jumprelu: in the units of the activations"),
             "measure": Flag(bool, False, "also count deaths in untrained SAEs"),
-            "pilot": Flag(bool, False, "with --config: also what dies in training, by a run of fewer steps"),
+            "pilot": Flag(bool, False, "with --config: also what dies in training, by two runs of fewer steps"),
             "n_probes": Flag(int, None, "random directions to forecast with; not given: 512, more where not clear"),
             "seed": Flag(int, 0, "of probes and measured SAEs"),
             "sae": Flag(str, None, "to examine: " + AN_SAE),

@@ -19,9 +19,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import sae_jax
-from experiments.death import architectures, bias_timescales, race, rivals
+from experiments.death import architectures, bias_timescales, pilots_scored, race, rivals
 from experiments.paper import regimes, toys
 from experiments.trust import ce_recovered
+from sae_jax import config as config_lib
 from sae_jax.activations import synthetic
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.errors import Refused
@@ -49,6 +50,25 @@ FEWER = {
 def rows(path):
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("arm", race.ARMS)
+def test_every_arm_of_the_race_can_be_run(arm, tmp_path):
+    config_lib.check(race.settings("9", "smoke", race.ARMS[arm], tmp_path))
+
+
+def test_forecasts_are_scored_against_the_runs_of_the_same_size(tmp_path, monkeypatch):
+    head = "layer,arm,seed,n,learning_rate,dead_total\n"
+    (tmp_path / "race.csv").write_text(head + "2,plain,0,100,0.0003,0.2\n2,plain,1,100,0.0003,0.3\n9,plain,0,100,1,0.5")
+    pairs = ("2,plain,0,100,0.0024,0.4", "2,plain,0,100,0.0008,0.1", "2,plain,1,100,0.0008,0.2",
+             "2,plain,1,100,0.0024,0.2", "13,plain,0,100,1,0")  # fmt: skip
+    (tmp_path / "pilots.csv").write_text(head + "\n".join(pairs))
+    monkeypatch.setattr(pilots_scored, "HERE", tmp_path)
+    (found,) = pilots_scored.scored().values()
+    expected = 100 * (np.sqrt(0.405 * 0.105) - 0.005 + 0.2) / 2
+    assert found == pytest.approx({"low": 15, "high": 30, "forecast": expected, "run": 25})
+    off = pytest.approx(25 - expected)
+    assert pilots_scored.errors(pilots_scored.scored()) == {"plain": (off, off), "all": (off, off)}
 
 
 @pytest.mark.parametrize(("script", "tables", "pictures"), [

@@ -32,19 +32,22 @@ def config(tmp_path, rng, monkeypatch):
     return found
 
 
-def total_rate(config):
+def total_rate(config, power=1):
     static = step_lib.Static.of(config)
     steps = jnp.arange(config.train.steps)
-    return config.train.learning_rate * float(sum(step_lib.schedule(static, step) for step in steps))
+    return config.train.learning_rate**power * float(sum(step_lib.schedule(static, step) ** power for step in steps))
 
 
-def test_the_sum_of_the_learning_rates_is_that_of_the_run(config):
+def test_one_pilot_has_the_drift_of_the_run_and_one_its_noise(config):
     shorter = pilot.shortened(config)
     assert shorter.train.steps == STEPS / 8
     runs, pilots = config_lib.members(config), config_lib.members(shorter)
+    assert len(pilots) == 2 * len(runs)
     for name in runs:
-        assert total_rate(pilots[name]) == pytest.approx(total_rate(runs[name]), rel=0.05), name
-    assert config_lib.dead_after_tokens(pilots["kept"]) == 100
+        high, low = pilots[name + pilot.HIGH], pilots[name + pilot.LOW]
+        assert total_rate(high) == pytest.approx(total_rate(runs[name]), rel=0.05), name
+        assert total_rate(low, power=2) == pytest.approx(total_rate(runs[name], power=2), rel=0.05), name
+    assert {config_lib.dead_after_tokens(pilots["kept" + kind]) for kind in (pilot.LOW, pilot.HIGH)} == {100}
     for steps in (pilot.LEAST - 1, 0):  # too few to shorten
         config.train.steps = steps
         same = config_lib.members(pilot.shortened(config))
@@ -53,7 +56,34 @@ def test_the_sum_of_the_learning_rates_is_that_of_the_run(config):
         }  # fmt: skip
     config.members.kept.auxk.dead_after_tokens = 4  # 0 would mean that it is chosen
     config.train.steps = STEPS
-    assert config_lib.members(pilot.shortened(config))["kept"].auxk.dead_after_tokens == 1
+    assert config_lib.members(pilot.shortened(config))["kept" + pilot.LOW].auxk.dead_after_tokens == 1
+
+
+@pytest.mark.parametrize(("low", "high", "found"), [
+    (0.09, 0.25, 0.15), (0.4, 0.1, 0.2), (0.3, 0.3, 0.3), (0.0, 0.0, 0.0), (0.0, 0.08, 0.006), (1.0, 1.0, 1.0),
+])  # fmt: skip
+def test_the_forecast_is_the_geometric_mean_of_the_two(low, high, found):
+    assert pilot.between(low, high, 1000) == pytest.approx(found, abs=5e-4)
+    assert pilot.between(low, high, 1000) == pilot.between(high, low, 1000)
+
+
+def test_a_forecast_is_between_its_two_pilots(config, tmp_path):
+    """Each pilot by itself, trained alone, is what the pair was."""
+    del config.members["fast"]
+    config.members.plain.sae.center = "none"  # so that some are dead at the end
+    found = pilot.forecast(config, f"{tmp_path}/out")
+    assert (found["steps"], found["of"]) == (STEPS / 8, STEPS)
+    shorter = pilot.shortened(config)
+    for name, one in found["members"].items():
+        alone = []
+        for kind in (pilot.LOW, pilot.HIGH):
+            single = config_lib.members(shorter)[name + kind]
+            single.members = {}
+            alone += [member["final"] for member in sae_jax.train(single, f"{tmp_path}/{name}{kind}")["members"]]
+        assert one["pilots"] == pytest.approx([share["dead_total"] for share in alone], abs=1.5 / 128)
+        assert min(one["pilots"]) <= one["dead_total"] <= max(one["pilots"])
+        assert 0 <= one["dead_by_topk"] == pytest.approx(one["dead_total"] - one["dead_by_relu"])
+    assert found["members"]["plain"]["dead_total"] > 0.05  # or all this would hold of nothing
 
 
 def test_a_diagnosis_tells_what_training_will_leave_dead(config, tmp_path, capsys):
@@ -66,12 +96,13 @@ def test_a_diagnosis_tells_what_training_will_leave_dead(config, tmp_path, capsy
     )
     assert cli.main(["diagnose", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/out", "--pilot"]) == 0
     shown = capsys.readouterr().out
-    assert "after 8 steps of training, by a pilot of 8, on" in shown
+    assert "after 8 steps of training, by pilots of 8, on" in shown
     found = json.loads((tmp_path / "out/report.json").read_text())["after_training"]
     run = sae_jax.train(config, f"{tmp_path}/run")
     assert (found["steps"], found["of"], found["n_tokens"]) == (8, 8, run["n_eval_tokens"])
     for one in run["members"]:
         told = found["members"][one["name"]]
+        assert told.pop("pilots") == pytest.approx(2 * [one["final"]["dead_total"]], rel=1e-5)
         assert told == pytest.approx({key: one["final"][key] for key in told}, rel=1e-5)
         assert f"{100 * told['dead_total']:.1f} %" in shown
     assert len(found["members"]) == 2
@@ -100,9 +131,13 @@ def test_a_pilot_is_an_eighth_of_the_steps_and_at_least_five_hundred(steps, of_p
                         "checkpoint.every": steps // 5})  # fmt: skip
     shorter, by = pilot.shortened(one), steps / of_pilot
     assert shorter.train.steps == of_pilot
-    assert shorter.train.learning_rate == pytest.approx(1e-3 * by)
-    assert shorter.train.warmup_steps == round(steps // 10 / by)
-    assert (shorter.train.beta1, shorter.train.beta2) == (one.train.beta1, pytest.approx(one.train.beta2**by))
     assert shorter.checkpoint.every == round(steps // 5 / by)
+    pair = config_lib.members(shorter)
+    assert len(pair) == (2 if by > 1 else 1)
+    for name, member in pair.items():
+        faster = by**0.5 if name.endswith(pilot.LOW) else by
+        assert member.train.learning_rate == pytest.approx(1e-3 * faster)
+        assert member.train.warmup_steps == round(steps // 10 / by)
+        assert (member.train.beta1, member.train.beta2) == (one.train.beta1, pytest.approx(one.train.beta2**by))
     one.checkpoint.every = 1
     assert pilot.shortened(one).checkpoint.every == 1

@@ -8,7 +8,7 @@ fifth, held out, of 520,000 tokens; models of text are shown the docstrings of t
 is a number, of Gemma 3 270M, MODEL-NUMBER, or `synthetic` (configs/synthetic.py); `--activations=9=PATH` takes one from
 a file or a dataset. Every arm of a layer is a run of its own under the workdir: what is stopped goes on, what has ended
 is read. Writes race.csv. An arm takes 3 to 8 minutes on 2 CPU cores, the extraction of a layer up to 40. `--shorter=8`
-runs the pilots of `diagnose --pilot` in their place.
+runs the pilots of `diagnose --pilot` in their place, two rows each; pilots_scored.py holds them against the runs.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from sae_jax.training import step as step_lib
 AUXK = {"auxk.preset": "dictionary_learning"}
 UNCENTRED = {"sae.center": "none"}
 BALANCE = {"sae.balance": True}
+WHITENING = {"sae.whiten": True, "sae.center": "mean"}  # it subtracts the mean itself
 ARMS: dict[str, dict[str, Any]] = {  # settings, and `step` in place of the package's own
     "plain": {},
     "balance": BALANCE,
@@ -50,8 +51,8 @@ ARMS: dict[str, dict[str, Any]] = {  # settings, and `step` in place of the pack
     "multi_topk": {"step": rivals.multi_topk},
     "resampling": {"step": rivals.resampling},
     "ghost_gradients": {"step": rivals.ghost_gradients},
-    "whitening": {"sae.whiten": True},
-    "whitening_balance": {"sae.whiten": True} | BALANCE,
+    "whitening": WHITENING,
+    "whitening_balance": WHITENING | BALANCE,
     "uncentred": UNCENTRED,
     "uncentred_auxk": UNCENTRED | AUXK,
     "uncentred_balance": UNCENTRED | BALANCE,
@@ -116,13 +117,13 @@ def main(workdir: Path, scale: str) -> None:
             for member in report["members"]:
                 end = member["final"] | found_again(config, folder, member["name"])
                 rows.append({
-                    "layer": layer, "arm": name, "seed": member["name"].removeprefix("seed"),
+                    "layer": layer, "arm": name, "seed": member["name"].removeprefix("seed").partition(" ")[0],
                     "n": str(config.sae.n_features), "k": str(config.sae.k), "steps": str(report["step"]),
                     "learning_rate": f"{members[member['name']].train.learning_rate:g}",
                     "tokens": str(report["n_eval_tokens"]), "dead_at_init": member["init"]["dead_total"],
                     **{key: end.get(key) for key in KEYS},
                 })  # fmt: skip
-            mine = rows[-said(SEEDS) :]
+            mine = rows[-len(members) :]
             means = {key: np.mean([np.nan if row[key] is None else row[key] for row in mine]) for key in KEYS}
             print(f"layer {layer}  {name:18s} {tables.one_line(means)}", flush=True)
             tables.write_csv(workdir / "race.csv", rows)

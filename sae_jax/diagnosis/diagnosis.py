@@ -67,14 +67,14 @@ def diagnose(
         of 1 % are looked at again with more, up to about n_features. Not given: 512, and more too where a share is not
         known to 1.5 points, if that takes no more than some 20 seconds on 2 CPU cores.
       seed: of probes and measured SAEs.
-      pilot: also forecast what is dead after training, for every member of a configuration, by a run of an eighth of
-        its steps, at least 500, in WORKDIR/pilot; n_features and k are then the configuration's.
+      pilot: also forecast what is dead after training, for every member of a configuration, by two pilots of an eighth
+        of its steps, at least 500, in WORKDIR/pilot; n_features and k are then the configuration's.
 
     Returns:
       The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead
       at initialisation), `death_curve` (k/n → share; of jumprelu threshold → share), `remedies` (name → forecast, and
       count where measured), `recommended` (the name of one), `recipe` (settings of a run that is to keep its features,
-      see `recipes.recipe`; none but for topk), `after_training` (of a pilot), `advice` (a few sentences). `undecided`
+      see `recipes.recipe`; none but for topk), `after_training` (by pilots), `advice` (a few sentences). `undecided`
       names the remedies that may be on either side of 1 % even so, `.figures` are the pictures by their names.
 
     Raises:

@@ -1,14 +1,17 @@
-"""What will be dead after training, before it: a pilot, which is the same run in an eighth of its steps, or in 500.
+"""What will be dead after training, before it: two pilots, each the run in an eighth of its steps, or in 500.
 
-What kills is the competition of features, and how far it has come hangs on the sum of the learning rates, as Adam moves
-a weight by about the learning rate a step. So a pilot takes SHORTER times fewer steps at as many times the rate, on
-batches of the same size; Adam forgets old squares of gradients, and AuxK counts as dead, after the same part of the
-run. Its held-out tokens are those of the run: a share of dead features means little without their number. How near it
-comes, and where it does not: experiments/death/alive.md. Reconstruction it says little of.
+What kills is the competition of features. How far it comes hangs on the drift of weights, which in Adam goes as the sum
+of the learning rates, and on their noise, whose square goes as the sum of the squares. Fewer steps cannot have both. So
+there are two pilots, on batches of the run's size. One has SHORTER times its rate: its drift, and more noise. The other
+has only √SHORTER times: its noise, and less drift. Where both kill the run lies between, and the forecast is their
+geometric mean. Adam forgets old squares of gradients, and AuxK counts as dead, after the same part of the run. Held-out
+tokens are those of the run: a share of dead features means little without their number. How near it comes, and where it
+does not: experiments/death/alive.md. Reconstruction it says little of.
 """
 
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from sae_jax import config as config_lib
@@ -16,15 +19,16 @@ from sae_jax.errors import Refused
 from sae_jax.training import run as run_lib
 
 SHORTER, LEAST = 8, 500  # and so many steps it has at least: at first Adam's own start is most of what happens
-FOLDER = "pilot"  # its run, in the workdir
+FOLDER = "pilot"  # their run, in the workdir
+LOW, HIGH = " low", " high"  # what the two pilots of a member are called, behind its name
 
 
 def forecast(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """What each member of a run is forecast to end with; the pilot is a run in WORKDIR/pilot, which goes on if stopped.
+    """What each member of a run is forecast to end with; pilots are a run in WORKDIR/pilot, which goes on if stopped.
 
     Returns:
-      `steps` of the pilot, `of`: those of the run, `n_tokens` that deaths are counted on, and `members`: name →
-      `dead_by_relu`, `dead_by_topk`, `dead_total`.
+      `steps` of a pilot, `of`: those of the run, `n_tokens` that deaths are counted on, and `members`: name →
+      `dead_by_relu`, `dead_by_topk`, `dead_total`, and `pilots`, `dead_total` of the low and the high one.
 
     Raises:
       Refused: an SAE is not TopK; and as `training.run.train`.
@@ -35,25 +39,44 @@ def forecast(config: ConfigDict, workdir: str) -> dict[str, Any]:
             allowed = "topk, where a pilot is to forecast what is dead after training"
             raise Refused(f"{prefix}sae.activation", member.sae.activation, allowed)
     found = run_lib.train(shortened(config), f"{workdir}/{FOLDER}")
-    keys = ("dead_by_relu", "dead_by_topk", "dead_total")
-    members = {member["name"]: {key: member["final"][key] for key in keys} for member in found["members"]}
+    final = {member["name"]: member["final"] for member in found["members"]}
+    members = {}
+    for name, member in config_lib.members(config).items():
+        pair = [final[name + kind if name + kind in final else name] for kind in (LOW, HIGH)]
+        relu, total = (
+            between(pair[0][key], pair[1][key], member.sae.n_features) for key in ("dead_by_relu", "dead_total")
+        )
+        members[name] = {
+            "dead_by_relu": relu, "dead_by_topk": total - relu, "dead_total": total,
+            "pilots": [one["dead_total"] for one in pair],
+        }  # fmt: skip
     return {"steps": found["step"], "of": config.train.steps, "n_tokens": found["n_eval_tokens"], "members": members}
 
 
+def between(low: float, high: float, n_features: int) -> float:
+    """The geometric mean of two shares of dead features; none counts as half a feature."""
+    half = 0.5 / n_features
+    return float(np.sqrt((low + half) * (high + half)) - half)
+
+
 def shortened(config: ConfigDict, most: int = SHORTER) -> ConfigDict:
-    """The configuration of the pilot of a run; a run of few steps is its own pilot."""
+    """The configuration of the pilots of a run, two members for each of its; a run of few steps is its own pilot."""
     pilot = ConfigDict(config.to_dict())
     steps = min(config.train.steps, max(LEAST, round(config.train.steps / most)))
-    shorter = config.train.steps / steps if steps else 1.0
-    pilot.train.steps, pilot.report.wandb = steps, ""
+    pilot.report.wandb = ""
+    if steps == config.train.steps:
+        return pilot
+    shorter = config.train.steps / steps
+    pilot.train.steps, pilot.members = steps, ConfigDict()
     pilot.checkpoint.every = max(1, round(config_lib.checkpoint_every(config) / shorter))
     for name, member in config_lib.members(config).items():
-        own = pilot.members[name] if config.members else pilot
+        own = ConfigDict(config.members[name].to_dict() if config.members else {})
         for section, values in {
-            "train": {"learning_rate": member.train.learning_rate * shorter,
-                      "warmup_steps": round(member.train.warmup_steps / shorter),
-                      "beta2": member.train.beta2**shorter},
+            "train": {"warmup_steps": round(member.train.warmup_steps / shorter), "beta2": member.train.beta2**shorter},
             "auxk": {"dead_after_tokens": max(1, round(config_lib.dead_after_tokens(member) / shorter))},
-        }.items():  # fmt: skip
+        }.items():
             own[section] = ConfigDict({**own.get(section, {}), **values})
+        for kind, faster in ((LOW, shorter**0.5), (HIGH, shorter)):
+            pilot.members[name + kind] = ConfigDict(own.to_dict())
+            pilot.members[name + kind].train.learning_rate = member.train.learning_rate * faster
     return pilot

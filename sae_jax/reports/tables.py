@@ -143,9 +143,11 @@ def diagnosis_table(report: dict[str, Any]) -> str:
 
 def _after_training(found: dict[str, Any]) -> str:
     shown = ("dead_by_relu", "dead_by_topk", "dead_total")
-    lines = [["member", *(COLUMNS[key] for key in shown)]]
-    lines += [[name, *(cell(key, one[key]) for key in shown)] for name, one in found["members"].items()]
-    head = f"after {found['of']:,} steps of training, by a pilot of {found['steps']:,}, on {found['n_tokens']:,} tokens"
+    lines = [["member", *(COLUMNS[key] for key in shown), "pilots"]]
+    for name, one in found["members"].items():
+        pair = ", ".join(cell("dead_total", share) for share in one["pilots"])
+        lines.append([name, *(cell(key, one[key]) for key in shown), pair])
+    head = f"after {found['of']:,} steps of training, by pilots of {found['steps']:,}, on {found['n_tokens']:,} tokens"
     return f"{head}\n{_aligned(lines)}"
 
 
