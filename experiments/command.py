@@ -11,15 +11,19 @@ from sae_jax.errors import Preempted, Refused, RunFailed
 SCALES = ("smoke", "cpu", "paper")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls main once the flags are read; `start` does it for scripts that have a workdir and a scale."""
+def run(main: Callable[..., None], workdir: str = "") -> None:
+    """Calls main once the flags are read, with --workdir where a script has one, whose default is given.
+
+    It is defined here, when a script is started: tests import several in one process, and a flag has one owner.
+    """
+    folder = flags.DEFINE_string("workdir", workdir, "folder for all that it writes") if workdir else None
 
     def parsed(words: list[str]) -> None:
         logging.set_verbosity(logging.ERROR)
         try:
             if words[1:]:
                 raise Refused("words", words[1], "flags alone, as --workdir=PATH (--help lists them)")
-            main()
+            main(*([Path(folder.value)] if folder else []))
         except (Refused, RunFailed, Preempted) as error:
             print(f"sae_jax: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
@@ -41,7 +45,10 @@ def read(argv: list[str]) -> list[str]:
 
 def start(main: Callable[..., None], name: str, **choices: tuple[str, ...]) -> None:
     """Calls main(workdir, scale) with what the command line says, and with any of the further choices that it names."""
-    workdir = flags.DEFINE_string("workdir", f"runs/{name}", "folder for the runs, the table and the picture")
     scale = flags.DEFINE_enum("scale", "cpu", SCALES, "smoke: seconds; cpu: as in the READMEs; paper: an accelerator")
     more = {key: flags.DEFINE_enum(key, None, values, "this part alone") for key, values in choices.items()}
-    run(lambda: main(Path(workdir.value), scale.value, **{key: flag.value for key, flag in more.items() if flag.value}))
+
+    def called(workdir: Path) -> None:
+        main(workdir, scale.value, **{key: flag.value for key, flag in more.items() if flag.value})
+
+    run(called, f"runs/{name}")

@@ -14,7 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import command
@@ -23,7 +22,6 @@ from sae_jax.models import extraction, sources
 from sae_jax.outliers.preprocess import Preprocessing
 from sae_jax.reports import figures, tables
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/causal_gamma", "folder for the table and the figure")
 LAYERS = (("minilm-l6", 3), ("antiberty", 4), ("gemma-3-270m", 9), ("gemma-3-270m", 1))
 SCALES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 N, SIZE, K = 30_000, 4096, 32
@@ -75,13 +73,13 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """Goes through the layers; writes the table and the figure."""
     rows = [row for model, layer in LAYERS for row in layer_rows(model, layer)]
-    folder = Path(WORKDIR.value)
+    folder = workdir
     tables.write_csv(folder / "causal_gamma.csv", rows)
     (folder / "causal_gamma.png").write_bytes(figures.png(picture(rows)))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/causal_gamma")

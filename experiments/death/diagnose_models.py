@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
@@ -25,7 +24,6 @@ from sae_jax.diagnosis import diagnosis, remedies
 from sae_jax.models import extraction
 from sae_jax.reports import figures, tables
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/diagnose_models", "folder for the reports, the table and the figure")
 LAYERS = {"gemma-3-270m": 17, "minilm-l6": 6, "antiberty": 8, "efficientnet-lite0": 16}
 N, SIZE, K = 30_000, 4096, 32
 SEEDS = (0, 1, 2)
@@ -36,11 +34,11 @@ LOOK = {
 }  # fmt: skip
 
 
-def reports() -> list[dict[str, Any]]:
+def reports(workdir: Path) -> list[dict[str, Any]]:
     """One report a layer and seed, made or found."""
     found = []
     for model, depth in LAYERS.items():
-        folders = {(layer, seed): Path(WORKDIR.value) / f"{model}_{layer:02d}_{seed}"
+        folders = {(layer, seed): workdir / f"{model}_{layer:02d}_{seed}"
                    for layer in range(1, depth + 1) for seed in SEEDS}  # fmt: skip
         missing = [key for key, folder in folders.items() if not (folder / "report.json").exists()]
         given = extraction.activations(model, sorted({layer for layer, _ in missing}), N) if missing else {}
@@ -54,9 +52,9 @@ def reports() -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """Makes all reports, then the table, the figure and the summary."""
-    found = reports()
+    found = reports(workdir)
     rows = []
     for report in found:
         counted = {name: entry["measured"] for name, entry in report["remedies"].items()}
@@ -78,8 +76,8 @@ def main() -> None:
                 "right": right,
                 "contradicted": contradicted(report["recommended"], counted),
             })  # fmt: skip
-    tables.write_csv(Path(WORKDIR.value) / "diagnose_models.csv", rows)
-    (Path(WORKDIR.value) / "diagnose_models.png").write_bytes(figures.png(picture(rows)))
+    tables.write_csv(workdir / "diagnose_models.csv", rows)
+    (workdir / "diagnose_models.png").write_bytes(figures.png(picture(rows)))
     print(summary(found, rows))
 
 
@@ -163,4 +161,4 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/diagnose_models")

@@ -23,7 +23,6 @@ from sae_jax.outliers import moments as moments_lib
 from sae_jax.outliers.preprocess import Preprocessing
 from sae_jax.reports import tables
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/predict_synthetic", "folder for the table")
 N_PROBES = flags.DEFINE_integer("n_probes", 512, "probes")
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 RANKS = (4, 8, 16, 64, 256)
@@ -51,7 +50,7 @@ def cell(signal: np.ndarray, mu: np.ndarray, seed: int) -> dict[str, Any]:
             "measured_relu": found["dead_by_relu"]}  # fmt: skip
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """Goes through the grid and writes the table."""
     rows = []
     for seed, rank, tail in itertools.product(SEEDS, RANKS, TAILS):
@@ -70,7 +69,7 @@ def main() -> None:
             print(f"seed {seed} rank {rank:3d} tail {tail:.0f} gamma {gamma:4.1f}  "
                   f"measured {100 * row['measured']:5.1f}  "
                   + "  ".join(f"{law} {100 * row[law]:5.1f}" for law in LAWS), flush=True)  # fmt: skip
-    tables.write_csv(Path(WORKDIR.value) / "predict_synthetic.csv", rows)
+    tables.write_csv(workdir / "predict_synthetic.csv", rows)
     print("\n" + errors(rows))
 
 
@@ -96,4 +95,4 @@ def errors(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/predict_synthetic")

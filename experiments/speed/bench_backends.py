@@ -26,7 +26,6 @@ from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.models import adapters, extraction
 from sae_jax.reports import tables
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/bench_backends", "folder for the table")
 PAIRS = flags.DEFINE_integer("pairs", 7, "timed, of each model")
 MODELS = {"gemma-3-270m": 9, "minilm-l6": 3, "antiberty": 4, "efficientnet-lite0": 8}  # and the layer that is timed
 BATCHES, N, K = 2, 1024, 8
@@ -90,14 +89,14 @@ def compared(name: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """All of them."""
     found = []
     for name in MODELS:
         found.append(compared(name))
         print(found[-1], flush=True)
-        tables.write_csv(Path(WORKDIR.value) / "bench_backends.csv", found)
+        tables.write_csv(workdir / "bench_backends.csv", found)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/bench_backends")

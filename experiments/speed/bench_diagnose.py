@@ -21,7 +21,6 @@ from sae_jax.diagnosis import remedies, survey
 from sae_jax.models import sources
 from sae_jax.outliers import moments as moments_lib
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/bench_diagnose", "folder for the activations")
 N_PARTS = flags.DEFINE_integer("n_parts", 3, "twentieths of the tokens to measure on")
 TOKENS = flags.DEFINE_integer("n_tokens", 1_000_000, "tokens")
 D, SIZE, K, PROBES = 768, 8192, 64, 512
@@ -54,9 +53,9 @@ def write(path: Path) -> None:
     out.flush()
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """Makes the file, times the passes, prints the comparison."""
-    path = Path(WORKDIR.value) / "x.npy"
+    path = workdir / "x.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write(path.with_suffix(".partial"))
@@ -101,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/bench_diagnose")

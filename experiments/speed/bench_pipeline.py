@@ -34,7 +34,6 @@ from sae_jax.activations.chunks import CHUNK
 from sae_jax.reports import tables
 from sae_jax.training import step as step_lib
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/bench_pipeline", "folder for the activations")
 CHUNKS = flags.DEFINE_integer("n_chunks", 1600, "chunks of 256 tokens")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "of each")
 D, BATCH, PER_TOKEN = 768, 2048, 16_384
@@ -118,9 +117,9 @@ def trained() -> Callable[[], int]:
     return run
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """Writes, warms up, measures in turns, prints."""
-    root = Path(WORKDIR.value)
+    root = workdir
     root.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     folder = write(root)
@@ -151,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/bench_pipeline")

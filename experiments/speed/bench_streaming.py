@@ -26,7 +26,6 @@ from sae_jax.models import adapters, extraction, inputs, sources
 from sae_jax.reports import tables
 from sae_jax.training import step as step_lib
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/bench_streaming", "folder for the model and the table")
 SMALL = flags.DEFINE_bool("small", False, "a small model and SAE, to see whether it runs")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "passes timed")
 TOKENS = 255  # of a sequence: its first position is special
@@ -119,9 +118,9 @@ def measured(id: str, backend: str) -> dict[str, Any]:
 ours: dict[str, np.ndarray] = {}
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """Both backends."""
-    folder = Path(WORKDIR.value)
+    folder = workdir
     id, found = made(folder / "model"), []
     for backend in ("torch", "jax"):
         found.append(measured(id, backend))
@@ -134,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/bench_streaming")

@@ -132,5 +132,4 @@ def main(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    where = flags.DEFINE_string("workdir", "runs/ce_recovered", "folder for the table")  # here: tests import several
-    command.run(lambda: main(Path(where.value)))
+    command.run(main, "runs/ce_recovered")

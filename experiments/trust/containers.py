@@ -11,7 +11,6 @@ import csv
 import json
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +31,6 @@ from sae_jax.config import base
 from sae_jax.runtime.optional import module
 from sae_jax.training import run as run_lib
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/containers", "folder for the table, and for what is made on the way")
 ONLY = flags.DEFINE_string("only", "", "containers whose names have this in them")
 
 N, T, D = 12, 20, 6
@@ -473,11 +471,11 @@ def row(name, folder, verbs=("extract", "diagnose", "train")):
     return {"container": name, "tokens": len(wanted), **done}
 
 
-def main():
+def main(workdir):
     """Every container through every verb."""
     run_lib.Run._draw = lambda *_: None
     logging.set_verbosity(logging.FATAL)
-    root = Path(WORKDIR.value).absolute()
+    root = workdir.absolute()
     found = []
     for name in TABLE:
         if ONLY.value in name:
@@ -493,4 +491,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/containers")

@@ -19,7 +19,6 @@ from absl import flags
 
 from experiments import command
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/large_files", "folder for the file, and for what is made of it")
 GIGABYTES = flags.DEFINE_float("gigabytes", 3.0, "size of the file")
 VERBS = flags.DEFINE_list("verbs", ["diagnose", "train", "extract"], "which to measure")
 D, BLOCK, SPACING = 512, 64, 8192  # width; random rows together; rows from one such block to the next
@@ -50,9 +49,9 @@ def run(words: list[str]) -> tuple[int, float, float]:
     return process.returncode, largest, time.perf_counter() - started
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """Every verb once."""
-    root = Path(WORKDIR.value)
+    root = workdir
     root.mkdir(parents=True, exist_ok=True)
     path, out = root / "sparse.npy", root / "out"
     n_rows = sparse(path, GIGABYTES.value * 1e9)
@@ -85,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/large_files")

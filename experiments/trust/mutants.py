@@ -44,7 +44,6 @@ from sae_jax.reports import tables
 from sae_jax.runtime import disk
 
 ROOT = Path(__file__).parents[2]
-WORKDIR = flags.DEFINE_string("workdir", "runs/mutants", "folder for the copies and the tables")
 N = flags.DEFINE_integer("n", 150, "faults to draw", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the draw")
 NAMED = flags.DEFINE_string("named", "", "a table of faults to try in place of drawn ones: module, was, is")
@@ -212,7 +211,7 @@ def run(copy: Path, words: list[str], seconds: float, core: int, under: Path | N
               "-o", f"faulthandler_timeout={HANGS}", "-o", "faulthandler_exit_on_timeout=true", *words]  # fmt: skip
     if under is not None:
         wanted = ["-m", "coverage", "run", f"--rcfile={under}", *wanted]
-    cache = str(Path(WORKDIR.value).resolve() / "compiled")
+    cache = str(copy.parent / "compiled")
     environment = {**os.environ, "PYTHONPATH": str(copy), "JAX_COMPILATION_CACHE_DIR": cache}
     core = core % (os.cpu_count() or 1)
     begun = subprocess.Popen(
@@ -352,11 +351,11 @@ def _told(fault: Fault) -> tuple[str, ...]:
     return fault.module, str(fault.line), fault.kind, fault.was.strip(), fault.new.strip()
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """Draws, covers, tries, and prints the score."""
-    workdir = Path(WORKDIR.value).resolve()
+    workdir = workdir.resolve()
     if workdir.exists() and not workdir.is_dir():
-        raise Refused("--workdir", WORKDIR.value, "a folder")
+        raise Refused("--workdir", workdir, "a folder")
     chosen: dict[tuple[str, ...], Fault] = {}
     for fault in named(NAMED.value) if NAMED.value else filter(stands, drawn(SEED.value)):
         chosen.setdefault(_told(fault), fault)  # the first of those that read alike
@@ -400,4 +399,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/mutants")

@@ -30,7 +30,6 @@ from experiments import command
 from sae_jax.activations import files, pipeline, store
 from sae_jax.errors import RunFailed
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/pipeline_limits", "folder for the activations")
 KILLS = flags.DEFINE_integer("kills", 20, "processes to kill")
 GIGABYTES = flags.DEFINE_list("gigabytes", ["1", "3", "10"], "sizes to read; the first one is written")
 READ = flags.DEFINE_string("read", "", "read this once and print the peak of memory (used by the script itself)")
@@ -167,12 +166,12 @@ def read(path: str) -> None:
           f"{largest / 1e6:.0f} MB, {(largest - before) / 1e6:.0f} MB of it for reading")  # fmt: skip
 
 
-def main() -> None:
+def main(workdir: Path) -> None:
     """All three, one after the other."""
     if READ.value:
         read(READ.value)
         return
-    root = Path(WORKDIR.value)
+    root = workdir
     root.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     assert exit_code(written(root / "whole")) == 0
@@ -190,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, "runs/pipeline_limits")
