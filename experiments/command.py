@@ -23,7 +23,7 @@ def run(main: Callable[..., None], workdir: str = "") -> None:
         try:
             if words[1:]:
                 raise Refused("words", words[1], "flags alone, as --workdir=PATH (--help lists them)")
-            main(*([Path(folder.value)] if folder else []))
+            main(*([] if folder is None else [Path(folder.value)]))
         except (Refused, RunFailed, Preempted) as error:
             print(f"sae_jax: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
