@@ -71,6 +71,16 @@ def test_forecasts_are_scored_against_the_runs_of_the_same_size(tmp_path, monkey
     assert pilots_scored.errors(pilots_scored.scored()) == {"plain": (off, off), "all": (off, off)}
 
 
+def test_the_page_says_of_forecasts_what_the_tables_say():
+    text = (ROOT / "experiments/death/alive.md").read_text()
+    rows = pilots_scored.scored()
+    for row in rows.values():
+        assert "{forecast:.1f} ({low:.1f}, {high:.1f}), {run:.1f}".format(**row) in text
+    mean = {arm: f"{found[0]:.1f}" for arm, found in pilots_scored.errors(rows).items()}
+    said = "over all {}: {all} points (asked: 5); plain {plain}, balance {balance}, AuxK {auxk}."
+    assert said.format(len(rows), **mean) in " ".join(text.split())
+
+
 @pytest.mark.parametrize(("script", "tables", "pictures"), [
     ("paper.fig1_mechanism", ["fig1_mechanism"], ["fig1_mechanism"]),
     ("paper.fig2b_landscape", ["fig2b_landscape"], ["fig2b_gemma-3-270m", "fig2b_minilm-l6"]),
