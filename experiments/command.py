@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -32,6 +33,11 @@ def run(main: Callable[..., None], workdir: str = "") -> None:
         for flag in defined if module.startswith("experiments.") else ():  # for --help, beside the script's own
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(parsed, flags_parser=read)
+
+
+def said(flag: flags.FlagHolder[Any]) -> Any:
+    """Its value, also where no command line was read."""
+    return flag.value if flags.FLAGS.is_parsed() else flag.default
 
 
 def read(argv: list[str]) -> list[str]:

@@ -5,11 +5,11 @@ A layer is a number, of Gemma 3 270M, or MODEL-NUMBER. Models of text are shown 
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from experiments.command import said
 from sae_jax.config import base
 from sae_jax.errors import Refused
 from sae_jax.models import facts, inputs
@@ -18,11 +18,6 @@ LAYERS = flags.DEFINE_list("layers", None, "blocks of Gemma 3 270M, or MODEL-BLO
 GIVEN = flags.DEFINE_multi_string("activations", [], "LAYER=PATH: those of one layer, in place of extracting them")
 PACKAGES = ("numpy", "scipy", "matplotlib", "jax")
 SYNTHETIC = "synthetic"  # a layer to scripts that say so
-
-
-def said(flag: flags.FlagHolder[Any]) -> Any:
-    """Its value, also where no command line was read."""
-    return flag.value if flags.FLAGS.is_parsed() else flag.default
 
 
 def named(*otherwise: str, synthetic: bool = False) -> list[str]:

@@ -59,9 +59,10 @@ def test_every_arm_of_the_race_can_be_run(arm, tmp_path):
 
 def test_forecasts_are_scored_against_the_runs_of_the_same_size(tmp_path, monkeypatch):
     head = "layer,arm,seed,n,learning_rate,dead_total\n"
-    (tmp_path / "race.csv").write_text(head + "2,plain,0,100,0.0003,0.2\n2,plain,1,100,0.0003,0.3\n9,plain,0,100,1,0.5")
-    pairs = ("2,plain,0,100,0.0024,0.4", "2,plain,0,100,0.0008,0.1", "2,plain,1,100,0.0008,0.2",
-             "2,plain,1,100,0.0024,0.2", "13,plain,0,100,1,0")  # fmt: skip
+    runs = ["2,plain,0,100,0.0003,0.2", "2,plain,1,100,0.0003,0.3", "2,plain,0,4096,1,0.9", "9,plain,0,100,1,0.5"]
+    pairs = ["2,plain,0,100,0.0024,0.4", "2,plain,0,100,0.0008,0.1", "2,plain,1,100,0.0008,0.2",
+             "2,plain,1,100,0.0024,0.2", "13,plain,0,100,1,0", "13,plain,0,100,2,0"]  # fmt: skip
+    (tmp_path / "race.csv").write_text(head + "\n".join(runs))
     (tmp_path / "pilots.csv").write_text(head + "\n".join(pairs))
     monkeypatch.setattr(pilots_scored, "HERE", tmp_path)
     (found,) = pilots_scored.scored().values()
@@ -69,13 +70,15 @@ def test_forecasts_are_scored_against_the_runs_of_the_same_size(tmp_path, monkey
     assert found == pytest.approx({"low": 15, "high": 30, "forecast": expected, "run": 25})
     off = pytest.approx(25 - expected)
     assert pilots_scored.errors(pilots_scored.scored()) == {"plain": (off, off), "all": (off, off)}
+    (tmp_path / "pilots.csv").write_text(head + "\n".join([*pairs, pairs[0]]))
+    with pytest.raises(Refused, match="pilots.csv = 3: 2 rows for seed 0"):
+        pilots_scored.scored()
 
 
 def test_the_page_says_of_forecasts_what_the_tables_say():
     text = (ROOT / "experiments/death/alive.md").read_text()
     rows = pilots_scored.scored()
-    for row in rows.values():
-        assert "{forecast:.1f} ({low:.1f}, {high:.1f}), {run:.1f}".format(**row) in text
+    assert "\n".join(pilots_scored.table(rows)) in text
     mean = {arm: f"{found[0]:.1f}" for arm, found in pilots_scored.errors(rows).items()}
     said = "over all {}: {all} points (asked: 5); plain {plain}, balance {balance}, AuxK {auxk}."
     assert said.format(len(rows), **mean) in " ".join(text.split())

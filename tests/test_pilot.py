@@ -1,4 +1,4 @@
-"""A pilot is the same run in fewer steps; how near it comes, experiments/death/race.py measures."""
+"""Pilots are the run in fewer steps at higher rates; how near they come, experiments/death/pilots_scored.py says."""
 
 import json
 
@@ -10,6 +10,7 @@ import sae_jax
 from sae_jax import cli
 from sae_jax import config as config_lib
 from sae_jax.diagnosis import pilot
+from sae_jax.errors import Refused
 from sae_jax.training import step as step_lib
 
 STEPS = 240
@@ -77,9 +78,52 @@ def test_a_forecast_is_between_its_two_pilots(config, tmp_path):
         single.members = {}
         alone += [member["final"] for member in sae_jax.train(single, f"{tmp_path}/{name}")["members"]]
     assert one["pilots"] == pytest.approx([share["dead_total"] for share in alone], abs=1.5 / 128)
+    assert abs(one["pilots"][0] - one["pilots"][1]) > 3 / 128  # so that they are not mistaken for each other
     assert min(one["pilots"]) <= one["dead_total"] <= max(one["pilots"])
     assert 0 <= one["dead_by_topk"] == pytest.approx(one["dead_total"] - one["dead_by_relu"])
     assert one["dead_total"] > 0.05  # or all this would hold of nothing
+
+
+def stub(config, shares):
+    """In place of training: a report of the members that are to be trained, each with its share."""
+    names = list(config_lib.members(config))
+    members = [{"name": name, "final": dict.fromkeys(("dead_by_relu", "dead_total"), shares[name])} for name in names]
+    return {"step": config.train.steps, "n_eval_tokens": 800, "members": members}
+
+
+def test_members_are_forecast_each_from_its_own_pair(config, monkeypatch):
+    """Also where one is called as a pilot of another, in a run that is long and in one that is its own pilot."""
+    config.members["plain low"] = {"sae": {"n_features": 4}}
+    shares = {"plain low": 0.1, "plain high": 0.4, "plain low low": 0.0, "plain low high": 0.5, "fast low": 0.2,
+              "fast high": 0.2, "kept low": 0.0, "kept high": 0.0, "plain": 0.9, "fast": 0.3, "kept": 0.7}  # fmt: skip
+    monkeypatch.setattr(pilot.run_lib, "train", lambda given, _: stub(given, shares))
+    found = pilot.forecast(config, "nowhere")["members"]
+    assert {name: one["pilots"] for name, one in found.items()} == {
+        "plain": [0.1, 0.4], "plain low": [0.0, 0.5], "fast": [0.2, 0.2], "kept": [0.0, 0.0],
+    }  # fmt: skip
+    assert found["plain"]["dead_total"] == pytest.approx(0.2, abs=2e-3)
+    assert found["plain low"]["dead_total"] == pytest.approx(np.sqrt(0.125 * 0.625) - 0.125)
+    config.train.steps = 2 * pilot.LEAST
+    found = pilot.forecast(config, "nowhere")["members"]
+    assert {name: one["dead_total"] for name, one in found.items()} == pytest.approx(
+        {"plain": 0.9, "plain low": 0.1, "fast": 0.3, "kept": 0.7}
+    )
+
+
+@pytest.mark.parametrize(("member", "field"), [
+    ({"train": {"beta2": -0.5}}, "members.odd.train.beta2"), ({"train": {"warmup_steps": -3}}, "members.odd.train"),
+    ({"train": {"clip_norm": 0.0}}, "members.odd.train.clip_norm"),
+])  # fmt: skip
+def test_a_member_that_cannot_be_run_is_refused_by_its_own_name(config, member, field, tmp_path):
+    config.members["odd"] = member
+    with pytest.raises(Refused, match=field):
+        pilot.forecast(config, f"{tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_number_may_be_a_learning_rate(config):
+    config.members["plain"] = {"train": {"learning_rate": 1}}
+    assert pilot.shortened(config).members["plain high"].train.learning_rate == 8.0
 
 
 def test_a_diagnosis_tells_what_training_will_leave_dead(config, tmp_path, capsys):
@@ -121,7 +165,9 @@ def test_a_pilot_is_of_a_configuration(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("steps", "of_pilot"), [(8000, 1000), (4100, 512), (3000, 500), (400, 400)])
+@pytest.mark.parametrize(("steps", "of_pilot"), [
+    (8000, 1000), (4100, 512), (3000, 500), (1001, 500), (1000, 1000), (400, 400),
+])  # fmt: skip
 def test_a_pilot_is_an_eighth_of_the_steps_and_at_least_five_hundred(steps, of_pilot):
     one = sae_jax.base({"train.steps": steps, "train.warmup_steps": steps // 10, "train.learning_rate": 1e-3,
                         "checkpoint.every": steps // 5})  # fmt: skip

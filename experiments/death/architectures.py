@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from configs import synthetic as synthetic_config
 from experiments import command, layers
-from experiments.layers import said
+from experiments.command import said
 from sae_jax.config import base
 from sae_jax.models import facts
 from sae_jax.outliers import selections

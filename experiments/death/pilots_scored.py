@@ -2,7 +2,8 @@
 
     python -m experiments.death.pilots_scored
 
-A pair of pilots differs in the learning rate alone; the forecast is that of `diagnose --pilot`. Means over seeds.
+A pair of pilots differs in the learning rate alone; the forecast is that of `diagnose --pilot`. Means over seeds. In
+brackets, of each forecast: the pilot with the run's noise, and that with its drift.
 """
 
 import csv
@@ -11,37 +12,60 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import command
 from sae_jax.diagnosis import pilot
+from sae_jax.errors import Refused
 
 HERE = Path(__file__).parent
 LARGE = 4096
 SEEN = ("2", "9", "13", "17", "minilm-l6-3")  # at n 1024 one seed of these led to the geometric mean; no other did
 ARMS = ("plain", "balance", "auxk")
+NAMES = {
+    "2": "Gemma 2", "5": "Gemma 5", "9": "Gemma 9", "13": "Gemma 13", "17": "Gemma 17", "minilm-l6-3": "MiniLM 3",
+    "antiberty-4": "AntiBERTy 4", "efficientnet-lite0-8": "EfficientNet 8", "efficientnet-lite0-16": "EfficientNet 16",
+}  # fmt: skip
 Key = tuple[str, int, str]  # layer, n, arm
 
 
-def dead(name: str) -> dict[Key, dict[str, list[float]]]:
-    """Shares dead in total by seed, lowest learning rate first."""
+def dead(name: str, each: int) -> dict[Key, list[list[float]]]:
+    """Shares dead in total, a list for each seed, lowest learning rate first.
+
+    Raises:
+      Refused: a seed has not `each` of them.
+    """
     found: dict[Key, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     with open(HERE / name, newline="") as file:
         for row in csv.DictReader(file):
             key = row["layer"], int(row["n"]), row["arm"]
             found[key][row["seed"]].append((float(row["learning_rate"]), float(row["dead_total"])))
-    return {key: {seed: [share for _, share in sorted(pair)] for seed, pair in seeds.items()}
-            for key, seeds in found.items()}  # fmt: skip
+    for key, seeds in found.items():
+        for seed, rows in seeds.items():
+            if len(rows) != each:
+                raise Refused(name, len(rows), f"{each} rows for seed {seed} of {key}")
+    return {key: [[share for _, share in sorted(rows)] for rows in seeds.values()] for key, seeds in found.items()}
 
 
 def scored() -> dict[Key, dict[str, float]]:
-    """What the low and the high pilot, the forecast and the run leave dead, of each that has all, in percent."""
-    runs, rows = dead("race.csv"), {}
-    for (layer, n, arm), pairs in dead("pilots.csv").items():
-        run = runs.get((layer, n, arm))
-        if run and all(len(pair) == 2 for pair in pairs.values()):
-            forecast = np.mean([pilot.between(low, high, n) for low, high in pairs.values()])
-            low, high = np.mean(list(pairs.values()), axis=0)
-            rows[layer, n, arm] = {"low": 100 * low, "high": 100 * high, "forecast": 100 * float(forecast),
-                                   "run": 100 * float(np.mean(list(run.values())))}  # fmt: skip
-    return rows
+    """What the pilots leave dead, the forecast and the run, of each that has both, in percent."""
+    runs, found = dead("race.csv", 1), {}
+    for key, pairs in dead("pilots.csv", 2).items():
+        if key in runs:
+            low, high = np.mean(pairs, axis=0)
+            forecast = np.mean([pilot.between(one, other, key[1]) for one, other in pairs])
+            shares = {"low": low, "high": high, "forecast": forecast, "run": np.mean(runs[key])}
+            found[key] = {name: 100 * float(share) for name, share in shares.items()}
+    return found
+
+
+def table(rows: dict[Key, dict[str, float]]) -> list[str]:
+    """The lines of alive.md."""
+    lines = []
+    for layer, n in dict.fromkeys(key[:2] for key in rows):
+        cells = [NAMES[layer] + (f", n {n}" if n == LARGE else "")]
+        for arm in ARMS:
+            cells.append("{forecast:.1f} ({low:.1f}, {high:.1f}), {run:.1f}".format(**rows[layer, n, arm]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def errors(rows: dict[Key, dict[str, float]], which: str = "forecast") -> dict[str, tuple[float, float]]:
@@ -54,8 +78,7 @@ def errors(rows: dict[Key, dict[str, float]], which: str = "forecast") -> dict[s
 def main() -> None:
     """Prints the table, and the errors of each size."""
     rows = scored()
-    for (layer, n, arm), row in rows.items():
-        print(f"{layer:22s} n {n:<5d} {arm:8s} " + "  ".join(f"{key} {value:5.1f} %" for key, value in row.items()))
+    print("\n".join(table(rows)))
     for name, mine in {
         "n 4096": {key: row for key, row in rows.items() if key[1] == LARGE},
         "n 1024 and less": {key: row for key, row in rows.items() if key[1] < LARGE},
@@ -69,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

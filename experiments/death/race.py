@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 
 from configs import synthetic as synthetic_config
 from experiments import command, layers
+from experiments.command import said
 from experiments.death import rivals
-from experiments.layers import said
 from sae_jax import config as config_lib
 from sae_jax.activations import synthetic
 from sae_jax.config import base
@@ -124,8 +124,10 @@ def main(workdir: Path, scale: str) -> None:
                     **{key: end.get(key) for key in KEYS},
                 })  # fmt: skip
             mine = rows[-len(members) :]
-            means = {key: np.mean([np.nan if row[key] is None else row[key] for row in mine]) for key in KEYS}
-            print(f"layer {layer}  {name:18s} {tables.one_line(means)}", flush=True)
+            for rate in dict.fromkeys(row["learning_rate"] for row in mine):  # two, of pilots
+                same = [row for row in mine if row["learning_rate"] == rate]
+                means = {key: np.mean([np.nan if row[key] is None else row[key] for row in same]) for key in KEYS}
+                print(f"layer {layer}  {name:18s} at {rate}  {tables.one_line(means)}", flush=True)
             tables.write_csv(workdir / "race.csv", rows)
 
 

@@ -24,11 +24,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import command
-from experiments.layers import said
+from experiments.command import said
 from sae_jax import config as config_lib
 from sae_jax.activations import store
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
+from sae_jax.errors import Refused
 from sae_jax.exchange import formats, sharing
 from sae_jax.models import adapters, extraction, inputs
 from sae_jax.reports import tables
@@ -177,7 +178,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(workdir: Path, scale: str) -> None:
     """Extracts, annotates, trains at both gammas, counts."""
-    scale = "longer" if scale == "cpu" and said(LONGER) else scale
+    if said(LONGER):
+        if scale != "cpu":
+            raise Refused("--scale", scale, "cpu, with --longer")
+        scale = "longer"
     tokens = residues(scale)
     names, instances = annotated(tokens)
     n_train, n_other, *_ = SCALES[scale]

@@ -68,7 +68,8 @@ def diagnose(
         known to 1.5 points, if that takes no more than some 20 seconds on 2 CPU cores.
       seed: of probes and measured SAEs.
       pilot: also forecast what is dead after training, for every member of a configuration, by two pilots of an eighth
-        of its steps, at least 500, in WORKDIR/pilot; n_features and k are then the configuration's.
+        of its steps, at least 500, side by side in WORKDIR/pilots, with the memory of twice as many SAEs; n_features
+        and k are then the configuration's.
 
     Returns:
       The report: `gamma` (after LayerNorm), `gamma_raw`, `gamma_direction`, `predicted` (law → shares of features dead

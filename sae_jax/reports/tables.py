@@ -143,7 +143,7 @@ def diagnosis_table(report: dict[str, Any]) -> str:
 
 def _after_training(found: dict[str, Any]) -> str:
     shown = ("dead_by_relu", "dead_by_topk", "dead_total")
-    lines = [["member", *(COLUMNS[key] for key in shown), "pilots"]]
+    lines = [["member", *(COLUMNS[key] for key in shown), "pilots: low, high"]]
     for name, one in found["members"].items():
         pair = ", ".join(cell("dead_total", share) for share in one["pilots"])
         lines.append([name, *(cell(key, one[key]) for key in shown), pair])
