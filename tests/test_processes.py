@@ -103,7 +103,7 @@ def spread_out(tiny, tmp_path, rng):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("n", "mesh"), [
-    (2, "feature=2"), pytest.param(2, "", marks=pytest.mark.long), pytest.param(2, "feature=4", marks=pytest.mark.long),
+    (2, "feature=2"), (2, ""), pytest.param(2, "feature=4", marks=pytest.mark.long),
     pytest.param(2, "member=2,feature=2", marks=pytest.mark.long),
     pytest.param(4, "member=2,feature=2", marks=pytest.mark.long),
     pytest.param(4, "feature=8", marks=pytest.mark.long), pytest.param(4, "feature=4", marks=pytest.mark.long),

@@ -76,9 +76,8 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
 def main(workdir: Path) -> None:
     """Goes through the layers; writes the table and the figure."""
     rows = [row for model, layer in LAYERS for row in layer_rows(model, layer)]
-    folder = workdir
-    tables.write_csv(folder / "causal_gamma.csv", rows)
-    (folder / "causal_gamma.png").write_bytes(figures.png(picture(rows)))
+    tables.write_csv(workdir / "causal_gamma.csv", rows)
+    (workdir / "causal_gamma.png").write_bytes(figures.png(picture(rows)))
 
 
 if __name__ == "__main__":

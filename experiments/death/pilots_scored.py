@@ -6,7 +6,6 @@ A pair of pilots differs in the learning rate alone; the forecast is that of `di
 brackets, of each forecast: the pilot with the run's noise, and that with its drift.
 """
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 from experiments import command
 from sae_jax.diagnosis import pilot
 from sae_jax.errors import Refused
+from sae_jax.runtime import disk
 
 HERE = Path(__file__).parent
 LARGE = 4096
@@ -34,10 +34,9 @@ def dead(name: str, each: int) -> dict[Key, list[list[float]]]:
       Refused: a seed has not `each` of them.
     """
     found: dict[Key, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    with open(HERE / name, newline="") as file:
-        for row in csv.DictReader(file):
-            key = row["layer"], int(row["n"]), row["arm"]
-            found[key][row["seed"]].append((float(row["learning_rate"]), float(row["dead_total"])))
+    columns = {"layer": str, "arm": str, "seed": str, "n": int, "learning_rate": float, "dead_total": float}
+    for row in disk.read_csv("", HERE / name, columns):
+        found[row["layer"], row["n"], row["arm"]][row["seed"]].append((row["learning_rate"], row["dead_total"]))
     for key, seeds in found.items():
         for seed, rows in seeds.items():
             if len(rows) != each:
@@ -79,14 +78,14 @@ def main() -> None:
     """Prints the table, and the errors of each size."""
     rows = scored()
     print("\n".join(table(rows)))
+    large = {key: row for key, row in rows.items() if key[1] == LARGE}
+    small = {key: row for key, row in rows.items() if key not in large}
+    new = {key: row for key, row in small.items() if key[0] not in SEEN}
     for name, mine in {
-        "n 4096": {key: row for key, row in rows.items() if key[1] == LARGE},
-        "n 1024 and less": {key: row for key, row in rows.items() if key[1] < LARGE},
-        "n 1024 and less, not seen": {key: row for key, row in rows.items() if key[1] < LARGE and key[0] not in SEEN},
-        "all": rows,
-        "all not seen": {key: row for key, row in rows.items() if key[1] == LARGE or key[0] not in SEEN},
+        "n 4096": large, "n 1024 and less": small, "n 1024 and less, not seen": new,
+        "all": rows, "all not seen": large | new,
     }.items():  # fmt: skip
-        for which in ("low", "high", "forecast") if mine else ():
+        for which in ("low", "high", "forecast"):
             found = ", ".join(f"{arm} {mean:.1f} ({most:.1f})" for arm, (mean, most) in errors(mine, which).items())
             print(f"{name}: {which}: mean error in points (largest): {found}")
 

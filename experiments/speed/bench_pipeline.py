@@ -119,15 +119,14 @@ def trained() -> Callable[[], int]:
 
 def main(workdir: Path) -> None:
     """Writes, warms up, measures in turns, prints."""
-    root = workdir
-    root.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    folder = write(root)
+    folder = write(workdir)
     print(f"written in {time.perf_counter() - start:.0f} s")
     runs: dict[str, Callable[[], int]] = {
         "pipeline": lambda: through_the_pipeline(folder),
-        "numpy": lambda: through_numpy(root / "plain"),
-        "per token": lambda: one_by_one(root / "tokens"),
+        "numpy": lambda: through_numpy(workdir / "plain"),
+        "per token": lambda: one_by_one(workdir / "tokens"),
         "training step": trained(),
     }
     rates: dict[str, list[float]] = {name: [] for name in runs}
@@ -143,7 +142,7 @@ def main(workdir: Path) -> None:
          "highest": round(max(found)), "of_the_numpy_floor": round(float(np.median(found) / floor), 3)}
         for name, found in rates.items()
     ]  # fmt: skip
-    tables.write_csv(root / "bench_pipeline.csv", rows)
+    tables.write_csv(workdir / "bench_pipeline.csv", rows)
     for row in rows:
         print(f"{row['what']:14s} {row['rows_per_second']:9,d} rows/s ({row['lowest']:,d} to {row['highest']:,d}), "
               f"{100 * row['of_the_numpy_floor']:.1f} % of NumPy's")  # fmt: skip

@@ -120,8 +120,7 @@ ours: dict[str, np.ndarray] = {}
 
 def main(workdir: Path) -> None:
     """Both backends."""
-    folder = workdir
-    id, found = made(folder / "model"), []
+    id, found = made(workdir / "model"), []
     for backend in ("torch", "jax"):
         found.append(measured(id, backend))
         print(found[-1], flush=True)
@@ -129,7 +128,7 @@ def main(workdir: Path) -> None:
     for row in found:
         row["largest_difference"] = f"{apart:.1e}"
     print(f"largest difference {apart:.1e} deviations")
-    tables.write_csv(folder / "bench_streaming.csv", found)
+    tables.write_csv(workdir / "bench_streaming.csv", found)
 
 
 if __name__ == "__main__":

@@ -51,11 +51,10 @@ def run(words: list[str]) -> tuple[int, float, float]:
 
 def main(workdir: Path) -> None:
     """Every verb once."""
-    root = workdir
-    root.mkdir(parents=True, exist_ok=True)
-    path, out = root / "sparse.npy", root / "out"
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, out = workdir / "sparse.npy", workdir / "out"
     n_rows = sparse(path, GIGABYTES.value * 1e9)
-    (root / "config.py").write_text(
+    (workdir / "config.py").write_text(
         "from sae_jax.config import base\n\n\ndef get_config():\n"
         f"    return base({{'data.path': {str(path)!r}, 'sae.n_features': 2048, 'sae.k': 32, 'train.steps': 4,\n"
         "                 'train.batch_size': 512, 'train.devices': 1, 'eval.n_tokens': 20000,\n"
@@ -64,7 +63,7 @@ def main(workdir: Path) -> None:
     commands = {
         "diagnose": ["diagnose", f"--activations={path}", f"--workdir={out}", "--n_features=128", "--k=8",
                      "--n_probes=128"],
-        "train": ["train", f"--config={root}/config.py", f"--workdir={out}"],
+        "train": ["train", f"--config={workdir}/config.py", f"--workdir={out}"],
         "extract": ["extract", f"--from={path}", f"--out={out}"],
     }
     rows = []
@@ -76,7 +75,7 @@ def main(workdir: Path) -> None:
         print(f"{verb}: exit code {code}, {largest / 1e6:.0f} MB of anonymous memory, {seconds:.0f} s", flush=True)
         shutil.rmtree(out, ignore_errors=True)
     path.unlink()
-    with (root / "large_files.csv").open("w", newline="") as file:
+    with (workdir / "large_files.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

@@ -353,9 +353,9 @@ def _told(fault: Fault) -> tuple[str, ...]:
 
 def main(workdir: Path) -> None:
     """Draws, covers, tries, and prints the score."""
-    workdir = workdir.resolve()
     if workdir.exists() and not workdir.is_dir():
-        raise Refused("--workdir", workdir, "a folder")
+        raise Refused("--workdir", str(workdir), "a folder")
+    workdir = workdir.resolve()
     chosen: dict[tuple[str, ...], Fault] = {}
     for fault in named(NAMED.value) if NAMED.value else filter(stands, drawn(SEED.value)):
         chosen.setdefault(_told(fault), fault)  # the first of those that read alike

@@ -171,19 +171,18 @@ def main(workdir: Path) -> None:
     if READ.value:
         read(READ.value)
         return
-    root = workdir
-    root.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    assert exit_code(written(root / "whole")) == 0
-    whole, took = contents(root / "whole"), time.perf_counter() - start
-    kills(root, whole, took)
-    full_disk(root / "small", whole)
+    assert exit_code(written(workdir / "whole")) == 0
+    whole, took = contents(workdir / "whole"), time.perf_counter() - start
+    kills(workdir, whole, took)
+    full_disk(workdir / "small", whole)
     first: Path | None = None
     for gigabytes in map(float, GIGABYTES.value):
-        folder = large(root, gigabytes, first)
+        folder = large(workdir, gigabytes, first)
         first = first or folder
         subprocess.run([sys.executable, "-m", "experiments.trust.pipeline_limits", f"--read={folder}"], check=True)
-    sparse = root / "sparse.npy"
+    sparse = workdir / "sparse.npy"
     np.lib.format.open_memmap(sparse, "w+", np.float32, (int(float(GIGABYTES.value[-1]) * 1e9 / 4 / D), D))
     subprocess.run([sys.executable, "-m", "experiments.trust.pipeline_limits", f"--read={sparse}"], check=True)
 
