@@ -4,6 +4,7 @@ With JAX_PLATFORMS=cuda,cpu (or tpu,cpu) the tests of the numerical modules run 
 """
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -22,6 +23,7 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 os.environ["HF_HUB_OFFLINE"] = "1"
+gc.set_threshold(200_000, 50, 100)  # a quarter of the suite's time was a search for cycles in all that JAX has traced
 
 import inspect  # noqa: E402
 
@@ -60,6 +62,11 @@ for name in NUMERIC:
 
 FULL_DPI = figures.STYLE["figure.dpi"]
 figures.STYLE["figure.dpi"] = 40
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: tests also wait, for the processes that they have started."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(autouse=True)
