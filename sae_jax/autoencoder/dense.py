@@ -39,7 +39,7 @@ class DenseSAE(SAE):
         return self.replace(**arrays)
 
 
-def of(sae: SAE, activation: str, threshold: float) -> SAE:
+def of(sae: SAE, activation: str, threshold: Float[Array, ""] | float) -> SAE:
     """A fresh SAE with another activation; `threshold` is where that of JumpReLU starts."""
     if activation == "topk":
         return sae

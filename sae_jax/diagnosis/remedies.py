@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sae_jax.autoencoder import death, topk
+from sae_jax.autoencoder import death, dense, topk
 from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.models.sources import BATCH, Tokens
@@ -202,7 +202,7 @@ def check_memory(d_model: int, *, n_features: int, n_probes: int, measure: bool,
 def _sight(
     sae: SAE, before: Preprocessing, x: Float[Array, "B d"], valid: Bool[Array, "B"], rule: str, threshold: float
 ) -> death.Sightings:
-    return selections_lib.sight(sae, before(x), valid, rule, jnp.float32(threshold))
+    return death.sight(dense.of(sae, rule, jnp.float32(threshold)), before(x), valid)[0]
 
 
 def measured_deaths(

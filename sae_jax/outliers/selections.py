@@ -13,15 +13,11 @@ tokens and features. A long token takes from the budget of the others. Batches a
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Float
 from scipy.special import betaincc
 
-from sae_jax.autoencoder import batch_topk, death
-from sae_jax.autoencoder import sae as sae_lib
-from sae_jax.autoencoder.death import Sightings
-from sae_jax.autoencoder.sae import SAE
+from sae_jax.autoencoder import death
 from sae_jax.errors import Refused
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.preprocess import Preprocessing
@@ -91,22 +87,6 @@ def batch_threshold(share: Float[np.ndarray, "S"], norms: Float[np.ndarray, "N"]
         above = share_above(np.sqrt(d_model) * middle[:, None] / length, d_model) @ weight
         low, high = np.where(above > share, middle, low), np.where(above > share, high, middle)
     return low
-
-
-def sight(
-    sae: SAE, x: Float[Array, "B d"], valid: Bool[Array, "B"], rule: str, threshold: Float[Array, ""]
-) -> Sightings:
-    """`death.sight` of an SAE that selects by another rule: of jumprelu by a threshold, of batch_topk in this batch."""
-    if rule == "topk":
-        return death.sight(sae, x, valid)[0]
-    z = jnp.where(valid[:, None], sae_lib.preactivations(sae, x), -1.0)
-    positive = z > 0
-    fired = positive
-    if rule == "jumprelu":
-        fired = positive & (z > threshold)
-    elif rule == "batch_topk":
-        fired = positive & (z >= batch_topk.bar(z, sae.k * valid.sum()))
-    return Sightings(positive.any(axis=0), fired.sum(axis=0, dtype=jnp.int32))
 
 
 def named(rule: str, threshold: float | None) -> Selection:
