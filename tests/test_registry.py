@@ -13,7 +13,7 @@ from etils import epath
 from safetensors.torch import load_file, save_file
 from test_encoders import D, K, N, check, weights
 
-from sae_jax import cli
+from sae_jax import SAE, cli
 from sae_jax.errors import Refused
 from sae_jax.exchange import encoders, hub, registry, saelens, sharing
 from sae_jax.exchange.encoders import Opened
@@ -125,6 +125,49 @@ def test_k_in_the_config_alone_and_k_that_disagrees(x, tmp_path):
     dictionary(tmp_path / "none", "AutoEncoderTopK", k_in_file=False)
     with pytest.raises(Refused, match="k = 'missing'"):
         registry.read(epath.Path(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("kind", ["AutoEncoder", "AutoEncoderNew"])
+@pytest.mark.parametrize("long", [True, False])
+def test_files_of_interplm_say_whether_tokens_are_normed(x, tmp_path, kind, long):
+    """As its ReLUSAE and ReLUSAE_Tied encode, each feature in the encoder's own units."""
+    state = dictionary(tmp_path / "d", kind, config=False)
+    more = {"activation_rescale_factor": 7 * torch.ones(N), "normalize_to_sqrt_d": torch.tensor(long)}
+    torch.save(state | more, tmp_path / "d/ae_normalized.pt")
+    opened = registry.read(epath.Path(tmp_path / "d/ae_normalized.pt"))
+    tokens = torch.from_numpy(x)
+    tokens = torch.nn.functional.normalize(tokens, dim=-1) * D**0.5 if long else tokens
+    theirs = CLASSES[kind][1](state, tokens).numpy()
+    ours = np.asarray(encoders.encode(jax.tree.map(jnp.asarray, opened.encoder),
+                                      encoders.NORMS[opened.encoder.norm](jnp.asarray(x))))  # fmt: skip
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+    assert not opened.notes
+
+
+@pytest.mark.parametrize("extra", [{"k": torch.tensor(8)}, {"k": 8}, {"log_feature_scale": torch.zeros(N)}], ids=str)
+def test_a_class_that_was_guessed_has_no_other_keys_and_one_that_is_named_says_them(x, tmp_path, extra):
+    """A TopK SAE whose encoder and decoder are linear layers has the keys of AutoEncoderNew, and k."""
+    state = dictionary(tmp_path / "d", "AutoEncoderNew", config=False) | extra
+    torch.save(state, tmp_path / "d/ae.pt")
+    key = next(iter(extra))
+    for path in ("d", "d/ae.pt"):
+        with pytest.raises(Refused, match=f"ae.pt: {key} = 'unexpected': encoder.weight, .* alone, .* AutoEncoderNew"):
+            registry.read(epath.Path(tmp_path / path))
+    dictionary(tmp_path / "d", "AutoEncoderNew")
+    torch.save(state, tmp_path / "d/ae.pt")
+    opened = registry.read(epath.Path(tmp_path / "d"))
+    assert [f"also has {key}, which nothing here looks at" in note for note in opened.notes] == [True]
+    same(opened, x, CLASSES["AutoEncoderNew"][1](state, torch.from_numpy(x)))
+
+
+@pytest.mark.parametrize(("format", "file"), [("saelens", "sae_weights.safetensors"), ("sparsify", "sae.safetensors")])
+def test_an_array_that_nothing_looks_at_is_named(tmp_path, format, file):
+    rows = np.eye(N, D, dtype=np.float32)
+    sae = SAE(W_enc=rows, b_enc=np.zeros(N, np.float32), W_dec=rows, b_dec=np.zeros(D, np.float32), k=K)
+    sharing.export(sae, str(tmp_path / "d"), format)
+    assert registry.read(epath.Path(tmp_path / "d")).notes == ()
+    save_file(load_file(tmp_path / "d" / file) | {"W_skip": torch.zeros(D, D)}, tmp_path / "d" / file)
+    assert ["also has W_skip" in note for note in registry.read(epath.Path(tmp_path / "d")).notes] == [True]
 
 
 def test_of_a_repository_no_more_is_fetched_than_an_sae_needs():

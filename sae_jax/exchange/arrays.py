@@ -4,6 +4,7 @@ import io
 import json
 import warnings
 import zipfile
+from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes
@@ -94,6 +95,12 @@ def take(arrays: Arrays, wanted: dict[str, tuple[int, ...]], path: epath.Path) -
         if not np.isfinite(arrays[key]).all():
             raise Refused(f"{path}: {key}", "not finite", "finite numbers")
     return [_float32(arrays[key]) for key in wanted]
+
+
+def unread(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """What a reader of the report has to know of a file with more in it than an SAE of its kind has."""
+    more = sorted(set(names) - set(known))
+    return (f"Its file also has {', '.join(more)}, which nothing here looks at.",) if more else ()
 
 
 def matrix(arrays: Arrays, key: str, path: epath.Path) -> tuple[int, int]:

@@ -9,7 +9,10 @@
     GatedAutoEncoder            encoder.weight  decoder.weight  decoder_bias  r_mag  gate_bias  mag_bias
 
 in ae.pt; config.json beside it names the class (`trainer.dict_class`). Without one a class is told by its keys, but for
-AutoEncoderTopK and BatchTopKSAE, whose keys are the same.
+AutoEncoderTopK and BatchTopKSAE, whose keys are the same. A file with keys besides those of the class is then refused.
+
+InterPLM's files (ElanaPearl/InterPLM, of AutoEncoder and AutoEncoderNew) have two keys more: normalize_to_sqrt_d, by
+which tokens are made √d long first, and activation_rescale_factor, each feature's unit, which its `encode` leaves out.
 """
 
 import io
@@ -99,15 +102,43 @@ def read(path: epath.Path) -> Opened:
     where = path.parent / "config.json"
     config = read_json("--sae", where) if where.exists() else {}
     trainer, buffer = arrays_lib.of(config, "trainer", where), arrays_lib.of(config, "buffer", where)
-    arrays, _ = arrays_lib.read_arrays(path)
-    kind = trainer.get("dict_class") or told_by_keys(arrays, path)
+    arrays, rest = arrays_lib.read_arrays(path)
+    named = trainer.get("dict_class")
+    kind = named or told_by_keys(arrays, path)
     if kind not in RULES:
         raise Refused(f"{where}: trainer.dict_class", kind, "one of " + ", ".join(RULES) + ": others are not supported")
     names = {"model_name": (trainer, "lm_name"), "layer": (trainer, "layer"), "hook_name": (trainer, "submodule_name"),
              "context_size": (buffer, "ctx_len")}  # fmt: skip
     known = {name: part[key] for name, (part, key) in names.items() if part.get(key) is not None}
+    own = {*keys_of(kind), *MORE.get(kind, ()), *INTERPLM}
+    more = sorted({*arrays, *rest} - own)
+    if more and not named:
+        raise Refused(f"{path}: {', '.join(more)}", "unexpected", f"{', '.join(keys_of(kind))} alone, which are those "
+                      f"of {kind}; or a config.json beside it, whose trainer.dict_class names a class")  # fmt: skip
     encoder, notes = of_class(kind, arrays, trainer, path)
+    notes += arrays_lib.unread(more, own)
     return Opened(encoder, arrays_lib.of(config, "metadata", where) or known, "dictionary_learning", notes)
+
+
+TURNED = ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")  # with the features of W_enc as columns
+# Keys that not every class has, and what each is for stands in `of_class`.
+MORE: dict[str, set[str]] = {
+    "AutoEncoderTopK": {"k", "threshold"}, "BatchTopKSAE": {"k", "threshold"},
+    "MatryoshkaBatchTopKSAE": {"k", "threshold", "group_sizes"}, "JumpReluAutoEncoder": {"threshold"},
+}  # fmt: skip
+INTERPLM = {"activation_rescale_factor", "normalize_to_sqrt_d"}
+
+
+def keys_of(kind: str) -> dict[str, str]:
+    """Key → axes, "nd" for (n, d), of the arrays that a class has: matrices, b_dec, b_enc or a gate's three."""
+    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
+    turned = kind in TURNED
+    gates = ("gate_bias", "r_mag", "mag_bias") if kind == "GatedAutoEncoder" else ()
+    return {
+        **({"W_enc": "dn", "W_dec": "nd"} if turned else {"encoder.weight": "nd", "decoder.weight": "dn"}),
+        bias.get(kind, "b_dec"): "d",
+        **dict.fromkeys(gates or ("b_enc" if turned else "encoder.bias",), "n"),
+    }
 
 
 def told_by_keys(arrays: Arrays, path: epath.Path) -> str:
@@ -127,16 +158,10 @@ def of_class(
     kind: str, arrays: Arrays, trainer: dict[str, Any], path: epath.Path
 ) -> tuple[Encoder, tuple[str, ...]]:
     """The encoder of a class, and what there is to say of it."""
-    turned = kind in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")  # with the features as columns
+    turned = kind in TURNED
     n, d = arrays_lib.matrix(arrays, "W_enc" if turned else "encoder.weight", path)
     n, d = (d, n) if turned else (n, d)
-    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
-    wanted: dict[str, tuple[int, ...]] = (
-        {"W_enc": (d, n), "W_dec": (n, d)} if turned else {"encoder.weight": (n, d), "decoder.weight": (d, n)}
-    )
-    wanted |= {bias.get(kind, "b_dec"): (d,)}
-    gates = ("gate_bias", "r_mag", "mag_bias") if kind == "GatedAutoEncoder" else ()
-    wanted |= {key: (n,) for key in gates or (("b_enc",) if turned else ("encoder.bias",))}
+    wanted = {key: tuple({"n": n, "d": d}[axis] for axis in axes) for key, axes in keys_of(kind).items()}
     W_enc, W_dec, b_dec, b_enc, *gated = arrays_lib.take(arrays, wanted, path)
     W_enc, W_dec = (W_enc.T, W_dec) if turned else (W_enc, W_dec.T)
     threshold: Any = None
@@ -153,6 +178,7 @@ def of_class(
         b_in=b_dec if subtracts else np.zeros_like(b_dec), threshold=threshold,
         r_mag=gated[0] if gated else None, b_mag=gated[1] if gated else None,
         rule=RULES[kind], k=_k(arrays, trainer, path) if kind == "AutoEncoderTopK" else None,
+        norm="constant_norm_rescale" if np.any(arrays.get("normalize_to_sqrt_d", False)) else "none",
     )  # fmt: skip
     return encoder, notes
 

@@ -116,7 +116,8 @@ def opened(config: Mapping[str, Any], arrays: Arrays, where: epath.Path, path: e
     d_out = arrays_lib.integer(config, "d_out", where) if transcodes else d
     wanted: dict[str, tuple[int, ...]] = {"W_enc": (d, n), "W_dec": (n, d_out), "b_dec": (d_out,)}
     wanted |= {"b_gate": (n,), "r_mag": (n,), "b_mag": (n,)} if rule == "gated" else {"b_enc": (n,)}
-    if "topk_threshold" in arrays and "threshold" not in arrays:  # one for all, of an SAE saved in training
+    # One for all, of an SAE saved in training.
+    if rule == "threshold" and "topk_threshold" in arrays and "threshold" not in arrays:
         arrays["threshold"] = np.broadcast_to(arrays["topk_threshold"], (n,))
     wanted |= {"threshold": (n,)} if rule == "threshold" else {}
     wanted |= {"W_skip": (d_out, d)} if skips else {}
@@ -138,9 +139,9 @@ def opened(config: Mapping[str, Any], arrays: Arrays, where: epath.Path, path: e
     )  # fmt: skip
     reshape = config.get("reshape_activations") or "none"
     stays = "" if reshape == "none" else f"reshape_activations = {reshape!r} is not written"
-    notes: tuple[str, ...] = ()
+    notes = arrays_lib.unread(arrays, {*wanted, "topk_threshold", "scaling_factor"})
     if flag in ("expected_average_only_in", "covariance_whitening"):
-        notes = (f"Its configuration says {flag}, which SAELens, like this report, does not apply to an SAE on disk: "
+        notes += (f"Its configuration says {flag}, which SAELens, like this report, does not apply to an SAE on disk: "
                  "the activations have to be scaled as they were in training.",)  # fmt: skip
         stays = f"normalize_activations = {flag!r} is not written"
     versions = ("sae_lens_version", "sae_lens_training_version")

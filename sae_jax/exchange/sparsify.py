@@ -55,7 +55,8 @@ def read(path: epath.Path) -> Opened:
     wanted: dict[str, tuple[int, ...]] = {
         "encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)
     }  # fmt: skip
-    W_enc, b_enc, W_dec, b_dec, *rest = arrays_lib.take(arrays, wanted | ({"W_skip": (d, d)} if skips else {}), path)
+    wanted |= {"W_skip": (d, d)} if skips else {}
+    W_enc, b_enc, W_dec, b_dec, *rest = arrays_lib.take(arrays, wanted, path)
     encoder = Encoder(
         W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, b_in=np.zeros_like(b_dec) if transcodes else b_dec,
         W_skip=rest[0] if rest else None, rule="abstopk" if config.get("signed") else activation, k=k,
@@ -63,4 +64,5 @@ def read(path: epath.Path) -> Opened:
     )  # fmt: skip
     metadata = read_json("--sae", beside) if beside.exists() else {}
     hookpoint = metadata.pop("hookpoint", None)
-    return Opened(encoder, {"hook_name": hookpoint} | metadata if hookpoint else metadata, "sparsify")
+    metadata = {"hook_name": hookpoint} | metadata if hookpoint else metadata
+    return Opened(encoder, metadata, "sparsify", arrays_lib.unread(arrays, wanted))
