@@ -266,6 +266,29 @@ def test_every_name_is_there_and_no_other():
         sae_jax.fly  # noqa: B018
 
 
+def test_a_report_is_not_mixed_with_another_and_a_strangers_is_kept(capsys, tmp_path, rng):
+    np.save(tmp_path / "x.npy", rng.normal(size=(500, 16)).astype(np.float32))
+    rows = np.eye(64, 16, dtype=np.float32)
+    sae = sae_jax.SAE(W_enc=rows, b_enc=np.zeros(64, np.float32), W_dec=rows, b_dec=np.zeros(16, np.float32), k=4)
+    sae_jax.export(sae, f"{tmp_path}/sae")
+    words = ["diagnose", f"--activations={tmp_path}/x.npy"]
+    kinds = {"diagnosis": ["--n_features=64", "--k=4"], "autopsy": [f"--sae={tmp_path}/sae"]}
+    for own, other in (("diagnosis", "autopsy"), ("autopsy", "diagnosis")):
+        workdir = tmp_path / own
+        for _ in range(2):  # the same again is allowed
+            assert cli.main([*words, *kinds[own], f"--workdir={workdir}"]) == 0
+        before = {path.name: path.read_bytes() for path in workdir.iterdir()}
+        capsys.readouterr()
+        assert cli.main([*words, *kinds[other], f"--workdir={workdir}"]) == 2
+        assert "a folder of its own: this one holds a report.json of something else" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
+    for stranger in ("5", '["recommended"]', "{", '{"mine": 1}'):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine/report.json").write_text(stranger)
+        assert cli.main([*words, *kinds["diagnosis"], f"--workdir={tmp_path}/mine"]) == 2
+        assert (tmp_path / "mine/report.json").read_text() == stranger
+
+
 def test_a_run_keeps_its_folder_and_its_damaged_settings_are_named(capsys, tiny, tmp_path, rng):
     run, tokens = tmp_path / "run", tmp_path / "x.npy"
     tiny.train.steps = 0

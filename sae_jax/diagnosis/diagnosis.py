@@ -7,7 +7,9 @@ every remedy, is a third pass and costs what the first two save.
 
 import contextlib
 import importlib
+import json
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -177,8 +179,11 @@ def _of_tokens(severity: Severity, sample: np.ndarray, render: bool) -> tuple[di
     return found, {name: figures.png(figure) for name, figure in found.items()} if render else {}
 
 
-def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None) -> None:
-    """Refuses settings that cannot be run, and a workdir that cannot be written. Writes nothing."""
+def check(
+    n_features: int, k: int, n_probes: int, seed: int, workdir: str | None, own: str = "recommended"
+) -> None:  # fmt: skip
+    """Refuses settings that cannot be run, a workdir that cannot be written, and one whose report has no key `own`: it
+    is of something else, and files of two would lie side by side. Writes nothing."""
     for field, value, good, allowed in (
         ("n_features", n_features, 1 <= n_features < 2**31, "1 to 2^31 - 1"),
         ("k", k, 1 <= k <= n_features, f"1 to n_features = {n_features}"),
@@ -189,6 +194,8 @@ def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None
             raise Refused(field, value, allowed)
     if workdir and (epath.Path(workdir) / RUN).exists():
         raise Refused("--workdir", workdir, "a folder of its own: this one holds a run")
+    if workdir and own not in _held(epath.Path(workdir) / "report.json", own):
+        raise Refused("--workdir", workdir, "a folder of its own: this one holds a report.json of something else")
     if workdir and "://" not in workdir:
         there = Path(workdir).absolute()
         try:
@@ -198,6 +205,15 @@ def check(n_features: int, k: int, n_probes: int, seed: int, workdir: str | None
             raise disk.unwritable("--workdir", workdir, error) from error
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise Refused("--workdir", workdir, f"a folder that can be written: {there} cannot")
+
+
+def _held(report: epath.Path, own: str) -> Collection[str]:
+    """The keys of a report that is there; where there is none, `own`."""
+    try:
+        found = json.loads(report.read_text()) if report.exists() else {own: None}
+    except (OSError, ValueError):  # no JSON
+        return ()
+    return found if isinstance(found, dict) else ()
 
 
 def predictions(severity: Severity, sample: Float[np.ndarray, "m d"], n_features: int, k: int) -> dict[str, Any]:
