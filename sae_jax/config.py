@@ -127,7 +127,7 @@ def base(overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     config.members = ConfigDict()  # name → overrides: SAEs trained side by side on the same batches; empty: one
     for key, value in (overrides or {}).items():
         if key not in flatten(config):
-            raise Refused(key, value, "an existing key")
+            raise Refused(key, value, "there is no such setting")
         try:
             config.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
@@ -189,7 +189,7 @@ def members(config: ConfigDict) -> dict[str, ConfigDict]:
             own = key.split(".")[0] in MEMBER_SECTIONS and key not in SHARED_KEYS
             if key not in flatten(config) or not (own or key == MEMBER_DATA):
                 allowed = ", ".join(MEMBER_SECTIONS)
-                raise Refused(field, value, f"an existing key of {allowed} that is not shared, or {MEMBER_DATA}")
+                raise Refused(field, value, f"a setting of {allowed} that is not shared, or {MEMBER_DATA}")
             if key == MEMBER_DATA and (config.data.path or config.data.model.id):
                 raise Refused(field, value, "nothing: stored activations have the mean that they have")
             try:

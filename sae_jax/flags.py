@@ -204,9 +204,9 @@ def _meant(name: str, flag: str) -> str:
         return f"leave it out: a flag of {' and '.join(others)}, not of {name}"
     near = difflib.get_close_matches(flag, VERBS[name].flags, n=1)
     if near:
-        return f"a flag of {name}; the nearest is --{near[0]}"
+        return f"{name} has no such flag; the nearest is --{near[0]}"
     every = [*VERBS[name].flags, *(["config.KEY"] if "config" in VERBS[name].flags else [])]
-    return f"a flag of {name}, one of " + ", ".join(f"--{each}" for each in every)
+    return f"{name} has no such flag, but " + ", ".join(f"--{each}" for each in every)
 
 
 def _value(flag: str, kind: Any, text: str) -> Any:
@@ -246,7 +246,7 @@ def configuration(given: Given) -> "ConfigDict | None":
         member, own = config_lib.split_member(plain, key)
         if own not in keys:
             near = difflib.get_close_matches(key, keys, n=3, cutoff=0.4) or sorted(keys)
-            raise Refused(key, value, "an existing key, as " + ", ".join(near))
+            raise Refused(key, value, "there is no such setting; the nearest are " + ", ".join(near))
         read = ConfigDict(config.to_dict()) if member else config  # read as the setting of all is
         values, argv = flags.FlagValues(), ["", f"--config.{own}={value}"]
         try:

@@ -306,7 +306,7 @@ def test_what_cannot_be_diagnosed_is_one_line(capsys, tmp_path, array, said, cod
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--workdir={w}"], "--activations"),
-    (["--activations=nowhere.npy", "--workdir={w}"], "activations = 'nowhere.npy': an existing path"),
+    (["--activations=nowhere.npy", "--workdir={w}"], "activations = 'nowhere.npy': nothing is there"),
     (["--activations={x}"], "--workdir"),
     (["--activations={x}", "--workdir={w}", "--k=0"], "k = 0: 1 to n_features = 8192"),
     (["--activations={x}", "--workdir={w}", "--k=9", "--n_features=8"], "k = 9: 1 to n_features = 8"),

@@ -212,7 +212,7 @@ def test_a_run_on_a_mesh_cut_short_and_continued_equals_one_device(tiny, tmp_pat
     ("train.mesh", "member=4", "numbers whose product divides the 2 devices"),
     ("sae.n_features", 63, "a multiple of 2, as of train.mesh"),
     ("members", {"a": {}, "b": {}, "c": {}}, "divides members of a program: 3 (a, b, c) are one program"),
-    ("members", {"a": {}, "b": {"train": {"mesh": "member=2"}}}, "an existing key of"),
+    ("members", {"a": {}, "b": {"train": {"mesh": "member=2"}}}, "a setting of"),
 ])  # fmt: skip
 def test_a_mesh_that_cannot_be_is_refused_and_nothing_is_written(tiny, tmp_path, key, value, said):
     tiny.train.devices, tiny.train.mesh = 2, "feature=2" if key == "sae.n_features" else "member=2"

@@ -336,7 +336,7 @@ def test_members_are_made_where_a_configuration_names_none(monkeypatch):
 
 @pytest.mark.parametrize(("config", "flag", "said"), [
     (DEFAULT, "members.centered.sae.whiten=True", "members.centered.sae.whiten"),  # a slip, not a third member
-    (DEFAULT, "members.centred.sae.white=True", "members.centred.sae.white = 'True': an existing key"),
+    (DEFAULT, "members.centred.sae.white=True", "members.centred.sae.white = 'True': there is no such setting"),
     (DEFAULT, "members.centred.sae.k=many", "members.centred.sae.k = 'many': a value of type int"),
     (DEFAULT, "members.centred.train.steps=3", "members.centred.train.steps = 3"),
     (SINGLE, "members..sae.k=3", "members"),

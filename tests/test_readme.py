@@ -107,7 +107,7 @@ def test_the_map_names_every_module():
 
 
 @pytest.mark.parametrize(("overrides", "said"), [
-    ({"sae.width": 3}, "sae.width = 3: an existing key"),
+    ({"sae.width": 3}, "sae.width = 3: there is no such setting"),
     ({"sae.k": "many"}, "sae.k = 'many': type int"),
 ])  # fmt: skip
 def test_overrides_that_are_wrong(overrides, said):

@@ -75,7 +75,7 @@ def open_chunks(path: str) -> Chunks:
         raise Refused("data.path", path, f"a path: {FORMATS} ({error})") from error
     where, _, without = split(path)
     if not found:
-        raise Refused("data.path", path, f"an existing path: {FORMATS}{there(epath.Path(where))}")
+        raise Refused("data.path", path, f"nothing is there. Taken are {FORMATS}{there(epath.Path(where))}")
     if epath.Path(where).is_dir() and not _of_others(epath.Path(where)) and not without:
         return _dataset(where)
     return chunks_of(open_array(path), path)

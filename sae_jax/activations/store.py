@@ -247,7 +247,7 @@ def import_file(path: str, data_dir: str, dtype: str = "float32") -> str:
     from sae_jax.activations import files
 
     if not files.exists(path):
-        raise Refused("--from", path, f"an existing path: {files.FORMATS}{files.there(epath.Path(path))}")
+        raise Refused("--from", path, f"nothing is there. Taken are {files.FORMATS}{files.there(epath.Path(path))}")
     given = files.open_array(path)
     array = files.chunks_of(given, path)
     facts = {"imported": array.identity | getattr(given, "facts", {})}
