@@ -348,7 +348,7 @@ def test_few_tokens_give_numbers_and_say_what_they_rest_on(rng):
     x = rng.normal(size=(40, 24)) + 0.5
     found = sae_jax.diagnose(x, n_features=512, k=8, measure=True)
     assert found["n_tokens"] == 40
-    assert "rest on 40 tokens, where 24 dimensions want at least 256" in found["warnings"][0]
+    assert "rest on 40 tokens (rows), where 24 dimensions want at least 256" in found["warnings"][0]
     counted = count_deaths(x, 512, 8, seed=3)
     assert found["remedies"]["none"]["measured"]["dead_total"] == pytest.approx(counted["dead_total"], abs=0.08)
 
@@ -519,9 +519,9 @@ def test_a_dimension_is_still_where_only_rounding_moves_it():
 
 
 @pytest.mark.parametrize(("n_tokens", "d_model", "said"), [
-    (256, 100, None), (255, 100, "these numbers rest on 255 tokens, where 100 dimensions want at least 256: a feature "
-                                 "that fires on 1 token in 86 may look dead"),
-    (400, 200, None), (399, 200, "rest on 399 tokens, where 200 dimensions want at least 400"),
+    (256, 100, None), (255, 100, "these numbers rest on 255 tokens (rows), where 100 dimensions want at least 256: a "
+                                 "feature that fires on 1 token in 86 may look dead"),
+    (400, 200, None), (399, 200, "rest on 399 tokens (rows), where 200 dimensions want at least 400"),
 ])  # fmt: skip
 def test_few_tokens_are_fewer_than_256_or_two_a_dimension(rng, n_tokens, d_model, said):
     """0.05^(1/255) = 1 − 1/85.6."""

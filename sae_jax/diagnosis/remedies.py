@@ -190,7 +190,7 @@ def bytes_needed(d_model: int, n_probes: int, n_features: int = 0, rule: str = "
 def check_memory(d_model: int, *, n_features: int, n_probes: int, measure: bool, rule: str = "topk") -> None:
     """Refuses what cannot be diagnosed in the memory there is."""
     probes = memory.Choice("n_probes", n_probes, lambda p: bytes_needed(d_model, p, n_features if measure else 0, rule))
-    what = f"covariances of width {d_model} and probes"
+    what = f"covariances of width {d_model} (rows are tokens, columns dimensions) and probes"
     if not measure:
         memory.check(what, probes)
         return

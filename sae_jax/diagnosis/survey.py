@@ -101,9 +101,9 @@ def warnings(severity: Severity, bits: int) -> list[str]:
     found = []
     if n_tokens < (needed := max(MIN_TOKENS, 2 * d_model)):
         rate = evaluation.highest_rate_of_dead(n_tokens)
-        found.append(f"these numbers rest on {n_tokens} tokens, where {d_model} dimensions want at least {needed}: a "
-                     f"feature that fires on 1 token in {1 / rate:.0f} may look dead, and whitening learns the tokens "
-                     "by heart")  # fmt: skip
+        found.append(f"these numbers rest on {n_tokens} tokens (rows), where {d_model} dimensions want at least "
+                     f"{needed}: a feature that fires on 1 token in {1 / rate:.0f} may look dead, and whitening learns "
+                     "the tokens by heart")  # fmt: skip
     if len(still):
         which = ", ".join(map(str, still[:5])) + (", …" if len(still) > 5 else "")
         found.append(f"{len(still)} of {d_model} dimensions are the same on every token: {which}")

@@ -13,7 +13,9 @@ HUB = "hf://"
 
 def library() -> Any:
     """huggingface_hub, of the extra `hub`."""
-    return module("huggingface_hub", "hub")
+    found = module("huggingface_hub", "hub")
+    found.logging.set_verbosity_error()  # it tells of every attempt without a network
+    return found
 
 
 def fetch(path: str) -> str:
@@ -32,9 +34,12 @@ def fetch(path: str) -> str:
             files = library().HfApi().list_repo_files(repository)
         except Refused:
             raise
-        except Exception:  # no network: what was downloaded before is there all the same
+        except Exception as unreachable:  # no network: what was downloaded before is there all the same
             patterns = [f"{place}/*", place] if place else None
-            root = library().snapshot_download(repository, allow_patterns=patterns, local_files_only=True)
+            try:
+                root = library().snapshot_download(repository, allow_patterns=patterns, local_files_only=True)
+            except Exception:
+                raise unreachable from None
             return f"{root}/{place}".rstrip("/")
         below = [file for file in files if not place or file == place or file.startswith(f"{place}/")]
         places = sorted(set(registry.found(below)))

@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         evenly = workdir_lib.is_of_before(workdir)
         source = open_source(config, partial(footprint.check_run, config), evenly, devices.part)
         if config.train.steps and source.n_train_tokens is not None and config.train.batch_size > source.n_train_tokens:
-            allowed = f"up to {source.n_train_tokens}, the tokens there are to train on"
+            allowed = f"up to {source.n_train_tokens}, the tokens there are to train on (rows are tokens)"
             raise Refused("train.batch_size", config.train.batch_size, allowed)
         groups = step_lib.group_members(config_lib.members(config), source.d_model)
         devices.check_groups([group.names for group in groups])
