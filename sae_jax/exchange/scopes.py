@@ -202,7 +202,7 @@ def by_keys(path: epath.Path) -> Opened:
         return dictionary_learning.read(path)
     said = ", ".join(sorted([*arrays, *rest])[:8]) or "nothing"
     raise Refused("--sae", str(path), "a file whose arrays say what the encoder does, or a folder with cfg.json or "
-                  f"config.json; this file has {said}")  # fmt: skip
+                  f"config.json; this one has {said}")  # fmt: skip
 
 
 def _openai(arrays: Arrays, rest: dict[str, Any], path: epath.Path) -> Opened:
