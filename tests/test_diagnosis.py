@@ -529,6 +529,13 @@ def test_few_tokens_are_fewer_than_256_or_two_a_dimension(rng, n_tokens, d_model
     assert found == [] if said is None else said in found[0]
 
 
+@pytest.mark.parametrize(("mean", "told"), [(6 * np.ones(64), True), (6 * np.eye(64)[0], False), (np.zeros(64), False)])
+def test_a_mean_that_layer_norm_removes_is_told(rng, mean, told):
+    """Of 6 in all dimensions alike gamma is 0.0, and 97 % of 1024 features are dead."""
+    found = survey.warnings(survey.moments_lib.severity([rng.normal(size=(2000, 64)) + mean]), 24)
+    assert ["go by gamma_direction, 6.0" in warning for warning in found] == [True] * told
+
+
 def test_sixteen_tokens_of_two_dimensions_can_be_diagnosed(rng):
     x = rng.normal(size=(16, 2)) + [1, 0]
     tokens = sources.Tokens(lambda: iter([x]), 2, {}, given=True)

@@ -90,6 +90,9 @@ def first_pass(tokens: Tokens, of_directions: bool = True) -> tuple[Severity, np
     return severity, kept.rows, Counts(n_zero, giant_norm, longest > giant_norm, bits.kept)
 
 
+COMMON, LITTLE = 2.0, 0.5  # gamma_direction over gamma from which it is told, and up to which it kills next to nothing
+
+
 def constant(severity: Severity) -> np.ndarray:
     """Dimensions that do not move: rounding leaves them a deviation of about 1e-16 of the mean."""
     return np.flatnonzero(severity.raw.sigma <= 1e-12 * np.abs(severity.raw.mean))
@@ -107,6 +110,11 @@ def warnings(severity: Severity, bits: int) -> list[str]:
     if len(still):
         which = ", ".join(map(str, still[:5])) + (", …" if len(still) > 5 else "")
         found.append(f"{len(still)} of {d_model} dimensions are the same on every token: {which}")
+    gamma, _, of_directions = severity.gammas().values()
+    if of_directions > max(COMMON * gamma, LITTLE):
+        found.append(f"gamma, {gamma:.2f}, does not see the part of the mean that all dimensions share, which "
+                     "LayerNorm removes, and an SAE of these activations does: go by gamma_direction, "
+                     f"{of_directions:.2f}, and the probes")  # fmt: skip
     return found + rounding.warnings(severity.raw, bits)
 
 
