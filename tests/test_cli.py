@@ -280,9 +280,12 @@ def test_a_report_is_not_mixed_with_another_and_a_strangers_is_kept(capsys, tmp_
         before = {path.name: path.read_bytes() for path in workdir.iterdir()}
         capsys.readouterr()
         assert cli.main([*words, *kinds[other], f"--workdir={workdir}"]) == 2
-        assert "a folder of its own: this one holds a report.json of something else" in capsys.readouterr().err
+        assert "a folder of its own: this one holds the report of something else" in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in workdir.iterdir()} == before
-    for stranger in ("5", '["recommended"]', "{", '{"mine": 1}'):
+    (tmp_path / "autopsy/report.json").unlink()  # as if it had been stopped before its last file
+    assert cli.main([*words, *kinds["diagnosis"], f"--workdir={tmp_path}/autopsy"]) == 2
+    assert cli.main([*words, *kinds["autopsy"], f"--workdir={tmp_path}/autopsy"]) == 0
+    for stranger in ("5", '["recommended"]', "{", 10**5 * "[", '{"recommended": 1}'):
         (tmp_path / "mine").mkdir(exist_ok=True)
         (tmp_path / "mine/report.json").write_text(stranger)
         assert cli.main([*words, *kinds["diagnosis"], f"--workdir={tmp_path}/mine"]) == 2

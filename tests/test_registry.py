@@ -15,7 +15,7 @@ from test_encoders import D, K, N, check, weights
 
 from sae_jax import SAE, cli
 from sae_jax.errors import Refused
-from sae_jax.exchange import encoders, hub, registry, saelens, sharing
+from sae_jax.exchange import arrays, encoders, hub, registry, sharing
 from sae_jax.exchange.encoders import Opened
 
 relu, linear = torch.relu, torch.nn.functional.linear
@@ -150,14 +150,62 @@ def test_a_class_that_was_guessed_has_no_other_keys_and_one_that_is_named_says_t
     state = dictionary(tmp_path / "d", "AutoEncoderNew", config=False) | extra
     torch.save(state, tmp_path / "d/ae.pt")
     key = next(iter(extra))
+    guessed = f"ae.pt: {key} = 'unexpected': encoder.weight, .* alone, by which it would be of AutoEncoderNew"
     for path in ("d", "d/ae.pt"):
-        with pytest.raises(Refused, match=f"ae.pt: {key} = 'unexpected': encoder.weight, .* alone, .* AutoEncoderNew"):
+        with pytest.raises(Refused, match=guessed):
             registry.read(epath.Path(tmp_path / path))
     dictionary(tmp_path / "d", "AutoEncoderNew")
     torch.save(state, tmp_path / "d/ae.pt")
+    if key == "k":  # it decides what fires
+        with pytest.raises(Refused, match=guessed):
+            registry.read(epath.Path(tmp_path / "d"))
+        return
     opened = registry.read(epath.Path(tmp_path / "d"))
     assert [f"also has {key}, which nothing here looks at" in note for note in opened.notes] == [True]
     same(opened, x, CLASSES["AutoEncoderNew"][1](state, torch.from_numpy(x)))
+
+
+@pytest.mark.parametrize(("trainer", "said"), [
+    ({"k": 8}, "trainer.k = 8: a trainer.dict_class too: the keys of the weights are those of AutoEncoderNew"),
+    ({"trainer_class": "TopKTrainer"}, "trainer.trainer_class = 'TopKTrainer': a trainer.dict_class too"),
+    ({"dict_class": ["AutoEncoderNew"]}, "one of AutoEncoder, AutoEncoderNew"),
+])  # fmt: skip
+def test_a_configuration_that_speaks_of_another_class_is_not_passed_over(tmp_path, trainer, said):
+    dictionary(tmp_path / "d", "AutoEncoderNew", config=False)
+    (tmp_path / "d/config.json").write_text(json.dumps({"trainer": trainer}))
+    with pytest.raises(Refused, match=said):
+        registry.read(epath.Path(tmp_path / "d"))
+
+
+def test_numbers_beside_tensors_are_read_as_they_are(x, tmp_path):
+    """k of the file against that of its configuration; a norm of tokens; keys that are no words."""
+    state = dictionary(tmp_path / "d", "AutoEncoderTopK", k=K + 1)
+    torch.save(state | {"k": K}, tmp_path / "d/ae.pt")
+    with pytest.raises(Refused, match=f"k = {K}: the k of config.json, {K + 1}"):
+        registry.read(epath.Path(tmp_path / "d"))
+    state = dictionary(tmp_path / "e", "AutoEncoder", config=False)
+    torch.save(state | {"normalize_to_sqrt_d": True}, tmp_path / "e/ae.pt")
+    assert registry.read(epath.Path(tmp_path / "e")).encoder.norm == "constant_norm_rescale"
+    torch.save(state | {"normalize_to_sqrt_d": torch.ones(2)}, tmp_path / "e/ae.pt")
+    with pytest.raises(Refused, match="normalize_to_sqrt_d = .2,.: the shape"):
+        registry.read(epath.Path(tmp_path / "e"))
+    torch.save(state | {number: torch.zeros(1) for number in range(20)} | {"z": "?"}, tmp_path / "e/ae.pt")
+    with pytest.raises(Refused, match=r"0, 1, 10, .* … \(21 in all\) = 'unexpected'"):
+        registry.read(epath.Path(tmp_path / "e"))
+
+
+@pytest.mark.parametrize(("names", "kind"), [
+    ("encoder_linear.weight encoder_linear.bias decoder_linear.weight decoder_linear.bias", "Goodfire"),
+    ("encoder.weight latent_bias decoder.weight pre_bias", "OpenAI"),
+])  # fmt: skip
+@pytest.mark.parametrize("extra", [{"k": K}, {"threshold": torch.ones(N)}], ids=str)
+def test_files_told_by_their_keys_have_no_others(tmp_path, names, kind, extra):
+    shapes = dict(zip(names.split(), [(N, D), (N,), (D, N), (D,)], strict=True))
+    torch.save(weights(shapes), tmp_path / "x.pt")
+    assert registry.read(epath.Path(tmp_path / "x.pt")).encoder.rule == "relu"
+    torch.save(weights(shapes) | extra, tmp_path / "x.pt")
+    with pytest.raises(Refused, match=f"{next(iter(extra))} = 'unexpected': .* by which it would be of {kind}"):
+        registry.read(epath.Path(tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize(("format", "file"), [("saelens", "sae_weights.safetensors"), ("sparsify", "sae.safetensors")])
@@ -747,5 +795,5 @@ def test_an_unknown_release_is_refused_before_anything_is_loaded(tmp_path, capsy
 
 
 def test_of_many_names_the_first_are_listed():
-    assert saelens._some("abcdefgh") == "a, b, c, d, e, f, g, h"
-    assert saelens._some("abcdefghi") == "a, b, c, d, e, f, g, h, … (9 in all)"
+    assert arrays.listed(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
+    assert arrays.listed(list("abcdefghi")) == "a, b, c, d, e, f, g, h, … (9 in all)"

@@ -73,7 +73,7 @@ def dissect(
     opened = sharing.opened(sae, member)
     encoder, name = opened.encoder, sae if isinstance(sae, str) else "sae"
     n_features, d_model = encoder.W_enc.shape
-    diagnosis.check(n_features, encoder.k or 1, n_probes, seed, workdir, own="dead_features")
+    diagnosis.check(n_features, encoder.k or 1, n_probes, seed, workdir, own=diagnosis.AUTOPSY)
     if target is not None:
         targets.check(target, activations, encoder, name)
     fits = partial(_check_memory, encoder, name, n_probes=n_probes)

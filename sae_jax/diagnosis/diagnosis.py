@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import json
 import os
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from sae_jax.runtime import disk
 from sae_jax.training import evaluation
 
 N_PROBES = 512
+AUTOPSY = "dead_features"  # a key that its report has, and that of a diagnosis has not
 RUN = "config.json"  # checkpoint.CONFIG, without orbax: it takes as long to import as a small diagnosis
 
 
@@ -182,8 +182,12 @@ def _of_tokens(severity: Severity, sample: np.ndarray, render: bool) -> tuple[di
 def check(
     n_features: int, k: int, n_probes: int, seed: int, workdir: str | None, own: str = "recommended"
 ) -> None:  # fmt: skip
-    """Refuses settings that cannot be run, a workdir that cannot be written, and one whose report has no key `own`: it
-    is of something else, and files of two would lie side by side. Writes nothing."""
+    """Refuses settings that cannot be run, a workdir that cannot be written, and one with files of something else,
+    which would lie beside ours. Writes nothing.
+
+    Args:
+      own: a key that the report has.
+    """
     for field, value, good, allowed in (
         ("n_features", n_features, 1 <= n_features < 2**31, "1 to 2^31 - 1"),
         ("k", k, 1 <= k <= n_features, f"1 to n_features = {n_features}"),
@@ -194,8 +198,8 @@ def check(
             raise Refused(field, value, allowed)
     if workdir and (epath.Path(workdir) / RUN).exists():
         raise Refused("--workdir", workdir, "a folder of its own: this one holds a run")
-    if workdir and own not in _held(epath.Path(workdir) / "report.json", own):
-        raise Refused("--workdir", workdir, "a folder of its own: this one holds a report.json of something else")
+    if workdir and not _is_ours(epath.Path(workdir), own):
+        raise Refused("--workdir", workdir, "a folder of its own: this one holds the report of something else")
     if workdir and "://" not in workdir:
         there = Path(workdir).absolute()
         try:
@@ -207,13 +211,16 @@ def check(
             raise Refused("--workdir", workdir, f"a folder that can be written: {there} cannot")
 
 
-def _held(report: epath.Path, own: str) -> Collection[str]:
-    """The keys of a report that is there; where there is none, `own`."""
+def _is_ours(folder: epath.Path, own: str) -> bool:
+    """Whether the report in a folder, if there is one, is of the kind with the key `own`."""
+    report = folder / "report.json"
+    if not report.exists():  # the last file that an autopsy writes
+        return own == AUTOPSY or not (folder / "features.csv").exists()
     try:
-        found = json.loads(report.read_text()) if report.exists() else {own: None}
-    except (OSError, ValueError):  # no JSON
-        return ()
-    return found if isinstance(found, dict) else ()
+        found = json.loads(report.read_text())
+    except (OSError, ValueError, RecursionError):  # no JSON
+        return False
+    return isinstance(found, dict) and {own, "gamma", "versions"} <= found.keys()
 
 
 def predictions(severity: Severity, sample: Float[np.ndarray, "m d"], n_features: int, k: int) -> dict[str, Any]:

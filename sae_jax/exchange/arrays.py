@@ -78,8 +78,10 @@ def _torch(path: epath.Path) -> tuple[Arrays, dict[str, Any]]:
         with warnings.catch_warnings():  # of pickles that it then refuses
             warnings.simplefilter("ignore")
             state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-        arrays = {key: value.float().numpy() for key, value in state.items() if isinstance(value, torch.Tensor)}
-        return arrays, {key: value for key, value in state.items() if key not in arrays}
+        arrays = {str(key): value.float().numpy() for key, value in state.items() if isinstance(value, torch.Tensor)}
+        numbers = {str(key): np.float32(value) for key, value in state.items() if isinstance(value, int | float)}
+        rest = {str(key): value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+        return arrays | numbers, {key: value for key, value in rest.items() if key not in numbers}
     except Exception as error:  # whatever else a pickle holds is refused by torch, in many words
         raise Refused(str(path), "not tensors alone", "a torch state dict; nothing else is unpickled") from error
 
@@ -100,7 +102,19 @@ def take(arrays: Arrays, wanted: dict[str, tuple[int, ...]], path: epath.Path) -
 def unread(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
     """What a reader of the report has to know of a file with more in it than an SAE of its kind has."""
     more = sorted(set(names) - set(known))
-    return (f"Its file also has {', '.join(more)}, which nothing here looks at.",) if more else ()
+    return (f"Its file also has {listed(more)}, which nothing here looks at.",) if more else ()
+
+
+def only(names: Iterable[str], known: Iterable[str], kind: str, path: epath.Path) -> None:
+    """Refuses a file, whose kind was told by its keys, with others than that kind has: it may be of another."""
+    if more := sorted(set(names) - set(known)):
+        own = ", ".join(known)
+        raise Refused(f"{path}: {listed(more)}", "unexpected", f"{own} alone, by which it would be of {kind}")
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """The first of them, and how many there are."""
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 
 def matrix(arrays: Arrays, key: str, path: epath.Path) -> tuple[int, int]:

@@ -103,30 +103,30 @@ def read(path: epath.Path) -> Opened:
     config = read_json("--sae", where) if where.exists() else {}
     trainer, buffer = arrays_lib.of(config, "trainer", where), arrays_lib.of(config, "buffer", where)
     arrays, rest = arrays_lib.read_arrays(path)
-    named = trainer.get("dict_class")
+    named = trainer.get("dict_class") or config.get("dict_class")
     kind = named or told_by_keys(arrays, path)
-    if kind not in RULES:
+    if not isinstance(kind, str) or kind not in RULES:
         raise Refused(f"{where}: trainer.dict_class", kind, "one of " + ", ".join(RULES) + ": others are not supported")
     names = {"model_name": (trainer, "lm_name"), "layer": (trainer, "layer"), "hook_name": (trainer, "submodule_name"),
              "context_size": (buffer, "ctx_len")}  # fmt: skip
     known = {name: part[key] for name, (part, key) in names.items() if part.get(key) is not None}
-    own = {*keys_of(kind), *MORE.get(kind, ()), *INTERPLM}
-    more = sorted({*arrays, *rest} - own)
-    if more and not named:
-        raise Refused(f"{path}: {', '.join(more)}", "unexpected", f"{', '.join(keys_of(kind))} alone, which are those "
-                      f"of {kind}; or a config.json beside it, whose trainer.dict_class names a class")  # fmt: skip
+    if not named:
+        _check_guess(kind, trainer, where)
+    own, keys = [*keys_of(kind), *MORE.get(kind, ()), *INTERPLM], [*arrays, *rest]
+    # Of a class that is named another version may hold more, but nothing that decides what fires.
+    arrays_lib.only({"k", "threshold"}.intersection(keys) if named else keys, own, kind, path)
     encoder, notes = of_class(kind, arrays, trainer, path)
-    notes += arrays_lib.unread(more, own)
+    notes += arrays_lib.unread(keys, own)
     return Opened(encoder, arrays_lib.of(config, "metadata", where) or known, "dictionary_learning", notes)
 
 
 TURNED = ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")  # with the features of W_enc as columns
-# Keys that not every class has, and what each is for stands in `of_class`.
-MORE: dict[str, set[str]] = {
-    "AutoEncoderTopK": {"k", "threshold"}, "BatchTopKSAE": {"k", "threshold"},
-    "MatryoshkaBatchTopKSAE": {"k", "threshold", "group_sizes"}, "JumpReluAutoEncoder": {"threshold"},
+# Keys that not every class has; what each is for stands in `of_class`.
+MORE: dict[str, tuple[str, ...]] = {
+    "AutoEncoderTopK": ("k", "threshold"), "BatchTopKSAE": ("k", "threshold"),
+    "MatryoshkaBatchTopKSAE": ("k", "threshold", "group_sizes"), "JumpReluAutoEncoder": ("threshold",),
 }  # fmt: skip
-INTERPLM = {"activation_rescale_factor", "normalize_to_sqrt_d"}
+INTERPLM = ("activation_rescale_factor", "normalize_to_sqrt_d")
 
 
 def keys_of(kind: str) -> dict[str, str]:
@@ -154,6 +154,16 @@ def told_by_keys(arrays: Arrays, path: epath.Path) -> str:
     return "AutoEncoderNew" if "decoder.bias" in keys else "AutoEncoder"
 
 
+def _check_guess(kind: str, trainer: dict[str, Any], where: epath.Path) -> None:
+    """Refuses a configuration that names no class and speaks of one that selects otherwise than the keys say."""
+    selecting = {TRAINERS[each] for each in MORE if each != kind}
+    for key, wrong in (("trainer_class", trainer.get("trainer_class") in selecting),
+                       ("k", "k" in trainer and "k" not in MORE.get(kind, ()))):  # fmt: skip
+        if wrong:
+            raise Refused(f"{where}: trainer.{key}", trainer[key], f"a trainer.dict_class too: the keys of the weights "
+                          f"are those of {kind}")  # fmt: skip
+
+
 def of_class(
     kind: str, arrays: Arrays, trainer: dict[str, Any], path: epath.Path
 ) -> tuple[Encoder, tuple[str, ...]]:
@@ -172,13 +182,14 @@ def of_class(
         if one and threshold < 0:
             notes = ("Its threshold was never set, so every positive feature fires, as in dictionary_learning.",)
         threshold = np.full(n, threshold, np.float32) if one else threshold
+    normed = "normalize_to_sqrt_d" in arrays and arrays_lib.take(arrays, {"normalize_to_sqrt_d": ()}, path)[0]
     subtracts = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     encoder = Encoder(
         W_enc=np.ascontiguousarray(W_enc), b_enc=b_enc, W_dec=np.ascontiguousarray(W_dec), b_dec=b_dec,
         b_in=b_dec if subtracts else np.zeros_like(b_dec), threshold=threshold,
         r_mag=gated[0] if gated else None, b_mag=gated[1] if gated else None,
         rule=RULES[kind], k=_k(arrays, trainer, path) if kind == "AutoEncoderTopK" else None,
-        norm="constant_norm_rescale" if np.any(arrays.get("normalize_to_sqrt_d", False)) else "none",
+        norm="constant_norm_rescale" if normed else "none",
     )  # fmt: skip
     return encoder, notes
 

@@ -169,11 +169,11 @@ def from_release(name: str) -> Opened:
         owner, _, other = ident.partition("/")
         if not other:
             near = [known for known in directory if release.lower() in known.lower()] or list(directory)
-            raise Refused("--sae", name, f"saelens:RELEASE/ID, a release of SAELens' list as {_some(near)}")
+            raise Refused("--sae", name, f"saelens:RELEASE/ID, a release of SAELens' list as {arrays_lib.listed(near)}")
         release, ident = f"{release}/{owner}", other
     elif ident not in directory[release].saes_map:
         raise Refused("--sae", name, f"one of the {len(directory[release].saes_map)} SAEs of {release}: "
-                      + _some(directory[release].saes_map))  # fmt: skip
+                      + arrays_lib.listed(list(directory[release].saes_map)))  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -191,8 +191,3 @@ def _of_module(sae: Any, name: str) -> Opened:
     arrays = {key: value.detach().float().numpy() for key, value in sae.state_dict().items()}
     metadata = {key: value for key, value in config["metadata"].items() if isinstance(value, str | int | float | bool)}
     return opened(config | {"metadata": metadata}, arrays, epath.Path(name), epath.Path(name))
-
-
-def _some(names: Any, most: int = 8) -> str:
-    listed = list(names)
-    return ", ".join(listed[:most]) + (f", … ({len(listed)} in all)" if len(listed) > most else "")

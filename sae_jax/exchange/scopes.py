@@ -188,6 +188,7 @@ def by_keys(path: epath.Path) -> Opened:
         return _openai(arrays, rest, path)
     if "encoder_linear.weight" in arrays:
         names = "encoder_linear.weight encoder_linear.bias decoder_linear.weight decoder_linear.bias"
+        arrays_lib.only([*arrays, *rest], names.split(), "Goodfire", path)
         return Opened(_plain(arrays, path, names, "rows columns", rule="relu"), {}, "goodfire")
     if "w_enc" in arrays and "threshold" in arrays:
         return gemma_scope_2(path)
@@ -211,6 +212,8 @@ def _openai(arrays: Arrays, rest: dict[str, Any], path: epath.Path) -> Opened:
     if activation not in ("TopK", "ReLU") or after != "ReLU":
         raise Refused(f"{path}: activation", activation, "TopK or ReLU, with ReLU after it: others are not supported")
     names = "encoder.weight latent_bias decoder.weight pre_bias"
+    others = ("stats_last_nonzero", "activation", "activation_state_dict")
+    arrays_lib.only([*arrays, *rest], [*names.split(), *others], "OpenAI", path)
     if activation == "ReLU":
         return Opened(_plain(arrays, path, names, "rows columns", b_in=True, rule="relu"), {}, "openai")
     k = arrays_lib.integer({"k": int(state["k"])} if "k" in state else {}, "k", path)
