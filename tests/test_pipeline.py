@@ -227,7 +227,7 @@ def test_one_chunk_is_drawn_from_anywhere_and_evenly_from_the_middle():
 
 
 def test_what_is_no_dataset_is_refused(tmp_path):
-    with pytest.raises(Refused, match="existing"):
+    with pytest.raises(Refused, match="nothing is there"):
         files.open_chunks(str(tmp_path / "y.npy"))
     with pytest.raises(Refused, match="dataset folder"):
         files.open_chunks(str(tmp_path))

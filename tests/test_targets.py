@@ -115,7 +115,7 @@ def test_what_is_no_target_is_refused(sae_lens, rng, tmp_path, capsys):  # noqa:
         ("t", "few.npy", f"the {TOKENS} tokens of the activations, not {TOKENS - 1}"),
         ("t", "narrow.npy", f"d_out {D + 3}, not {D + 2}"),
         ("t", "bad.npy", "row 7, dimension 2 is nan"),
-        ("t", "none.npy", "an existing"),
+        ("t", "none.npy", "nothing is there"),
         ("s", "y.npy", "no transcoder"),
     ):
         flags = [f"--{key}={tmp_path / name}" for key, name in
