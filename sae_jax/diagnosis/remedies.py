@@ -17,11 +17,10 @@ from sae_jax.autoencoder import sae as sae_lib
 from sae_jax.autoencoder.sae import SAE
 from sae_jax.models.sources import BATCH, Tokens
 from sae_jax.outliers import giants, theory
-from sae_jax.outliers import selections as selections_lib
 from sae_jax.outliers.moments import Severity
 from sae_jax.outliers.preprocess import Preprocessing, whitening
 from sae_jax.outliers.probes import Forecast, stratified_rows
-from sae_jax.outliers.selections import Selection
+from sae_jax.outliers.selections import COUNTED, Selection
 from sae_jax.runtime import memory, progress
 from sae_jax.training.evaluation import DeathCurve
 
@@ -148,7 +147,7 @@ def wide(found: dict[str, Forecast], n_features: int, k: int, cosines: float) ->
     """
     names = []
     for name, one in found.items():
-        by_relu = 0.5 if one.selection.rule in selections_lib.COUNTED else 0.0  # k/n, or threshold, whose bar is 0
+        by_relu = 0.5 if one.selection.rule in COUNTED else 0.0  # k/n, or threshold, whose bar is 0
         band = one.curve(np.array([one.at(n_features, k), by_relu]))
         if np.max(band.high - band.low) > 2 * WIDE:
             names.append(name)

@@ -80,8 +80,8 @@ def _torch(path: epath.Path) -> tuple[Arrays, dict[str, Any]]:
             state = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
         arrays = {str(key): value.float().numpy() for key, value in state.items() if isinstance(value, torch.Tensor)}
         numbers = {str(key): np.float32(value) for key, value in state.items() if isinstance(value, int | float)}
-        rest = {str(key): value for key, value in state.items() if not isinstance(value, torch.Tensor)}
-        return arrays | numbers, {key: value for key, value in rest.items() if key not in numbers}
+        rest = {str(key): value for key, value in state.items() if not isinstance(value, torch.Tensor | int | float)}
+        return arrays | numbers, rest
     except Exception as error:  # whatever else a pickle holds is refused by torch, in many words
         raise Refused(str(path), "not tensors alone", "a torch state dict; nothing else is unpickled") from error
 

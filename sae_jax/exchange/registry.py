@@ -7,6 +7,7 @@ from etils import epath
 
 from sae_jax.errors import Refused
 from sae_jax.exchange import dictionary_learning, saelens, scopes, sparsify
+from sae_jax.exchange.arrays import listed
 from sae_jax.exchange.encoders import COUNTED, Opened
 from sae_jax.exchange.scopes import Reader
 
@@ -98,8 +99,7 @@ def found(files: Iterable[str]) -> Iterator[str]:
 
 def listing(places: list[str]) -> str:
     """What is allowed where a path holds several SAEs."""
-    more = f", … ({len(places)} in all)" if len(places) > SHOWN else ""
-    return f"one of the {len(places)} SAEs in it: " + ", ".join(places[:SHOWN]) + more
+    return f"one of the {len(places)} SAEs in it: " + listed(places, SHOWN)
 
 
 def _walk(root: epath.Path) -> Iterator[str]:
